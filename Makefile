@@ -1,0 +1,60 @@
+# make env | train | test | test-native | bench | lint | clean        (each sets up .venv first; see CONTRIBUTING.md)
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+RUN ?= runs/first
+DATA ?= data/synth
+BUDGET ?= 300
+
+BIN := $(CURDIR)/.venv/bin
+ENV := .venv/.up-to-date
+NATIVE := setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+# Microbenchmarks: all of bench/ but what they share and the trainings that take an hour (run those by name).
+BENCHES := $(filter-out bench/machine.py bench/quality.py bench/real_pair.py,$(wildcard bench/*.py))
+# One set of versions for the environment and for the isolated builds inside it (two names: old and new pip).
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
+
+.PHONY: help env train test test-native bench lint clean
+
+help:
+	@sed -n 1p Makefile
+
+env: $(ENV)
+
+$(ENV): constraints.txt pyproject.toml $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[test,dev]'
+	touch $@
+
+train: $(ENV)
+	test -f $(DATA)/dataset.json || $(BIN)/python -m rlv2v.synth $(DATA)
+	$(BIN)/python -m rlv2v.train --data $(DATA) --out $(RUN) --budget $(BUDGET)
+	$(BIN)/python -m rlv2v.evaluate $(RUN) --data $(DATA) --split test --json $(RUN)/metrics.json
+	$(BIN)/python -m rlv2v.report $(RUN)
+
+test: $(ENV)
+	$(BIN)/python -m pytest
+
+# The C++ core under AddressSanitizer and UBSan, then under ThreadSanitizer.
+test-native: $(ENV)
+	for sanitize in address,undefined thread; do \
+	  PATH=$(BIN):$$PATH cmake -S . -B build/$$sanitize -G Ninja -DRLV2V_PYTHON=OFF -DRLV2V_TESTS=ON \
+	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DRLV2V_SANITIZE=$$sanitize; \
+	  $(BIN)/cmake --build build/$$sanitize; \
+	  $(BIN)/ctest --test-dir build/$$sanitize --output-on-failure --no-tests=error; \
+	done
+
+bench: $(ENV)
+	for bench in $(BENCHES); do $(BIN)/python $$bench; done
+
+lint: $(ENV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf build dist .venv rlv2v/*.so *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,43 @@
+"""What every `python -m rlv2v.<command>` shares: flags from a dataclass, and exit codes that scripts can read."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import tyro
+
+from rlv2v.errors import UserError
+
+Args = TypeVar("Args")
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def run_command(
+    main: Callable[[Args], None], args_type: type[Args], start: Callable[[list[str]], Args] | None = None
+) -> None:
+    """Parse `args_type` from the command line, run `main`, and leave with 0 (done) or 2 (the user can mend it).
+
+    `start` gives the flags' defaults from the arguments, where they are not the dataclass's own.
+
+    A bad flag leaves with 2 by tyro's hand; a `UserError`, a full disk or a refused path with one line on stderr and
+    2. Any other exception is a bug and keeps its traceback (exit code 1).
+    """
+    name = (sys.modules["__main__"].__spec__.name if sys.modules["__main__"].__spec__ else sys.argv[0]) or "rlv2v"
+    try:
+        default = tyro.MISSING_NONPROP if start is None else start(sys.argv[1:])
+        main(tyro.cli(args_type, prog=f"python -m {name}", default=default))
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(
+            f"{name}: {error.filename or 'disk'}: {error.strerror}; free space or choose another folder",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
