@@ -1,0 +1,173 @@
+// Prioritised replay of video transitions (state, action, reward, next state, true frame, position, terminal).
+//
+//   P(i) = p_i^alpha / sum_j p_j^alpha;   weight_i = (N P(i))^-beta / max_j (N P(j))^-beta = (min_j p_j / p_i)^(alpha beta)
+// Source: Schaul et al. 2016, arXiv:1511.05952, eq. 1 and section 3.4, algorithm 1: a new transition gets the maximum
+// priority so far, at first 1. A transition holds references to frames, so overlapping states share their memory.
+// Ids count up from 0 and live in slot id % capacity; those kept are always oldest_id <= id < next_id.
+// Every public method locks; users' mistakes throw std::invalid_argument or std::out_of_range with nothing changed.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+#include "replay/frame_arena.h"
+#include "replay/sum_tree.h"
+
+namespace rlv2v {
+
+using ClipId = std::uint64_t;
+constexpr ClipId kNoClip = 0;
+
+struct BufferConfig {
+  std::size_t capacity;     // most transitions kept
+  std::size_t frame_bytes;  // bytes of one frame
+  std::size_t max_len;      // most frames of a state
+  std::size_t max_frames;   // most frames kept, clips included
+  double alpha;             // in [0, 1]; 0 draws uniformly
+  double beta;              // in [0, 1]; 1 corrects the bias fully
+  bool stratified;          // one draw from each of n equal parts of the total
+  std::uint64_t seed;
+};
+
+// `length` frames: frames `start`... of a clip that the buffer holds, or with kNoClip the bytes at `frames`.
+struct Window {
+  ClipId clip;
+  std::size_t start;
+  std::size_t length;
+  const std::uint8_t* frames;
+};
+
+struct Transition {
+  Window state;
+  Window action;      // of length 1
+  Window true_frame;  // of length 1
+  float reward;
+  std::int64_t position;
+  bool terminal;
+};
+
+// Where sample(n) writes, each contiguous; F = frame_bytes, L = max_len.
+struct SampleOut {
+  std::uint8_t* states;       // (n, L, F), zero after the state's length
+  std::int64_t* lengths;      // (n)
+  std::uint8_t* actions;      // (n, F)
+  float* rewards;             // (n)
+  std::uint8_t* next_states;  // (n, L + 1, F): the state, then the action, then zeros
+  std::uint8_t* true_frames;  // (n, F)
+  std::int64_t* positions;    // (n)
+  bool* terminals;            // (n)
+  std::int64_t* ids;          // (n)
+  float* weights;             // (n), in (0, 1]
+};
+
+struct BufferStats {
+  std::size_t size;      // transitions kept
+  std::size_t frames;    // frames kept
+  std::size_t clips;     // clips held
+  std::uint64_t added;   // transitions ever added: the next id
+  std::uint64_t evicted; // the oldest id kept
+  std::uint64_t sampled; // draws ever made
+  std::uint64_t stale;   // priority updates ignored because the transition was gone
+  float max_priority;
+  std::size_t bytes_used;
+};
+
+// Everything a saved buffer holds, oldest transition first; see Buffer::save.
+struct Contents {
+  std::vector<std::uint8_t> frames;     // (num_frames, F)
+  std::vector<std::int32_t> table;      // (size, L + 2) into frames: action, true frame, state; -1 after its length
+  std::vector<std::int64_t> lengths;    // (size)
+  std::vector<float> rewards;           // (size)
+  std::vector<std::int64_t> positions;  // (size)
+  std::vector<std::uint8_t> terminals;  // (size), 0 or 1
+  std::vector<float> priorities;        // (size), before alpha
+  std::uint64_t oldest_id;
+  std::uint64_t sampled;
+  std::uint64_t stale;
+  std::uint64_t seed;
+  double alpha;
+  double beta;
+  float max_priority;
+  bool stratified;
+};
+
+// Throws std::invalid_argument unless value is in [0, 1].
+void check_exponent(const char* name, double value);
+// priority^alpha as a leaf; 1 for every priority at alpha = 0.
+float leaf_of(float priority, double alpha);
+
+class Buffer {
+ public:
+  explicit Buffer(const BufferConfig& config);
+
+  // Stores frames once and holds them until release_clip; transitions that refer to them keep theirs alive after it.
+  ClipId put_clip(const std::uint8_t* frames, std::size_t num_frames);
+  // Unknown ids are ignored: a handle may outlive the contents that a load replaced.
+  void release_clip(ClipId clip) noexcept;
+
+  // Adds all or none; returns the first id, the others follow. Evicts the oldest where capacity or memory wants it.
+  std::uint64_t add(const std::vector<Transition>& batch);
+  void sample(std::size_t n, const SampleOut& out);
+  // Returns how many ids were stale (evicted since), and so ignored. The last of a repeated id wins.
+  std::size_t update_priorities(const std::int64_t* ids, const double* priorities, std::size_t count);
+
+  std::size_t capacity() const noexcept { return config_.capacity; }
+  std::size_t max_len() const noexcept { return config_.max_len; }
+  std::size_t frame_bytes() const noexcept { return config_.frame_bytes; }
+  double alpha() const;
+  double beta() const;
+  void set_alpha(double alpha);  // recomputes every leaf: O(size)
+  void set_beta(double beta);
+  BufferStats stats() const;
+  bool consistent() const;  // tree against its rebuild, reference counts against their holders; for tests
+
+  // Clips are not part of the contents, only the frames that transitions refer to.
+  Contents save() const;
+  // Replaces everything but the clip counter (old handles stay invalid). Checks first: contents may be hostile.
+  void load(const Contents& contents);
+
+ private:
+  struct Record {
+    std::int64_t position;
+    float reward;
+    float priority;
+    std::uint32_t length;
+    bool terminal;
+  };
+  // What a load replaces in one move.
+  struct Store {
+    explicit Store(const BufferConfig& config);
+    FrameArena arena;
+    SumTree tree;
+    std::vector<Record> records;                              // by slot
+    std::vector<FrameId> table;                               // by slot: action, true frame, state
+    std::unordered_map<ClipId, std::vector<FrameId>> clips;
+    std::size_t num_clip_frames = 0;
+    std::uint64_t oldest_id = 0;
+    std::uint64_t next_id = 0;
+    std::uint64_t sampled = 0;
+    std::uint64_t stale = 0;
+    float max_priority = 1.0F;
+  };
+
+  std::size_t stride() const noexcept { return config_.max_len + 2; }
+  std::size_t slot(std::uint64_t id) const noexcept { return static_cast<std::size_t>(id % config_.capacity); }
+  void check_window(const Window& window, const char* name, std::size_t most) const;
+  void check_memory(std::size_t num_new) const;
+  void add_one(const Transition& transition);
+  void place(const Window& window, FrameId* out);
+  void make_room(std::size_t num_new);
+  void evict_oldest() noexcept;
+  void copy_frames(const FrameId* ids, std::size_t count, std::size_t padded, std::uint8_t* out) const noexcept;
+  void check_contents(const Contents& contents) const;
+
+  mutable std::mutex mutex_;
+  BufferConfig config_;
+  Store store_;
+  ClipId next_clip_ = 1;
+};
+
+}  // namespace rlv2v

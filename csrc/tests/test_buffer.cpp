@@ -1,0 +1,183 @@
+// The buffer: frames right after many wraparounds, references counted, memory bounded, mistakes refused with nothing changed.
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <vector>
+
+#include "check.h"
+#include "replay/buffer.h"
+
+using rlv2v::Buffer;
+using rlv2v::BufferConfig;
+using rlv2v::ClipId;
+using rlv2v::kNoClip;
+using rlv2v::Transition;
+
+namespace {
+
+constexpr std::size_t kBytes = 6;
+constexpr std::size_t kLen = 3;
+
+BufferConfig config(std::size_t capacity, std::size_t max_frames = rlv2v::kMostFrames) {
+  return {capacity, kBytes, kLen, max_frames, 0.6, 0.4, true, 1};
+}
+
+std::vector<std::uint8_t> frames(std::size_t count, std::uint64_t id) {
+  return std::vector<std::uint8_t>(count * kBytes, static_cast<std::uint8_t>(id * 37 % 251));
+}
+
+void add_one(Buffer& buffer, std::uint64_t id) {
+  const auto data = frames(kLen, id);
+  const Transition transition{{kNoClip, 0, 1 + id % kLen, data.data()}, {kNoClip, 0, 1, data.data()},
+                              {kNoClip, 0, 1, data.data()}, static_cast<float>(id), static_cast<std::int64_t>(id), false};
+  CHECK(buffer.add({transition}) == id);
+}
+
+struct Rows {
+  explicit Rows(std::size_t n)
+      : states(n * kLen * kBytes), actions(n * kBytes), next_states(n * (kLen + 1) * kBytes), true_frames(n * kBytes),
+        lengths(n), positions(n), ids(n), rewards(n), weights(n), terminals(new bool[n]) {}
+  rlv2v::SampleOut out() {
+    return {states.data(),      lengths.data(),   actions.data(),   rewards.data(), next_states.data(),
+            true_frames.data(), positions.data(), terminals.get(), ids.data(),     weights.data()};
+  }
+  std::vector<std::uint8_t> states, actions, next_states, true_frames;
+  std::vector<std::int64_t> lengths, positions, ids;
+  std::vector<float> rewards, weights;
+  std::unique_ptr<bool[]> terminals;
+};
+
+// Every row must hold the frames, length and numbers of its own id.
+void check_rows(Buffer& buffer, std::size_t n) {
+  Rows rows(n);
+  buffer.sample(n, rows.out());
+  for (std::size_t k = 0; k < n; ++k) {
+    const auto id = static_cast<std::uint64_t>(rows.ids[k]);
+    const std::uint8_t value = frames(1, id)[0];
+    const std::size_t length = 1 + id % kLen;
+    CHECK(rows.lengths[k] == static_cast<std::int64_t>(length));
+    CHECK(rows.positions[k] == rows.ids[k] && rows.rewards[k] == static_cast<float>(id));
+    CHECK(rows.weights[k] > 0.0F && rows.weights[k] <= 1.0F);
+    for (std::size_t j = 0; j < kLen * kBytes; ++j) {
+      CHECK(rows.states[k * kLen * kBytes + j] == (j < length * kBytes ? value : 0));
+    }
+    for (std::size_t j = 0; j < (kLen + 1) * kBytes; ++j) {
+      CHECK(rows.next_states[k * (kLen + 1) * kBytes + j] == (j < (length + 1) * kBytes ? value : 0));
+    }
+    for (std::size_t j = 0; j < kBytes; ++j) {
+      CHECK(rows.actions[k * kBytes + j] == value && rows.true_frames[k * kBytes + j] == value);
+    }
+  }
+}
+
+void rows_are_right_after_wraparound() {
+  Buffer buffer(config(7));
+  for (std::uint64_t id = 0; id < 100; ++id) {
+    add_one(buffer, id);
+    check_rows(buffer, 16);
+    CHECK(buffer.consistent());
+  }
+  CHECK(buffer.stats().size == 7);
+}
+
+void clips_live_as_long_as_they_are_used() {
+  Buffer buffer(config(2));
+  const auto data = frames(5, 1);
+  const ClipId clip = buffer.put_clip(data.data(), 5);
+  const Transition window{{clip, 1, 3, nullptr}, {clip, 0, 1, nullptr}, {clip, 4, 1, nullptr}, 0.0F, 0, false};
+  buffer.add({window, window});
+  CHECK(buffer.stats().frames == 5);
+  buffer.release_clip(clip);
+  buffer.release_clip(clip);
+  CHECK(buffer.stats().frames == 5 && buffer.stats().clips == 0);
+  CHECK(throws<std::invalid_argument>([&] { buffer.add({window}); }));
+  add_one(buffer, 2);
+  add_one(buffer, 3);
+  CHECK(buffer.consistent());
+  CHECK(buffer.stats().frames == 3 + 2 + 1 + 2);  // ids 2 and 3 have states of 3 and 1 frames
+}
+
+void memory_stays_in_its_bound() {
+  Buffer buffer(config(100, 12));
+  for (std::uint64_t id = 0; id < 50; ++id) {
+    add_one(buffer, id);
+    CHECK(buffer.stats().frames <= 12);
+  }
+  check_rows(buffer, 8);
+  const auto data = frames(8, 0);
+  const ClipId clip = buffer.put_clip(data.data(), 8);
+  CHECK(throws<std::invalid_argument>([&] { buffer.put_clip(data.data(), 5); }));
+  const auto before = buffer.stats();
+  CHECK(throws<std::invalid_argument>([&] { add_one(buffer, 53); }));  // needs 5 frames, there is room for 4
+  CHECK(buffer.stats().size == before.size && buffer.stats().added == before.added);
+  buffer.release_clip(clip);
+  add_one(buffer, 50);
+  CHECK(buffer.consistent());
+}
+
+void mistakes_change_nothing() {
+  const double bad[] = {-1.0, std::numeric_limits<double>::infinity(), std::numeric_limits<double>::quiet_NaN(), 1e39};
+  Buffer buffer(config(4));
+  Rows rows(4);
+  CHECK(throws<std::invalid_argument>([&] { buffer.sample(4, rows.out()); }));
+  for (std::uint64_t id = 0; id < 6; ++id) add_one(buffer, id);
+  for (const double priority : bad) {
+    const std::int64_t ids[] = {5, 4};
+    const double priorities[] = {9.0, priority};
+    CHECK(throws<std::invalid_argument>([&] { buffer.update_priorities(ids, priorities, 2); }));
+  }
+  for (const std::int64_t id : {std::int64_t{-1}, std::int64_t{6}, std::numeric_limits<std::int64_t>::max()}) {
+    const double one = 1.0;
+    CHECK(throws<std::out_of_range>([&] { buffer.update_priorities(&id, &one, 1); }));
+  }
+  CHECK(buffer.stats().max_priority == 1.0F);
+  const std::int64_t all[] = {0, 2, 3, 4, 5};
+  const double zeros[] = {0.0, 0.0, 0.0, 0.0, 0.0};
+  CHECK(buffer.update_priorities(all, zeros, 5) == 1);
+  CHECK(throws<std::invalid_argument>([&] { buffer.sample(4, rows.out()); }));
+  buffer.set_alpha(0.0);
+  check_rows(buffer, 64);
+}
+
+void loading_restores_and_refuses() {
+  Buffer buffer(config(5));
+  for (std::uint64_t id = 0; id < 8; ++id) add_one(buffer, id);
+  const std::int64_t ids[] = {4, 6};
+  const double priorities[] = {0.25, 3.0};
+  buffer.update_priorities(ids, priorities, 2);
+  const rlv2v::Contents saved = buffer.save();
+  Buffer other(config(5));
+  other.load(saved);
+  CHECK(other.consistent());
+  Rows ours(32);
+  Rows theirs(32);
+  buffer.sample(32, ours.out());
+  other.sample(32, theirs.out());
+  CHECK(ours.ids == theirs.ids && ours.weights == theirs.weights && ours.next_states == theirs.next_states);
+
+  const auto refused = [&](auto spoil) {
+    rlv2v::Contents contents = saved;
+    spoil(contents);
+    return throws<std::invalid_argument>([&] { other.load(contents); }) && other.consistent();
+  };
+  CHECK(refused([](auto& c) { c.table[0] = 1 << 20; }));
+  CHECK(refused([](auto& c) { c.table[1] = -1; }));
+  CHECK(refused([](auto& c) { c.lengths[0] = 4; }));
+  CHECK(refused([](auto& c) { c.lengths.push_back(1); }));
+  CHECK(refused([](auto& c) { c.frames.pop_back(); }));
+  CHECK(refused([](auto& c) { c.priorities[0] = -1.0F; }));
+  CHECK(refused([](auto& c) { c.alpha = 2.0; }));
+  CHECK(refused([](auto& c) { c.oldest_id = ~std::uint64_t{0}; }));
+  CHECK(other.stats().added == 8);
+}
+
+}  // namespace
+
+int main() {
+  rows_are_right_after_wraparound();
+  clips_live_as_long_as_they_are_used();
+  memory_stays_in_its_bound();
+  mistakes_change_nothing();
+  loading_restores_and_refuses();
+  return 0;
+}

@@ -1,0 +1,109 @@
+// The tree against a plain running sum, against its own rebuild, and at the edges of the number range.
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <vector>
+
+#include "check.h"
+#include "replay/draws.h"
+#include "replay/sum_tree.h"
+
+using rlv2v::Draws;
+using rlv2v::SumTree;
+
+namespace {
+
+// Values that are small integers make every sum exact, so that the plain search is the definition.
+void finds_what_a_running_sum_finds(std::size_t num_leaves) {
+  const Draws draws(num_leaves);
+  std::vector<float> values(num_leaves);
+  double total = 0.0;
+  for (std::size_t k = 0; k < num_leaves; ++k) {
+    values[k] = static_cast<float>(std::floor(draws.uniform(k) * 4.0));
+    total += static_cast<double>(values[k]);
+  }
+  values[num_leaves / 2] += 1.0F;
+  total += 1.0;
+  SumTree tree(num_leaves);
+  tree.assign(values.data(), values.size());
+  CHECK(tree.total() == total);
+  CHECK(tree.consistent());
+
+  std::size_t leaf = 0;
+  double before = 0.0;
+  for (double point = 0.0; point < total; point += 0.25) {
+    while (point >= before + static_cast<double>(values[leaf])) before += static_cast<double>(values[leaf++]);
+    std::size_t found = num_leaves;
+    tree.find(&point, &found, 1);
+    CHECK(found == leaf);
+  }
+}
+
+void any_history_equals_a_rebuild() {
+  const std::size_t num_leaves = 1000;
+  const Draws draws(7);
+  SumTree tree(num_leaves);
+  std::vector<float> values(num_leaves, 0.0F);
+  std::uint64_t draw = 0;
+  for (int step = 0; step < 20000; ++step) {
+    std::size_t indices[5];
+    float updates[5];
+    for (int k = 0; k < 5; ++k) {
+      indices[k] = static_cast<std::size_t>(draws.uniform(draw++) * static_cast<double>(num_leaves));
+      updates[k] = static_cast<float>(std::pow(draws.uniform(draw++), 20.0));
+      values[indices[k]] = updates[k];
+    }
+    tree.update(indices, updates, 5);
+  }
+  SumTree rebuilt(num_leaves);
+  rebuilt.assign(values.data(), values.size());
+  CHECK(tree.consistent());
+  CHECK(tree.total() == rebuilt.total());
+  CHECK(tree.least_positive() == rebuilt.least_positive());
+  for (std::size_t k = 0; k < num_leaves; ++k) CHECK(tree.leaf(k) == values[k]);
+}
+
+void zeros_are_never_found() {
+  SumTree tree(70);
+  const std::size_t index = 33;
+  const float tiny = std::numeric_limits<float>::min();
+  tree.update(&index, &tiny, 1);
+  const double points[] = {0.0, tree.total(), 2.0 * tree.total(), std::numeric_limits<double>::max()};
+  std::size_t found[4];
+  tree.find(points, found, 4);
+  for (const std::size_t leaf : found) CHECK(leaf == index);
+  CHECK(tree.least_positive() == tiny);
+  const float zero = 0.0F;
+  tree.update(&index, &zero, 1);
+  CHECK(tree.total() == 0.0);
+  CHECK(std::isinf(tree.least_positive()));
+}
+
+// A leaf of 2^-45 of the total, wherever it stands, is found at its own point.
+void small_leaves_are_reachable() {
+  const std::size_t num_leaves = 4096;
+  for (std::size_t small = 0; small < num_leaves; small += 13) {
+    std::vector<float> values(num_leaves, 1.0F);
+    values[small] = std::ldexp(1.0F, -33);  // total is 2^12
+    SumTree tree(num_leaves);
+    tree.assign(values.data(), values.size());
+    const double point = static_cast<double>(small) + std::ldexp(0.5, -33);
+    std::size_t found = 0;
+    tree.find(&point, &found, 1);
+    CHECK(found == small);
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (const std::size_t num_leaves : {1U, 2U, 7U, 8U, 9U, 63U, 64U, 65U, 513U, 1000U}) {
+    finds_what_a_running_sum_finds(num_leaves);
+  }
+  any_history_equals_a_rebuild();
+  zeros_are_never_found();
+  small_leaves_are_reachable();
+  CHECK(throws<std::invalid_argument>([] { SumTree tree(0); }));
+  return 0;
+}
