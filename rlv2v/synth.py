@@ -1,0 +1,37 @@
+"""`python -m rlv2v.synth OUT`: write the paper's synthetic dataset as video files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from rlv2v.cli import run_command
+from rlv2v.data.synth import Counts, write_dataset
+
+
+@dataclass(frozen=True)
+class Args:
+    """Write the paper's synthetic dataset: rectangles on black (X) that should move to Y's blue-then-red background."""
+
+    out: tyro.conf.Positional[Path]
+    """Folder to create; refused when it already holds something."""
+    size: int = 32
+    """Height and width of the videos, pixels."""
+    frames: int = 8
+    """Frames of a clip, one file each."""
+    seed: int = 0
+    """Another seed gives another dataset; the same one gives the same pixels."""
+    counts: Counts = field(default_factory=Counts)
+    """How much of each set."""
+
+
+def main(args: Args) -> None:
+    """Write the set and say where it is."""
+    write_dataset(args.out, size=args.size, frames=args.frames, seed=args.seed, counts=args.counts)
+    print(f"{args.out}: {args.size}x{args.size}, {args.frames} frames a clip; train with --data {args.out}")
+
+
+if __name__ == "__main__":
+    run_command(main, Args)
