@@ -1,0 +1,39 @@
+"""The ConvLSTM in plain PyTorch: the definition that every faster backend is held to.
+
+    a_t = w_x * x_t + w_h * h_{t-1} + bias            (* is a convolution, stride 1, same padding)
+    i, f, o = sigmoid(a_i, a_f, a_o);   g = tanh(a_g)
+    c_t = f c_{t-1} + i g;              h_t = o tanh(c_t)
+Source: Shi et al. 2015, arXiv:1506.04214, eq. 3 without peepholes. Gate order along the 4C axis: i, f, o, g.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+
+def convlstm_ref(
+    x: Tensor, w_x: Tensor, w_h: Tensor, bias: Tensor, h0: Tensor | None, c0: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """All hidden states and all cells of a sequence: `hs, cs`, each (B,T,C,H,W); arguments as in `convlstm`.
+
+    The convolution of x runs once over all B*T frames; only the one of h is inside the loop. A missing h0 is zero,
+    so its convolution is left out.
+    """
+    batch, steps = x.shape[:2]
+    channels, padding = w_h.shape[1], w_h.shape[-1] // 2
+    from_x = conv2d(x.flatten(0, 1), w_x, bias, padding=padding).unflatten(0, (batch, steps))
+    h, c = h0, c0
+    hs, cs = [], []
+    for a in from_x.unbind(1):
+        if h is not None:
+            a = a + conv2d(h, w_h, padding=padding)
+        sigmoids, g = a.split((3 * channels, channels), dim=1)
+        i, f, o = sigmoids.sigmoid().chunk(3, dim=1)
+        new = i * g.tanh()
+        c = new if c is None else torch.addcmul(new, f, c)
+        h = o * c.tanh()
+        hs.append(h)
+        cs.append(c)
+    return torch.stack(hs, 1), torch.stack(cs, 1)

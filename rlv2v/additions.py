@@ -1,0 +1,60 @@
+"""What this project adds to the paper, each behind a weight in the config (0 in the `paper` preset).
+
+The paper's losses alone keep neither the shape nor the colours of what should stay: see docs/method.md for the
+figures. Everything here works on frames (B,T,3,H,W) in [-1,1].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d, l1_loss
+
+NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, 3), (3, 0))  # (dy, dx) in pixels
+
+
+def local_contrast(frames: Tensor) -> Tensor:
+    """c = d / (d + k) for every pixel and neighbour, d = RGB distance in 0..1 units; (B,T,num_pairs) in [0,1).
+
+    k = 2 mean(d) + 0.02, the mean over the frame and without gradient: c saturates, so that an edge counts as an edge
+    whatever its height, and does not change when a whole frame is darkened or loses contrast.
+    """
+    rgb = (frames + 1) / 2
+    height, width = rgb.shape[-2:]
+    maps = []
+    for dy, dx in NEIGHBOURS:
+        if dy >= height or abs(dx) >= width:
+            continue
+        near = rgb[..., : height - dy, max(-dx, 0) : width - max(dx, 0)]
+        far = rgb[..., dy:, max(dx, 0) : width + min(dx, 0)]
+        maps.append(((near - far).square().sum(-3) + 1e-8).sqrt().flatten(2))
+    distance = torch.cat(maps, -1)
+    knee = 2.0 * distance.detach().mean(-1, keepdim=True) + 0.02
+    return distance / (distance + knee)
+
+
+def contrast_loss(source: Tensor, translated: Tensor) -> Tensor:
+    """mean | c(G(x)) - c(x) |, c the local contrast: keeps edges where the source has them, and adds none."""
+    return l1_loss(local_contrast(translated), local_contrast(source))
+
+
+def mask_prior(mask: Tensor | None) -> Tensor:
+    """mean(1 - m): what can be copied from the source should be (0 without a mask head)."""
+    return torch.zeros(()) if mask is None else (1 - mask).mean()
+
+
+def domain_gap(a: Tensor, b: Tensor, directions: Tensor, quantiles: int = 64) -> Tensor:
+    """Sliced Wasserstein-1 distance between the pixel colours of two sets of clips, averaged over frame indices.
+
+    Colours are projected on `directions` (3,K), sorted, and compared at `quantiles` levels; the clips need not be
+    paired nor as many. It knows nothing of shapes: it tells how far a translator has come towards a domain's colours
+    and their course in time, which is what the schedule follows.
+    """
+
+    def quantile_table(frames: Tensor) -> Tensor:
+        pooled = avg_pool2d(frames.flatten(0, 1), 2).unflatten(0, frames.shape[:2])
+        values = torch.einsum("btchw,ck->tkbhw", pooled, directions).flatten(2).sort(-1).values
+        levels = torch.linspace(0, values.shape[-1] - 1, quantiles, device=values.device).long()
+        return values[..., levels]
+
+    return l1_loss(quantile_table(a), quantile_table(b))

@@ -1,0 +1,224 @@
+"""The blocks of every network: ConvLSTM, sequence-wise normalisation, R, RPB and URB (RL-V2V-GAN section 3.4).
+
+All of them map frames (B,T,C,H,W) to frames, causally, and share one calling form:
+
+    y, state = block(x, state)                 a run over T frames, from `state` (None: the start of a video)
+    y, states = block(x, None, every=True)     as above; each tensor of `states` gains an axis T: the state after
+                                               every frame
+    y, _ = block(x, states, fork=True)         T forks at once: frame x[:, t] follows states[:, t]
+
+A state is a tuple of tensors or of states. `every` and `fork` are how the recycle loss, which continues each prefix by
+one other frame, costs one extra step instead of T passes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, conv2d, interpolate, leaky_relu, pixel_unshuffle
+
+from rlv2v.kernels import convlstm_cells
+
+State = Any
+SLOPE = 0.2  # of every LeakyReLU
+
+
+class Memory(NamedTuple):
+    """State of a ConvLSTM: hidden h and cell c, each (B,C,H,W)."""
+
+    h: Tensor
+    c: Tensor
+
+
+class Moments(NamedTuple):
+    """State of a normalisation: number of frames seen (B,), mean and mean square of them (B,C)."""
+
+    frames: Tensor
+    mean: Tensor
+    square: Tensor
+
+
+class ConvLSTM(nn.Module):
+    """ConvLSTM layer, kernel size k (odd, same padding); weights as `rlv2v.kernels.convlstm` takes them.
+
+    Xavier-initialised (section 3.4), biases 0. With a `horizon` T > 2 the biases of the forget and input gates start at
+    log u and -log u, u uniform in [1, T-1], so that the cells remember over all times up to T (Tallec and Ollivier
+    2018, arXiv:1804.11188): from the first step on there is something to tell the frames of a clip apart by.
+    """
+
+    def __init__(self, c_in: int, c_out: int, kernel: int = 3, *, horizon: int = 0, backend: str = "auto") -> None:
+        super().__init__()
+        self.backend = backend
+        self.w_x = nn.Parameter(torch.empty(4 * c_out, c_in, kernel, kernel))
+        self.w_h = nn.Parameter(torch.empty(4 * c_out, c_out, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(4 * c_out))
+        for weight in (self.w_x, self.w_h):
+            for gate in weight.data.chunk(4):
+                nn.init.xavier_uniform_(gate)
+        if horizon > 2:
+            spans = torch.empty(c_out).uniform_(1, horizon - 1).log()
+            self.bias.data[:c_out], self.bias.data[c_out : 2 * c_out] = -spans, spans
+
+    def forward(
+        self, x: Tensor, state: Memory | None = None, *, every: bool = False, fork: bool = False
+    ) -> tuple[Tensor, State]:
+        weights = (self.w_x, self.w_h, self.bias)
+        if fork:
+            assert state is not None
+            h, c = (s.flatten(0, 1) for s in state)
+            hs, _ = convlstm_cells(x.flatten(0, 1).unsqueeze(1), *weights, h, c, backend=self.backend)
+            return hs.squeeze(1).unflatten(0, x.shape[:2]), None
+        hs, cs = convlstm_cells(x, *weights, *(state or (None, None)), backend=self.backend)
+        return hs, Memory(hs, cs) if every else Memory(hs[:, -1], cs[:, -1])
+
+
+class SequenceNorm(nn.Module):
+    """Sequence-wise normalisation, made causal: (x - mean) / sqrt(var + eps) * weight + bias.
+
+    Mean and variance of a channel run over all pixels of all frames *so far*: of this clip (`kind="clip"`), or of all
+    clips of the mini-batch (`kind="batch"`, the paper's form, section 3.4; a running average of the whole clips'
+    statistics serves in eval mode). `kind="none"` leaves x as it is.
+    """
+
+    running_mean: Tensor
+    running_square: Tensor
+
+    def __init__(self, channels: int, kind: str = "clip", eps: float = 1e-3, momentum: float = 0.1) -> None:
+        super().__init__()
+        if kind not in ("clip", "batch", "none"):
+            raise ValueError(f"SequenceNorm: kind must be 'clip', 'batch' or 'none', got {kind!r}")
+        self.kind, self.eps, self.momentum = kind, eps, momentum
+        if kind == "none":
+            return
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        if kind == "batch":
+            self.register_buffer("running_mean", torch.zeros(channels))
+            self.register_buffer("running_square", torch.ones(channels))
+
+    def forward(
+        self, x: Tensor, state: Moments | None = None, *, every: bool = False, fork: bool = False
+    ) -> tuple[Tensor, State]:
+        if self.kind == "none":
+            return x, None
+        if self.kind == "batch" and not self.training:
+            mean, square = self.running_mean.expand(x.shape[:3]), self.running_square.expand(x.shape[:3])
+            return self.apply_moments(x, mean, square), None
+        frame_mean, frame_square = x.mean((3, 4)), x.square().mean((3, 4))  # (B,T,C)
+        if self.kind == "batch":
+            frame_mean = frame_mean.mean(0, keepdim=True).expand_as(frame_mean)
+            frame_square = frame_square.mean(0, keepdim=True).expand_as(frame_square)
+        if fork:
+            assert state is not None
+            count = state.frames + 1.0
+            mean = state.mean + (frame_mean - state.mean) / count[..., None]
+            square = state.square + (frame_square - state.square) / count[..., None]
+            return self.apply_moments(x, mean, square), None
+        before, mean0, square0 = state or Moments(x.new_zeros(x.shape[0]), x.new_zeros(()), x.new_zeros(()))
+        count = before[:, None] + torch.arange(1, x.shape[1] + 1, device=x.device, dtype=x.dtype)  # (B,T)
+        if state is not None:
+            mean0, square0 = ((before[:, None] * m)[:, None] for m in (mean0, square0))
+        mean = (mean0 + frame_mean.cumsum(1)) / count[..., None]
+        square = (square0 + frame_square.cumsum(1)) / count[..., None]
+        if self.kind == "batch":
+            self.running_mean.lerp_(mean[0, -1].detach(), self.momentum)
+            self.running_square.lerp_(square[0, -1].detach(), self.momentum)
+        y = self.apply_moments(x, mean, square)
+        return y, Moments(count, mean, square) if every else Moments(count[:, -1], mean[:, -1], square[:, -1])
+
+    def apply_moments(self, x: Tensor, mean: Tensor, square: Tensor) -> Tensor:
+        scale = self.weight * torch.rsqrt((square - mean.square()).clamp(min=0) + self.eps)
+        return torch.addcmul((self.bias - mean * scale)[..., None, None], x, scale[..., None, None])
+
+
+class Residual(nn.Module):
+    """R: LeakyReLU(ConvLSTM(x) + skip(x)); skip is the identity, or a 1x1 convolution where the widths differ."""
+
+    def __init__(self, c_in: int, c_out: int, *, horizon: int = 0) -> None:
+        super().__init__()
+        self.convlstm = ConvLSTM(c_in, c_out, horizon=horizon)
+        self.skip = nn.Parameter(nn.init.xavier_uniform_(torch.empty(c_out, c_in, 1, 1))) if c_in != c_out else None
+
+    def forward(
+        self, x: Tensor, state: Memory | None = None, *, every: bool = False, fork: bool = False
+    ) -> tuple[Tensor, State]:
+        h, state = self.convlstm(x, state, every=every, fork=fork)
+        return leaky_relu(h + (x if self.skip is None else per_frame(conv2d, x, self.skip)), SLOPE), state
+
+
+class RPB(nn.Module):
+    """R, average pooling by 2 (not of an axis of one pixel), normalisation; also returns R's output for the skip."""
+
+    def __init__(self, c_in: int, c_out: int, norm: str, horizon: int = 0) -> None:
+        super().__init__()
+        self.residual = Residual(c_in, c_out, horizon=horizon)
+        self.norm = SequenceNorm(c_out, norm)
+
+    def forward(
+        self, x: Tensor, state: State = None, *, every: bool = False, fork: bool = False
+    ) -> tuple[Tensor, Tensor, State]:
+        memory, moments = state or (None, None)
+        skip, memory = self.residual(x, memory, every=every, fork=fork)
+        pool = tuple(min(2, n) for n in skip.shape[-2:])
+        y, moments = self.norm(per_frame(avg_pool2d, skip, pool), moments, every=every, fork=fork)
+        return y, skip, (memory, moments)
+
+
+class URB(nn.Module):
+    """Upsampling by 2 (nearest), R over [upsampled, skip], normalisation."""
+
+    def __init__(self, c_in: int, c_skip: int, c_out: int, norm: str, horizon: int = 0) -> None:
+        super().__init__()
+        self.residual = Residual(c_in + c_skip, c_out, horizon=horizon)
+        self.norm = SequenceNorm(c_out, norm)
+
+    def forward(
+        self, x: Tensor, skip: Tensor, state: State = None, *, every: bool = False, fork: bool = False
+    ) -> tuple[Tensor, State]:
+        memory, moments = state or (None, None)
+        up = per_frame(interpolate, x, skip.shape[-2:])
+        y, memory = self.residual(torch.cat((up, skip), 2), memory, every=every, fork=fork)
+        y, moments = self.norm(y, moments, every=every, fork=fork)
+        return y, (memory, moments)
+
+
+def per_frame(op: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Apply an operation on (N,C,H,W) to every frame of x (B,T,C,H,W)."""
+    return op(x.flatten(0, 1), *args, **kwargs).unflatten(0, x.shape[:2])
+
+
+def space_to_depth(x: Tensor, patch: int) -> Tensor:
+    """Fold squares of patch x patch pixels into channels: (B,T,C,H,W) -> (B,T,C patch^2,H/patch,W/patch)."""
+    if x.dim() != 5 or x.shape[-2] % patch or x.shape[-1] % patch:
+        raise ValueError(f"frames must be (B,T,3,H,W) with H and W multiples of {patch} (patch), got {tuple(x.shape)}")
+    return x if patch == 1 else per_frame(pixel_unshuffle, x, patch)
+
+
+def map_state(fn: Any, state: State) -> State:
+    """Apply `fn` to every tensor of a state, keeping its structure."""
+    if state is None or isinstance(state, Tensor):
+        return None if state is None else fn(state)
+    mapped = (map_state(fn, part) for part in state)
+    return type(state)(*mapped) if hasattr(state, "_fields") else tuple(mapped)
+
+
+def limit_memory(state: State, frames: int) -> State:
+    """Let the normalisation of a streamed video weigh at most the last `frames` frames, as in a training clip.
+
+    Caps each frame count, which turns the mean over the video into a moving average; below the cap nothing changes.
+    """
+    if isinstance(state, Moments):
+        return state._replace(frames=state.frames.clamp(max=max(1, frames - 1)))
+    if state is None or isinstance(state, (Tensor, Memory)):
+        return state
+    return tuple(limit_memory(part, frames) for part in state)
+
+
+def xavier_linear(c_in: int, c_out: int) -> nn.Linear:
+    """A fully connected layer, Xavier weights, zero bias (section 3.4)."""
+    layer = nn.Linear(c_in, c_out)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

@@ -1,0 +1,142 @@
+"""The networks of RL-V2V-GAN (section 3.2, 3.4, table 1): G and P (`Translator`), D and Q (`Judge`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import leaky_relu, pixel_shuffle
+
+from rlv2v.model.layers import RPB, SLOPE, URB, ConvLSTM, State, per_frame, space_to_depth, xavier_linear
+
+
+class Translator(nn.Module):
+    """Generator or predictor: one RPB a width, as many URBs with skips, a head; video in, video out, causal.
+
+    Shapes: frames (B,T,3,H,W) in [-1,1] -> (B,T,3,H,W) in (-1,1); H and W are multiples of `multiple`.
+
+    Args:
+        widths: channels after each RPB; the URBs mirror them.
+        patch: space-to-depth factor before the first RPB (1: none, as the paper).
+        head: "convlstm", a ConvLSTM of 3 channels as the paper, or "mask", an addition:
+            `y = m x + (1 - m) tanh(rgb)` with rgb and m from two convolutions over
+            [pixel-shuffled ConvLSTM output, input frame x].
+        norm: "clip" or "batch", see `SequenceNorm`.
+        horizon: clip length that the ConvLSTMs' biases are made for (0: biases 0), see `ConvLSTM`.
+        head_width: channels of the mask head at full resolution.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        *,
+        patch: int = 1,
+        head: str = "convlstm",
+        norm: str = "clip",
+        horizon: int = 0,
+        head_width: int = 16,
+    ) -> None:
+        super().__init__()
+        if head not in ("convlstm", "mask"):
+            raise ValueError(f"Translator: head must be 'convlstm' or 'mask', got {head!r}")
+        if patch != 1 and head == "convlstm":
+            raise ValueError(f"Translator: patch must be 1 with head='convlstm', got {patch}")
+        self.patch, self.multiple = patch, patch * 2 ** len(widths)
+        ins = [3 * patch**2, *widths[:-1]]
+        self.encoder = nn.ModuleList(RPB(c_in, c_out, norm, horizon) for c_in, c_out in zip(ins, widths, strict=True))
+        outs = [*reversed(widths[:-1]), widths[0]]
+        skips = list(reversed(widths))
+        self.decoder = nn.ModuleList(
+            URB(c_in, c_skip, c_out, norm, horizon)
+            for c_in, c_skip, c_out in zip([widths[-1], *outs], skips, outs, strict=False)
+        )
+        self.use_mask = True  # switched off while the warm-up runs, which a copy of the input would satisfy at once
+        if head == "convlstm":
+            self.last = ConvLSTM(widths[0], 3, horizon=horizon)
+            self.fuse = self.to_rgbm = None
+        else:
+            self.last = ConvLSTM(widths[0], 4 * patch**2, horizon=horizon)
+            self.fuse = nn.Conv2d(4 + 3, head_width, 3, padding=1)
+            self.to_rgbm = nn.Conv2d(head_width, 4, 1)
+            for name, values in (*self.fuse.named_parameters(), *self.to_rgbm.named_parameters()):
+                nn.init.zeros_(values) if name == "bias" else nn.init.xavier_uniform_(values)
+
+    def forward(
+        self, x: Tensor, state: State = None, *, every: bool = False, fork: bool = False
+    ) -> tuple[Tensor, State]:
+        """Translate frames from a state; `every` and `fork` as in `rlv2v.model.layers`."""
+        y, _, state = self.run(x, state, every=every, fork=fork)
+        return y, state
+
+    def run(
+        self, x: Tensor, state: State = None, *, every: bool = False, fork: bool = False
+    ) -> tuple[Tensor, Tensor | None, State]:
+        """As `forward`, with the copy mask m (B,T,1,H,W) in (0,1) between; None without a mask head."""
+        how = {"every": every, "fork": fork}
+        num_blocks = len(self.encoder) + len(self.decoder)
+        before = state or (None,) * (num_blocks + 1)
+        after, skips = [], []
+        y = space_to_depth(x, self.patch)
+        for block, memory in zip(self.encoder, before, strict=False):
+            y, skip, memory = block(y, memory, **how)
+            skips.append(skip)
+            after.append(memory)
+        for block, memory in zip(self.decoder, before[len(self.encoder) :], strict=False):
+            y, memory = block(y, skips.pop(), memory, **how)
+            after.append(memory)
+        y, memory = self.last(y, before[-1], **how)
+        after.append(memory)
+        if self.to_rgbm is None:
+            return y, None, tuple(after)
+        y, mask = self.blend(x, y)
+        return y, mask, tuple(after)
+
+    def blend(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The mask head: `m x + (1 - m) tanh(rgb)`, and m."""
+        assert self.fuse is not None and self.to_rgbm is not None
+        y = torch.cat((per_frame(pixel_shuffle, features, self.patch), x), 2)
+        y = leaky_relu(per_frame(self.fuse, y), SLOPE)
+        rgb, mask = per_frame(self.to_rgbm, y).split((3, 1), 2)
+        mask = mask.sigmoid()
+        if not self.use_mask:
+            return rgb.tanh(), mask
+        return torch.lerp(rgb.tanh(), x, mask), mask
+
+
+class Judge(nn.Module):
+    """Discriminator or critic: one RPB a width, mean over the pixels that are left, FC, LeakyReLU, FC.
+
+    Shapes: frames (B,T,3,H,W) -> (B,T,heads); entry t judges the prefix x[1:t]. A discriminator's numbers are logits
+    (the sigmoid of section 3.2 is inside the losses); a critic's is Q, through a ReLU when `positive` (the paper's).
+    The mean over pixels lets one network judge frames of any size. The last RPB goes without normalisation, which
+    would pin that mean: of a single frame to a constant, whatever it shows.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        *,
+        heads: int = 1,
+        patch: int = 1,
+        norm: str = "clip",
+        positive: bool = False,
+        horizon: int = 0,
+    ) -> None:
+        super().__init__()
+        self.patch, self.positive = patch, positive
+        ins = [3 * patch**2, *widths[:-1]]
+        norms = [norm] * (len(widths) - 1) + ["none"]
+        self.blocks = nn.ModuleList(RPB(*block, horizon) for block in zip(ins, widths, norms, strict=True))
+        self.hidden = xavier_linear(widths[-1], widths[-1])
+        self.out = xavier_linear(widths[-1], heads)
+
+    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+        before = state or (None,) * len(self.blocks)
+        after = []
+        y = space_to_depth(x, self.patch)
+        for block, memory in zip(self.blocks, before, strict=True):
+            y, _, memory = block(y, memory)
+            after.append(memory)
+        y = self.out(leaky_relu(self.hidden(y.mean((3, 4))), SLOPE))
+        return (y.relu() if self.positive else y), tuple(after)
