@@ -1,0 +1,144 @@
+"""Runs on disk: checkpoints to go on from, and `model.safetensors` to translate with. Nothing read here runs code.
+
+    RUN/config.json                    the config
+    RUN/checkpoints/00000300.pt        everything needed to go on; the newest two are kept
+    RUN/model.safetensors              g_x and g_y as they translate, the config in the metadata
+Every file is written beside its place, flushed to the disk and renamed: a reader sees the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from rlv2v.config import Config
+from rlv2v.errors import UserError
+from rlv2v.losses import Nets
+from rlv2v.model import Judge, Translator
+
+VERSION = 1
+KEEP = 2
+
+
+def build_nets(config: Config, *, judges: bool = True) -> Nets:
+    """The networks of a config, Xavier-initialised; without `judges` the generators alone."""
+
+    shared: dict[str, Any] = {"patch": config.patch, "horizon": config.frames if config.chrono else 0}
+
+    def translator() -> Translator:
+        return Translator(config.widths, head=config.head, norm=config.norm, **shared)
+
+    def judge(heads: int, positive: bool = False) -> Judge:
+        return Judge(config.judge_widths, heads=heads, norm=config.judge_norm, positive=positive, **shared)
+
+    nets = Nets()
+    nets.g_x, nets.g_y = translator(), translator()
+    if judges:
+        nets.p_x, nets.p_y = translator(), translator()
+        nets.d_x, nets.d_y = judge(1), judge(2)
+        nets.q_x, nets.q_y = judge(1, config.q_positive), judge(1, config.q_positive)
+    return nets
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Write beside `path`, flush to the disk, and rename into place; nothing is left on failure."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save_checkpoint(run: Path, step: int, state: Mapping[str, Any]) -> Path:
+    """Write `RUN/checkpoints/<step>.pt` and drop all but the newest `KEEP`."""
+    folder = run / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{step:08d}.pt"
+    content = io.BytesIO()  # torch's own writer turns a full disk into an error without a name
+    torch.save({"version": VERSION, **state}, content)
+    write_atomically(path, content.getbuffer())
+    for old in checkpoints(run)[:-KEEP]:
+        old.unlink()
+    return path
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(p for p in (run / "checkpoints").glob("*.pt") if p.stem.isdigit())
+
+
+def load_checkpoint(run: Path, device: torch.device) -> dict[str, Any]:
+    """The newest checkpoint of a run.
+
+    Raises:
+        UserError: there is none, or it is truncated, foreign, or holds anything but tensors and plain values.
+    """
+    found = checkpoints(run)
+    if not found:
+        raise UserError(f"{run}: expected a run with a checkpoint to resume, found none; train without --resume")
+    try:
+        state = torch.load(found[-1], map_location=device, weights_only=True)
+        if not isinstance(state, dict) or state.get("version") != VERSION:
+            raise ValueError("not a checkpoint of this version of rlv2v")
+    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{found[-1]}: expected a whole rlv2v checkpoint, got {brief(error)}; delete it to use the one before"
+        ) from None
+    return state
+
+
+def save_translators(run: Path, g_x: Translator, g_y: Translator, config: Config) -> None:
+    """Write `RUN/model.safetensors`: both generators and, in the metadata, the config."""
+    tensors: dict[str, Tensor] = {}
+    for name, net in (("g_x", g_x), ("g_y", g_y)):
+        tensors |= {f"{name}.{key}": value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
+    metadata = {"config": config.to_json(), "version": str(VERSION)}
+    write_atomically(run / "model.safetensors", save(tensors, metadata))
+
+
+def load_translator(run: Path, direction: str = "x2y", device: str | torch.device = "cpu") -> tuple[Translator, Config]:
+    """The generator of a run, ready to translate, and the run's config.
+
+    Args:
+        run: folder with a `model.safetensors`.
+        direction: "x2y" (G_Y) or "y2x" (G_X).
+        device: where it shall run.
+
+    Raises:
+        UserError: no model there, or not one of this package's.
+    """
+    path = run / "model.safetensors"
+    if direction not in ("x2y", "y2x"):
+        raise UserError(f"direction: expected 'x2y' or 'y2x', got {direction!r}")
+    if not path.is_file():
+        raise UserError(f"{run}: expected a trained run with model.safetensors, found none; train one first")
+    prefix = {"x2y": "g_y.", "y2x": "g_x."}[direction]
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            config = Config.from_json((file.metadata() or {}).get("config", ""), f"{path}: config")
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            weights = {name[len(prefix) :]: file.get_tensor(name) for name in names}
+        generators = build_nets(config, judges=False)
+        g = generators.g_y if direction == "x2y" else generators.g_x
+        g.load_state_dict(weights)
+    except (SafetensorError, RuntimeError, OSError, ValueError) as error:
+        raise UserError(f"{path}: expected a model written by rlv2v.train, got {brief(error)}") from None
+    return g.to(device).eval(), config
+
+
+def brief(error: BaseException) -> str:
+    """The first line of an error, shortened."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,327 @@
+"""Reinforcement learning of RL-V2V-GAN (section 3.3): candidates, reward, critic, actor, target networks.
+
+State s: a prefix of p frames, padded to `(n,L,3,H,W)` with its length p. Action a: one frame (n,3,H,W), the next.
+Frames are in [-1,1]. Every network is causal, so a padded prefix is run whole and read at p: nothing is looped over.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from rlv2v.config import Config
+from rlv2v.data import to_model, to_uint8
+from rlv2v.losses import Nets
+from rlv2v.model import Judge, Translator
+from rlv2v.model.layers import map_state
+from rlv2v.replay import PrioritizedReplay, ReplayBatch
+
+
+class Policies(NamedTuple):
+    """The networks that choose the next frame in a domain A with B as the other: P_A, G_B, P_B, G_A."""
+
+    p_a: Translator
+    g_b: Translator
+    p_b: Translator
+    g_a: Translator
+
+    @classmethod
+    def of(cls, nets: Nets, domain: str) -> Policies:
+        """The policies of domain "x" or "y"."""
+        other = {"x": "y", "y": "x"}[domain]
+        return cls(*(getattr(nets, name) for name in (f"p_{domain}", f"g_{other}", f"p_{other}", f"g_{domain}")))
+
+
+class Recall(NamedTuple):
+    """Where the stored tail of M stands in the replay buffer, and M's importance weights (1 for new transitions)."""
+
+    ids: Tensor  # (num stored,)
+    weights: Tensor  # (n,)
+
+    @classmethod
+    def none(cls, num: int, device: torch.device) -> Recall:
+        return cls(torch.empty(0, dtype=torch.long), torch.ones(num, device=device))
+
+    def fill(self, num_new: int, drawn: ReplayBatch) -> Recall:
+        self.weights[num_new:] = drawn.weights.to(self.weights.device)
+        return Recall(drawn.ids, self.weights)
+
+
+class Transitions(NamedTuple):
+    """A mini-batch M of (s, a, r, s' = [s, a], a_true, p), of one domain."""
+
+    states: Tensor  # (n,L,3,H,W), frames after `lengths` are padding
+    lengths: Tensor  # (n,) long, 1 <= p <= L
+    actions: Tensor  # (n,3,H,W)
+    rewards: Tensor  # (n,)
+    true_frames: Tensor  # (n,3,H,W)
+    terminals: Tensor  # (n,) bool: s' is the whole video
+
+
+def last_of(frames: Tensor, lengths: Tensor) -> Tensor:
+    """Entry p of each padded sequence (1-based): (n,L,...) -> (n,...)."""
+    return frames[torch.arange(len(lengths), device=frames.device), lengths - 1]
+
+
+def append(states: Tensor, lengths: Tensor, actions: Tensor) -> Tensor:
+    """s' = [s, a]: (n,L,3,H,W), lengths p, (n,3,H,W) -> (n,L+1,3,H,W) whose frame p+1 is a."""
+    longer = torch.cat((states, torch.zeros_like(states[:, :1])), 1)
+    here = torch.arange(longer.shape[1], device=states.device) == lengths[:, None]
+    return torch.where(here[..., None, None, None], actions[:, None], longer)
+
+
+def candidates(policies: Policies, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """The two proposals of Algorithm 1: a1 = P(s), and a2 = G'(P(G(s)))_last: out to the other domain, on, and back.
+
+    a2 continues the translated prefix by the frame predicted there, and translates both back. Each (n,3,H,W).
+    """
+    a1 = last_of(policies.p_a(states)[0], lengths)
+    abroad, _ = policies.g_b(states)
+    guess = last_of(policies.p_b(abroad)[0], lengths)
+    _, memory = policies.g_a(abroad, every=True)
+    a2, _ = policies.g_a(guess[:, None], map_state(lambda s: last_of(s, lengths), memory))
+    return a1, a2[:, 0]
+
+
+def q_value(q: Judge, states: Tensor, lengths: Tensor, actions: Tensor) -> Tensor:
+    """Q(s, a), (n,): the critic's number for the video [s, a]."""
+    return last_of(q(append(states, lengths, actions))[0], lengths + 1).squeeze(-1)
+
+
+def choose(first: Tensor, second: Tensor, q_first: Tensor, q_second: Tensor) -> Tensor:
+    """argmax over two proposals of Q(s, a)."""
+    return torch.where((q_first >= q_second)[:, None, None, None], first, second)
+
+
+def reward_per_transition(
+    actions: Tensor,
+    true_frames: Tensor,
+    frame_logits: Tensor,
+    video_logits: Tensor,
+    terminals: Tensor,
+    *,
+    distance_weight: float,
+    l_v: float,
+) -> Tensor:
+    """r = log D(a) - c ||a - a_true||, plus l_v log D(s') at the end of the video; (n,).
+
+    Reading 3: the form of the reward that depends on the action. ||.|| is the mean absolute difference, and logits
+    (n,heads) average over D's heads.
+    """
+    distance = (actions - true_frames).abs().mean((1, 2, 3))
+    end = torch.where(terminals, l_v * logsigmoid(video_logits).mean(-1), 0.0)
+    return logsigmoid(frame_logits).mean(-1) - distance_weight * distance + end
+
+
+def reward_paper(
+    l_g: Tensor,
+    l_tau: Tensor,
+    l_rc: Tensor,
+    l_v: Tensor,
+    terminals: Tensor,
+    *,
+    weight_tau: float,
+    weight_rc: float,
+    weight_v: float,
+) -> Tensor:
+    """Section 3.3 to the letter: r = -l_v L_v when the video is complete, else -(L_g + l_tau L_tau + l_rc L_rc); (n,).
+
+    Each loss is (n,), of its transition's clip; the terms on real samples, which no action changes, are left out.
+    """
+    return torch.where(terminals, -weight_v * l_v, -(l_g + weight_tau * l_tau + weight_rc * l_rc))
+
+
+def td_target(rewards: Tensor, next_q: Tensor, terminals: Tensor, gamma: float) -> Tensor:
+    """y = r + gamma Q'(s', pi'(s')); no bootstrap where the video ends (reading 5)."""
+    return rewards + gamma * torch.where(terminals, torch.zeros_like(next_q), next_q)
+
+
+@torch.no_grad()
+def critic_targets(q_target: Judge, policies_target: Policies, batch: Transitions, gamma: float) -> Tensor:
+    """`td_target` with pi'(s') = the better of the target policies' two candidates by Q'."""
+    next_states, next_lengths = append(batch.states, batch.lengths, batch.actions), batch.lengths + 1
+    first, second = candidates(policies_target, next_states, next_lengths)
+    values = [q_value(q_target, next_states, next_lengths, a) for a in (first, second)]
+    return td_target(batch.rewards, torch.maximum(*values), batch.terminals, gamma)
+
+
+def critic_loss(q: Judge, batch: Transitions, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """mean w (y - Q(s, a))^2 and the errors y - Q(s, a), (n,); w: the replay's importance weights, 1 when None."""
+    errors = targets - q_value(q, batch.states, batch.lengths, batch.actions)
+    return (errors.square() if weights is None else weights * errors.square()).mean(), errors.detach()
+
+
+def actor_loss(q: Judge, policies: Policies, states: Tensor, lengths: Tensor) -> Tensor:
+    """-mean Q(s, pi(s)) over both candidates: descending it is the deterministic policy gradient.
+
+    The critic only passes the gradient on; freeze its parameters around the call.
+    """
+    first, second = candidates(policies, states, lengths)
+    states, lengths = torch.cat((states, states)), torch.cat((lengths, lengths))
+    return -q_value(q, states, lengths, torch.cat((first, second))).mean()
+
+
+def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """theta' <- (1 - tau) theta' + tau theta, buffers copied."""
+    with torch.no_grad():
+        torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+        for mine, theirs in zip(target.buffers(), source.buffers(), strict=True):
+            mine.copy_(theirs)
+
+
+class Agent:
+    """Algorithm 1's inner loop in one domain: gathers the mini-batch M, and gives the critic's and the actor's losses.
+
+    Args:
+        domain: "x" or "y"; transitions of Z belong to "y" (reading 5).
+        nets, targets: the live networks and the Polyak-averaged copies pi', Q'.
+        replay: this domain's buffer, of uint8 frames.
+    """
+
+    def __init__(self, domain: str, nets: Nets, targets: Nets, replay: PrioritizedReplay, config: Config) -> None:
+        self.domain, self.config, self.replay = domain, config, replay
+        self.d: Judge = getattr(nets, f"d_{domain}")
+        self.q: Judge = getattr(nets, f"q_{domain}")
+        self.q_target: Judge = getattr(targets, f"q_{domain}")
+        self.policies, self.policies_target = Policies.of(nets, domain), Policies.of(targets, domain)
+
+    @torch.no_grad()
+    def gather(self, video: Tensor, rng: np.random.Generator, progress: float) -> tuple[Transitions, Recall]:
+        """M: each of m transitions is a stored one with probability eta1, else a new one from `video` (T,3,H,W).
+
+        Returns M, and where its stored part stands in the buffer.
+        """
+        num, config = self.config.transitions, self.config
+        stored = explore(rng, num, annealed(*config.eta1, progress)) if len(self.replay) else torch.zeros(num).bool()
+        num_new = num - int(stored.sum())
+        parts = []
+        if num_new:
+            parts.append(self.play(video, num_new, rng, annealed(*config.eta2, progress)))
+            self.remember(video, parts[0])
+        recall = Recall.none(num, video.device)
+        if num_new < num:
+            drawn = self.replay.sample(num - num_new)
+            parts.append(self.recalled(drawn, video.device))
+            recall = recall.fill(num_new, drawn)
+        return Transitions(*(torch.cat(field) for field in zip(*parts, strict=True))), recall
+
+    def play(self, video: Tensor, num: int, rng: np.random.Generator, eta2: float) -> Transitions:
+        """New transitions: p uniform in 1..T-1, a the critic's choice of a1, a2 or (1 - eta2) a random frame."""
+        length, device = len(video), video.device
+        lengths = torch.from_numpy(rng.integers(1, length, num)).to(device)
+        states = video[None, : length - 1].expand(num, -1, -1, -1, -1)
+        first, second = candidates(self.policies, states, lengths)
+        twice, both = torch.cat((states, states)), torch.cat((lengths, lengths))
+        q_first, q_second = q_value(self.q, twice, both, torch.cat((first, second))).chunk(2)
+        actions = choose(first, second, q_first, q_second)
+        random_frames = video[torch.from_numpy(rng.integers(0, length, num)).to(device)]
+        greedy = explore(rng, num, eta2).to(device)
+        actions = torch.where(greedy[:, None, None, None], actions, random_frames)
+        true_frames, terminals = video[lengths], lengths == length - 1
+        rewards = self.reward(states, lengths, actions, true_frames, terminals, first, second)
+        return Transitions(states, lengths, actions, rewards, true_frames, terminals)
+
+    def reward(
+        self,
+        states: Tensor,
+        lengths: Tensor,
+        actions: Tensor,
+        true_frames: Tensor,
+        terminals: Tensor,
+        first: Tensor,
+        second: Tensor,
+    ) -> Tensor:
+        """r, (n,), of either form; the literal form judges the proposals a1, a2 of this transition's clip."""
+        config = self.config
+        whole = append(states, lengths, actions)
+        video_logits = last_of(self.d(whole)[0], lengths + 1)
+        if config.reward == "transition":
+            frame_logits = self.d(actions[:, None])[0][:, 0]
+            return reward_per_transition(
+                actions,
+                true_frames,
+                frame_logits,
+                video_logits,
+                terminals,
+                distance_weight=config.reward_distance,
+                l_v=config.l_v,
+            )
+        l_g = logsigmoid(-self.d(second[:, None])[0][:, 0]).mean(-1)
+        l_tau, l_rc = ((a - true_frames).square().mean((1, 2, 3)) for a in (first, second))
+        return reward_paper(
+            l_g,
+            l_tau,
+            l_rc,
+            logsigmoid(-video_logits).mean(-1),
+            terminals,
+            weight_tau=config.l_tau,
+            weight_rc=config.l_rc,
+            weight_v=config.l_v,
+        )
+
+    def remember(self, video: Tensor, new: Transitions) -> None:
+        """B += the new transitions; the clip's frames are stored once."""
+        clip = self.replay.put_clip(to_uint8(video).cpu())
+        lengths = new.lengths.tolist()
+        self.replay.add(
+            state=[(clip, 0, p) for p in lengths],
+            action=to_uint8(new.actions).cpu(),
+            reward=new.rewards.cpu(),
+            true_frame=[(clip, p) for p in lengths],
+            position=[p + 1 for p in lengths],
+            terminal=new.terminals.cpu(),
+        )
+        clip.release()
+
+    def recalled(self, drawn: ReplayBatch, device: torch.device) -> Transitions:
+        """Stored transitions as the networks see them."""
+        lengths, rewards, terminals = (v.to(device) for v in (drawn.lengths, drawn.rewards, drawn.terminals))
+        states, actions, true_frames = (
+            to_model(v.to(device)) for v in (drawn.states, drawn.actions, drawn.true_frames)
+        )
+        return Transitions(states, lengths, actions, rewards, true_frames, terminals)
+
+    def critic_loss(self, batch: Transitions, recall: Recall) -> Tensor:
+        """mean w (y - Q(s, a))^2; the errors become the stored transitions' priorities."""
+        targets = critic_targets(self.q_target, self.policies_target, batch, self.config.gamma)
+        loss, errors = critic_loss(self.q, batch, targets, recall.weights)
+        if self.config.replay_alpha and len(recall.ids):
+            self.replay.update_priorities(recall.ids, errors[-len(recall.ids) :].abs().cpu() + 1e-6)
+        return loss
+
+    def actor_loss(self, batch: Transitions) -> Tensor:
+        """-J on M's states; the critic's weights take no gradient from it."""
+        self.q.requires_grad_(False)
+        loss = actor_loss(self.q, self.policies, batch.states, batch.lengths)
+        self.q.requires_grad_(True)
+        return loss
+
+
+def build_agents(nets: Nets, targets: Nets, config: Config) -> dict[str, Agent]:
+    """The agents of both domains, each with a replay buffer of its own."""
+
+    def replay() -> PrioritizedReplay:
+        return PrioritizedReplay(
+            config.replay_capacity,
+            (config.size, config.size, 3),
+            config.frames - 1,
+            alpha=config.replay_alpha,
+            beta=config.replay_beta,
+            seed=config.seed,
+        )
+
+    return {domain: Agent(domain, nets, targets, replay(), config) for domain in ("x", "y")}
+
+
+def annealed(start: float, end: float, progress: float) -> float:
+    """A probability that moves linearly from `start` to `end` with the run's progress in [0,1]."""
+    return start + (end - start) * min(max(progress, 0.0), 1.0)
+
+
+def explore(rng: np.random.Generator, num: int, eta: float) -> Tensor:
+    """u ~ Bernoulli(eta), (num,) bool."""
+    return torch.from_numpy(rng.random(num) < eta)

@@ -1,0 +1,23 @@
+"""What several test modules share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlv2v.checkpoint import build_nets, save_translators
+from rlv2v.config import PRESETS, Config
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a model of the tiny preset, untrained, as training writes it: config and weights."""
+    run = tmp_path_factory.mktemp("run")
+    config = Config(**PRESETS["tiny"], preset="tiny", out=run)
+    torch.manual_seed(0)
+    nets = build_nets(config, judges=False)
+    (run / "config.json").write_text(config.to_json())
+    save_translators(run, nets.g_x, nets.g_y, config)
+    return run
