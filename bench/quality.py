@@ -42,7 +42,7 @@ FLAGS: dict[Method, list[str]] = {
     "no-rl": ["--preset", "default", "--no-rl"],
     "tiny": ["--preset", "tiny"],
 }
-BUDGETS = {32: 300.0, 64: 600.0}  # seconds, by size; the targets
+BUDGETS = {32: 300.0, 64: 600.0}  # seconds, by size
 
 
 @dataclass(frozen=True)

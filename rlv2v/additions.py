@@ -16,7 +16,7 @@ NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, 3), (3, 0))  # (dy, dx) in pi
 def local_contrast(frames: Tensor) -> Tensor:
     """c = d / (d + k) for every pixel and neighbour, d = RGB distance in 0..1 units; (B,T,num_pairs) in [0,1).
 
-    k = 2 mean(d) + 0.02, the mean over the frame and without gradient: c saturates, so that an edge counts as an edge
+    k = 2 mean(d) + 0.05, the mean over the frame and without gradient: c saturates, so that an edge counts as an edge
     whatever its height, and does not change when a whole frame is darkened or loses contrast.
     """
     rgb = (frames + 1) / 2
@@ -29,7 +29,7 @@ def local_contrast(frames: Tensor) -> Tensor:
         far = rgb[..., dy:, max(dx, 0) : width + min(dx, 0)]
         maps.append(((near - far).square().sum(-3) + 1e-8).sqrt().flatten(2))
     distance = torch.cat(maps, -1)
-    knee = 2.0 * distance.detach().mean(-1, keepdim=True) + 0.02
+    knee = 2.0 * distance.detach().mean(-1, keepdim=True) + 0.05
     return distance / (distance + knee)
 
 
@@ -38,9 +38,9 @@ def contrast_loss(source: Tensor, translated: Tensor) -> Tensor:
     return l1_loss(local_contrast(translated), local_contrast(source))
 
 
-def mask_prior(mask: Tensor | None) -> Tensor:
-    """mean(1 - m): what can be copied from the source should be (0 without a mask head)."""
-    return torch.zeros(()) if mask is None else (1 - mask).mean()
+def mask_prior(mask: Tensor) -> Tensor:
+    """mean(1 - m): what can be copied from the source should be."""
+    return (1 - mask).mean()
 
 
 def domain_gap(a: Tensor, b: Tensor, directions: Tensor, quantiles: int = 64) -> Tensor:
@@ -52,7 +52,7 @@ def domain_gap(a: Tensor, b: Tensor, directions: Tensor, quantiles: int = 64) ->
     """
 
     def quantile_table(frames: Tensor) -> Tensor:
-        pooled = avg_pool2d(frames.flatten(0, 1), 2).unflatten(0, frames.shape[:2])
+        pooled = avg_pool2d(frames.flatten(0, 1), max(1, min(frames.shape[-2:]) // 16)).unflatten(0, frames.shape[:2])
         values = torch.einsum("btchw,ck->tkbhw", pooled, directions).flatten(2).sort(-1).values
         levels = torch.linspace(0, values.shape[-1] - 1, quantiles, device=values.device).long()
         return values[..., levels]

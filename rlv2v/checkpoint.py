@@ -37,15 +37,18 @@ def build_nets(config: Config, *, judges: bool = True) -> Nets:
     def translator() -> Translator:
         return Translator(config.widths, head=config.head, norm=config.norm, **shared)
 
-    def judge(heads: int, positive: bool = False) -> Judge:
-        return Judge(config.judge_widths, heads=heads, norm=config.judge_norm, positive=positive, **shared)
+    def judge(heads: int, norm: str, positive: bool = False) -> Judge:
+        return Judge(config.judge_widths, heads=heads, norm=norm, positive=positive, **shared)
 
+    norm_q = (
+        "clip" if config.judge_norm == "batch" else config.judge_norm
+    )  # states of unequal length share no statistics
     nets = Nets()
     nets.g_x, nets.g_y = translator(), translator()
     if judges:
         nets.p_x, nets.p_y = translator(), translator()
-        nets.d_x, nets.d_y = judge(1), judge(2)
-        nets.q_x, nets.q_y = judge(1, config.q_positive), judge(1, config.q_positive)
+        nets.d_x, nets.d_y = judge(1, config.judge_norm), judge(2, config.judge_norm)
+        nets.q_x, nets.q_y = (judge(1, norm_q, config.q_positive) for _ in range(2))
     return nets
 
 

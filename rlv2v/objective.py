@@ -15,6 +15,7 @@ from rlv2v.config import Config
 from rlv2v.data import to_model
 from rlv2v.data.pipeline import Batch
 from rlv2v.losses import Nets, Rollout, judge
+from rlv2v.model import Judge
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,18 @@ def single_frames(video: Tensor, at: Tensor) -> Tensor:
     return video[:, at].flatten(0, 1).unsqueeze(1)
 
 
+def judge_fakes(d: Judge, fake: Tensor, real: tuple[Tensor | None, ...], at: Tensor | None = None) -> Tensor:
+    """D's logits of generated clips, or of their single frames `at`, run together with real ones.
+
+    Real clips are there for the statistics of a D that normalises over its mini-batch: over fakes alone they would
+    take away the very level of colour that D tells them by.
+    """
+    videos = [v if at is None else single_frames(v, at) for v in (fake, *real) if v is not None]
+    logits = judge(d, *videos)[0]
+    assert logits is not None
+    return logits
+
+
 def generator_losses(
     nets: Nets, clips: Clips, config: Config, gains: Gains, at: Tensor, directions: Tensor
 ) -> tuple[dict[str, Tensor], Rollout, Rollout]:
@@ -72,14 +85,12 @@ def generator_losses(
     terms: dict[str, Tensor] = {}
 
     # eq. 1, 2: frames, and eq. 8, 9: videos; real samples do not depend on G
-    frames_y, frames_x = (single_frames(r.fake, at) for r in (out, back))
-    terms["g_y"] = losses.l_g_y(score, fakes=judge(nets.d_y, frames_y)[0])
-    terms["g_x"] = losses.l_g_x(score, fakes_y=judge(nets.d_x, frames_x)[0])
+    real_y, real_x = ((clips.y, clips.z), (clips.x,)) if config.judge_norm == "batch" else ((), ())
+    terms["g_y"] = losses.l_g_y(score, fakes=judge_fakes(nets.d_y, out.fake, real_y, at))
+    terms["g_x"] = losses.l_g_x(score, fakes_y=judge_fakes(nets.d_x, back.fake, real_x, at))
     if config.l_v:
-        video_y, video_x = judge(nets.d_y, out.fake)[0], judge(nets.d_x, back.fake)[0]
-        assert video_y is not None and video_x is not None
-        terms["v_y"] = losses.l_v_y(score, fake=video_y[:, -1])
-        terms["v_x"] = losses.l_v_x(score, fake_y=video_x[:, -1])
+        terms["v_y"] = losses.l_v_y(score, fake=judge_fakes(nets.d_y, out.fake, real_y)[:, -1])
+        terms["v_x"] = losses.l_v_x(score, fake_y=judge_fakes(nets.d_x, back.fake, real_x)[:, -1])
     weights = {"g_y": config.l_adv, "g_x": config.l_adv, "v_y": config.l_v, "v_x": config.l_v}
     terms = {name: gains.adversarial * weights[name] * term for name, term in terms.items()}
 
@@ -99,7 +110,7 @@ def generator_losses(
         if config.contrast:
             twice = 1.0 if r is out else 2.0
             terms[f"contrast_{name}"] = twice * gains.content * config.contrast * contrast_loss(r.video, r.fake)
-        if config.mask_prior:
+        if config.mask_prior and r.mask is not None:
             terms[f"mask_{name}"] = gains.content * config.mask_prior * mask_prior(r.mask)
     if config.colours:
         terms["colours_y"] = config.colours * domain_gap(out.fake, clips.yz, directions)

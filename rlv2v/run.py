@@ -54,7 +54,7 @@ def prepare_folder(config: Config) -> Config:
     if config.resume:
         before = resumed_config(config)
         config = config if config.data else replace(config, data=before.data)
-    elif (config.out / "config.json").exists() or checkpoints(config.out):
+    elif checkpoints(config.out):
         raise UserError(f"{config.out}: holds a run already; go on with it by --resume, or choose another --out")
     elif config.out.exists() and not config.out.is_dir():
         raise UserError(f"{config.out}: expected a folder for the run, got a file; choose another --out")
@@ -68,7 +68,7 @@ def prepare_folder(config: Config) -> Config:
 
 
 def claim_folder(config: Config) -> None:
-    """Write `config.json` and the folders of samples and checkpoints, once the data has been found good."""
+    """Write `config.json` and make the folders of a run; it becomes one to resume with its first checkpoint."""
     for folder in (config.out, config.out / "samples", config.out / "checkpoints"):
         folder.mkdir(parents=True, exist_ok=True)
     write_atomically(config.out / "config.json", config.to_json().encode())

@@ -43,6 +43,7 @@ from rlv2v.translate import translate_clip
 from rlv2v.warmup import warm_up
 
 LOG_EVERY = 10  # steps
+NUM_DIRECTIONS = 4  # of colour space, in domain_gap
 GENERATORS, JUDGES, CRITICS = ("g_x", "g_y", "p_x", "p_y"), ("d_x", "d_y"), ("q_x", "q_y")
 
 
@@ -59,7 +60,8 @@ def train(config: Config) -> None:
     config = prepare_folder(config)
     dataset = open_data(config)
     torch.manual_seed(config.seed)
-    nets, targets, average = (build_nets(config).to(device) for _ in range(3))
+    nets, targets = (build_nets(config).to(device) for _ in range(2))
+    average = build_nets(config, judges=False).to(device)
     learned, judged, critics = (parameters(nets, names) for names in (GENERATORS, JUDGES, CRITICS))
     optimisers = {
         name: AdamW(weights, lr, config.betas, weight_decay=config.weight_decay, fused=True)
@@ -101,7 +103,7 @@ def train(config: Config) -> None:
         # D, G, P = pre-trained; Q' = Q, pi' = pi                                         (Algorithm 1, first lines)
         schedule.seconds = warm_up(nets, dataset, config, device)
         targets.load_state_dict(nets.state_dict())
-        average.load_state_dict(nets.state_dict())
+        average.load_state_dict({key: nets.state_dict()[key] for key in average.state_dict()})
     began = time.monotonic() - schedule.seconds
     snapshot_at = schedule.seconds + config.snapshot_seconds
     run_log = RunLog(config.out, step=schedule.step, seconds=schedule.seconds, total=config.length)
@@ -117,6 +119,9 @@ def train(config: Config) -> None:
             g.train()
             run_log.strip(config.out / "samples" / f"{schedule.step:08d}.png", rows)
 
+    if not config.resume:
+        snapshot()
+    critic_told: dict[str, Tensor] = {}
     with Interrupt() as interrupted, closing(run_log), closing(loader):
         while schedule.progress < 1.0 and not interrupted.by:
             rng = np.random.default_rng([config.seed, schedule.step])
@@ -124,11 +129,12 @@ def train(config: Config) -> None:
             for optimiser in optimisers.values():
                 for group in optimiser.param_groups:
                     group["lr"] = group.setdefault("initial_lr", group["lr"]) * schedule.learning
+            for g in (nets.g_x, nets.g_y):
+                g.mask_gain.fill_(schedule.ramp if config.mask_prior else 1.0)
             length = clips.x.shape[1]
             num_frames = min(config.judge_frames or length, length)
             at = torch.from_numpy(np.sort(rng.permutation(length)[:num_frames]))
-            directions = normalize(torch.from_numpy(rng.standard_normal((3, 8))).float(), dim=0).to(device)
-            told: dict[str, Tensor] = {}
+            directions = normalize(torch.from_numpy(rng.standard_normal((3, NUM_DIRECTIONS))).float(), dim=0).to(device)
 
             # M = m transitions of one clip v: stored with probability eta1, else new       (Algorithm 1, inner loop)
             # critic: minimise mean (y - Q(s, a))^2,  y = r + gamma Q'(s', pi'(s'))           (section 3.3)
@@ -137,16 +143,17 @@ def train(config: Config) -> None:
                 agent = agents["xy"[schedule.step // config.rl_every % 2]]
                 videos = clips.x if agent.domain == "x" else clips.yz
                 batch, recall = agent.gather(videos[rng.integers(len(videos))], rng, schedule.progress)
-                told["loss_q"] = agent.critic_loss(batch, recall)
-                descend(optimisers["critics"], told["loss_q"], critics, 0.0)
+                loss_q = agent.critic_loss(batch, recall)
+                critic_told = {"loss_q": loss_q, "reward": batch.rewards.mean()}
+                descend(optimisers["critics"], loss_q, critics, 0.0)
                 actor = config.rl_weight * agent.actor_loss(batch)
 
             # G and P descend L (eq. 10; reading 6) and climb J = mean Q(s, pi(s))              (section 3.3)
             for judge in (nets.d_x, nets.d_y):
                 judge.requires_grad_(False)
             terms, out, back = generator_losses(nets, clips, config, schedule.gains, at, directions)
-            told |= terms if actor is None else terms | {"actor": actor}
-            told["loss"] = torch.stack([term for name, term in told.items() if name != "loss_q"]).sum()
+            told = terms if actor is None else terms | {"actor": actor}
+            told["loss"] = torch.stack(list(told.values())).sum()
             told["grad"] = descend(optimisers["generators"], told["loss"], learned, config.clip_grad)
             for judge in (nets.d_x, nets.d_y):
                 judge.requires_grad_(True)
@@ -167,10 +174,12 @@ def train(config: Config) -> None:
             # the schedule follows how near the translations have come to the target domain
             with torch.no_grad():
                 gap = domain_gap(out.fake, clips.yz, directions).item()
-                whole_gap = domain_gap(clips.x, clips.yz, directions).item()
-            schedule.advance(time.monotonic() - began, gap, whole_gap)
+                if schedule.step % LOG_EVERY == 0:
+                    schedule.whole_gap = domain_gap(clips.x, clips.yz, directions).item()
+            values = finite(told | critic_told, schedule.step + 1)
+            schedule.advance(time.monotonic() - began, gap)
             if schedule.step % LOG_EVERY == 0 or schedule.step == 1 or schedule.progress >= 1.0:
-                values = finite(told, schedule.step) | {"gap": gap / max(whole_gap, 1e-9), "ramp": schedule.ramp}
+                values |= {"gap": schedule.share, "ramp": schedule.ramp}
                 run_log.write(schedule.step, schedule.seconds, values)
             run_log.advance(schedule.step, schedule.seconds)
             if schedule.seconds >= snapshot_at:

@@ -28,6 +28,7 @@ SHAPING = (
     "patch",
     "head",
     "norm",
+    "chrono",
     "size",
     "frames",
     "augment",
@@ -73,7 +74,8 @@ def learn(nets: Nets, dataset: Dataset, config: Config, device: torch.device) ->
         augment=config.augment,
     )
     optimiser = torch.optim.Adam([*nets.g_y.parameters(), *nets.p_y.parameters()], config.warmup_lr, fused=True)
-    nets.g_y.use_mask = nets.p_y.use_mask = False
+    nets.g_y.mask_gain.zero_()
+    nets.p_y.mask_gain.zero_()
     for _ in tqdm(range(config.warmup_steps), desc="warm-up", unit="step", leave=False):
         clips = Clips.of(next(loader), device, config.per_frame)
         videos = torch.cat((clips.x, clips.yz))
@@ -83,7 +85,7 @@ def learn(nets: Nets, dataset: Dataset, config: Config, device: torch.device) ->
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    nets.g_y.use_mask = nets.p_y.use_mask = True
+    nets.p_y.mask_gain.fill_(1.0)
     loader.close()
 
 

@@ -39,8 +39,9 @@ def lively(net: nn.Module) -> nn.Module:
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.1 * torch.randn_like(p))
-        for buffer in net.buffers():
-            buffer.add_(0.1 * torch.rand_like(buffer))
+        for name, buffer in net.named_buffers():
+            if "running" in name:
+                buffer.add_(0.1 * torch.rand_like(buffer))
     return net
 
 
@@ -181,8 +182,14 @@ def test_the_mask_head_copies_its_input_where_the_mask_says() -> None:
         net.to_rgbm.weight[3] = 0
         net.to_rgbm.bias[3] = 40.0
     torch.testing.assert_close(net(x)[0], x, rtol=0, atol=1e-12)
-    net.use_mask = False
-    assert (net(x)[0] - x).abs().max() > 0.1
+    net.mask_gain.fill_(0.25)
+    quarter, mask, _ = net.run(x)
+    net.mask_gain.fill_(0.0)
+    none = net(x)[0]
+    assert mask is not None
+    torch.testing.assert_close(mask, torch.full_like(mask, 0.25), rtol=0, atol=1e-12)
+    torch.testing.assert_close(quarter, 0.25 * x + 0.75 * none, rtol=0, atol=1e-12)
+    assert (none - x).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("shape", [(B, T), (B, 1)])

@@ -1,4 +1,4 @@
-"""The paper's synthetic dataset, as real video files (RL-V2V-GAN section 6.1; PAPER.md section 1 for the reading).
+"""The paper's synthetic dataset, as real video files (RL-V2V-GAN section 6.1; docs/method.md for the reading).
 
 X = a coloured rectangle moving over black; Y = a circle over a background that is blue (0,0,255) in the first half of
 the clip and red (255,0,0) in the second; Z = rectangles on that background; S = still rectangles on blue or on red.

@@ -20,12 +20,15 @@ class Translator(nn.Module):
         widths: channels after each RPB; the URBs mirror them.
         patch: space-to-depth factor before the first RPB (1: none, as the paper).
         head: "convlstm", a ConvLSTM of 3 channels as the paper, or "mask", an addition:
-            `y = m x + (1 - m) tanh(rgb)` with rgb and m from two convolutions over
-            [pixel-shuffled ConvLSTM output, input frame x].
+            `y = m x + (1 - m) tanh(rgb)` with rgb and m / `mask_gain` from two convolutions over
+            [pixel-shuffled ConvLSTM output, input frame x]. The buffer `mask_gain` in [0,1] limits the copying: at 0
+            nothing is copied, as the warm-up needs, which a copy would satisfy at once.
         norm: "clip" or "batch", see `SequenceNorm`.
         horizon: clip length that the ConvLSTMs' biases are made for (0: biases 0), see `ConvLSTM`.
         head_width: channels of the mask head at full resolution.
     """
+
+    mask_gain: Tensor
 
     def __init__(
         self,
@@ -51,7 +54,7 @@ class Translator(nn.Module):
             URB(c_in, c_skip, c_out, norm, horizon)
             for c_in, c_skip, c_out in zip([widths[-1], *outs], skips, outs, strict=False)
         )
-        self.use_mask = True  # switched off while the warm-up runs, which a copy of the input would satisfy at once
+        self.register_buffer("mask_gain", torch.ones(()))
         if head == "convlstm":
             self.last = ConvLSTM(widths[0], 3, horizon=horizon)
             self.fuse = self.to_rgbm = None
@@ -98,9 +101,7 @@ class Translator(nn.Module):
         y = torch.cat((per_frame(pixel_shuffle, features, self.patch), x), 2)
         y = leaky_relu(per_frame(self.fuse, y), SLOPE)
         rgb, mask = per_frame(self.to_rgbm, y).split((3, 1), 2)
-        mask = mask.sigmoid()
-        if not self.use_mask:
-            return rgb.tanh(), mask
+        mask = self.mask_gain * mask.sigmoid()
         return torch.lerp(rgb.tanh(), x, mask), mask
 
 
