@@ -26,10 +26,11 @@ def run_command(
     A bad flag leaves with 2 by tyro's hand; a `UserError`, a full disk or a refused path with one line on stderr and
     2. Any other exception is a bug and keeps its traceback (exit code 1).
     """
-    name = (sys.modules["__main__"].__spec__.name if sys.modules["__main__"].__spec__ else sys.argv[0]) or "rlv2v"
+    module = sys.modules["__main__"].__spec__
+    name = module.name if module else sys.argv[0]
     try:
         default = tyro.MISSING_NONPROP if start is None else start(sys.argv[1:])
-        main(tyro.cli(args_type, prog=f"python -m {name}", default=default))
+        main(tyro.cli(args_type, prog=f"python -m {name}" if module else f"python {name}", default=default))
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -183,7 +183,7 @@ def mp4_uri(frames: np.ndarray, fps: Fraction) -> str:
 
 def sample_uri(run: Path) -> str | None:
     """The newest strip that training left in RUN/samples, enlarged by whole pixels to at least 640 wide."""
-    strips = sorted((run / "samples").glob("*.png"), key=lambda path: (path.stat().st_mtime, path.name))
+    strips = sorted((run / "samples").glob("*.png"))
     image = cv2.imread(str(strips[-1])) if strips else None
     if image is None:
         return None
