@@ -14,6 +14,7 @@ import torch
 
 from rlv2v.config import Config
 from rlv2v.data.video import probe, read_frames, write_image
+from rlv2v.device import pick_device
 from rlv2v.errors import UserError
 from rlv2v.model import Translator
 from rlv2v.translate import (
@@ -21,7 +22,6 @@ from rlv2v.translate import (
     beside,
     check_paths,
     main,
-    pick_device,
     translate_chunk,
     translate_clip,
     translate_stream,
