@@ -299,3 +299,10 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(data: Path, tmp_pat
 def test_a_loss_that_is_no_number_stops_the_run_by_its_name() -> None:
     with pytest.raises(UserError, match=r"'rc_x' is nan at step 3"):
         finite({"loss": torch.tensor(1.0), "rc_x": torch.tensor(float("nan"))}, 3)
+
+
+def test_without_data_the_synthetic_set_is_written_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(Config.of("tiny", out=Path("run"), steps=1))
+    assert (tmp_path / "data" / "synth-16x4" / "dataset.json").is_file()
+    assert Config.from_json(Path("run/config.json").read_text(), "config").data == Path("data/synth-16x4")
