@@ -94,7 +94,7 @@ class Config:
     contrast: float = 40.0
     """Addition: weight of the local-contrast loss; doubled for G_X."""
     mask_prior: float = 2.0
-    """Addition: weight of the copy mask's prior."""
+    """Addition: weight of the copy mask's prior; 0: the mask stays shut and nothing is copied."""
     colours: float = 3.0
     """Addition: weight of the distance between the colours of translated and target clips, frame index by index."""
     ramp_at: float = 0.3

@@ -130,7 +130,7 @@ def train(config: Config) -> None:
                 for group in optimiser.param_groups:
                     group["lr"] = group.setdefault("initial_lr", group["lr"]) * schedule.learning
             for g in (nets.g_x, nets.g_y):
-                g.mask_gain.fill_(schedule.ramp if config.mask_prior else 1.0)
+                g.mask_gain.fill_(schedule.ramp if config.mask_prior else 0.0)
             length = clips.x.shape[1]
             num_frames = min(config.judge_frames or length, length)
             at = torch.from_numpy(np.sort(rng.permutation(length)[:num_frames]))
