@@ -6,6 +6,8 @@ figures. Everything here works on frames (B,T,3,H,W) in [-1,1].
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, l1_loss
@@ -58,3 +60,16 @@ def domain_gap(a: Tensor, b: Tensor, directions: Tensor, quantiles: int = 64) ->
         return values[..., levels]
 
     return l1_loss(quantile_table(a), quantile_table(b))
+
+
+def gap_floor(target: Tensor, num_other: int, directions: Tensor) -> Tensor:
+    """What `domain_gap` of `num_other` clips of the *same* domain to `target` would be: the halves of `target` tell.
+
+    Two samples of one domain are never at distance 0. The distance between samples of n and m clips falls as
+    sqrt(1/n + 1/m), by which the halves' distance is scaled. 0 for a single clip.
+    """
+    num, half = len(target), len(target) // 2
+    if half == 0:
+        return torch.zeros(())
+    scale = math.sqrt((1 / num_other + 1 / num) / (1 / half + 1 / (num - half)))
+    return scale * domain_gap(target[:half], target[half:], directions)

@@ -9,7 +9,6 @@ from rlv2v.objective import Gains
 
 START = 0.1  # share of the contrast and mask weights before the ramp
 RAMP = 0.2  # progress over which the ramp goes from 0 to 1
-LATEST = 0.6  # progress at which it starts at the latest
 SMOOTH = 0.9  # of the average of the gap
 
 
@@ -18,17 +17,20 @@ class Schedule:
     """The state of a run's schedule; a checkpoint holds it.
 
     Full contrast and mask weights from the first step hold the translation at a copy of its source, and a ramp at a
-    fixed step comes too early or too late on another set or size. So the ramp starts when the translated clips have
-    come near the target domain: their distance to it (`domain_gap`) has fallen below `config.ramp_at` of the
-    distance between the two domains. The same ramp opens the generators' copy mask: open from the first step on, it
-    copies all, and what it copies takes no gradient.
+    fixed step comes too early or too late on another set or size. So the ramp rises while the translated clips are
+    near the target domain: their distance to it (`domain_gap`, less what two samples of one domain differ by) below
+    `config.ramp_at` of the distance between the two domains. It falls while they are not: content terms that pull them
+    back to the source loosen by themselves. The same ramp opens the generators' copy mask: open from the first step
+    on, it copies all, and what it copies takes no gradient.
     """
 
     config: Config
     step: int = 0
     seconds: float = 0.0
     gap: float = 0.0
-    whole_gap: float = 1.0
+    whole_gap: float = 0.0
+    floor: float = 0.0
+    num_measured: int = 0
     ramp: float = 0.0
 
     @property
@@ -51,24 +53,28 @@ class Schedule:
     @property
     def share(self) -> float:
         """How far the translations still are from the target domain: 1 where the source is, 0 when they are there."""
-        return self.gap / max(self.whole_gap, 1e-9)
+        return (self.gap - self.floor) / max(self.whole_gap - self.floor, 1e-9)
+
+    def measure(self, whole_gap: float, floor: float) -> None:
+        """One batch's distance between the domains, and within the target domain (`gap_floor`); they are averaged."""
+        self.num_measured += 1
+        self.whole_gap += (whole_gap - self.whole_gap) / self.num_measured
+        self.floor += (floor - self.floor) / self.num_measured
 
     def advance(self, seconds: float, gap: float) -> None:
-        """Count one step that ended `seconds` into the run, with the translations' distance to the target domain.
-
-        `whole_gap`, the distance between the domains, is set by the caller now and then: it does not change.
-        """
+        """Count one step that ended `seconds` into the run, with the translations' distance to the target domain."""
         self.gap += (1.0 - SMOOTH if self.step else 1.0) * (gap - self.gap)
         before = self.progress
         self.step, self.seconds = self.step + 1, seconds
-        if self.share < self.config.ramp_at or self.progress >= LATEST or self.ramp > 0:
-            self.ramp = min(1.0, self.ramp + (self.progress - before) / RAMP)
+        change = (self.progress - before) / RAMP
+        self.ramp = min(1.0, max(0.0, self.ramp + (change if self.share < self.config.ramp_at else -change)))
 
     def state_dict(self) -> dict[str, float]:
         """Everything but the config."""
-        return {name: getattr(self, name) for name in ("step", "seconds", "gap", "whole_gap", "ramp")}
+        names = ("step", "seconds", "gap", "whole_gap", "floor", "num_measured", "ramp")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
-        self.step = int(self.step)
+        self.step, self.num_measured = int(self.step), int(self.num_measured)

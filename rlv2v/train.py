@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.optim import AdamW
 
-from rlv2v.additions import domain_gap
+from rlv2v.additions import domain_gap, gap_floor
 from rlv2v.checkpoint import build_nets, save_checkpoint, save_translators
 from rlv2v.cli import run_command
 from rlv2v.config import Config
@@ -175,7 +175,8 @@ def train(config: Config) -> None:
             with torch.no_grad():
                 gap = domain_gap(out.fake, clips.yz, directions).item()
                 if schedule.step % LOG_EVERY == 0:
-                    schedule.whole_gap = domain_gap(clips.x, clips.yz, directions).item()
+                    whole_gap = domain_gap(clips.x, clips.yz, directions).item()
+                    schedule.measure(whole_gap, gap_floor(clips.yz, len(clips.x), directions).item())
             values = finite(told | critic_told, schedule.step + 1)
             schedule.advance(time.monotonic() - began, gap)
             if schedule.step % LOG_EVERY == 0 or schedule.step == 1 or schedule.progress >= 1.0:

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
-from rlv2v.additions import contrast_loss, domain_gap, local_contrast, mask_prior
+from rlv2v.additions import contrast_loss, domain_gap, gap_floor, local_contrast, mask_prior
 
 PAIRS = [(0, 1), (1, 0), (1, 1), (1, -1), (0, 3), (3, 0)]
 
@@ -99,3 +99,16 @@ def test_descending_the_domain_gap_brings_the_colours_over() -> None:
         domain_gap(video, target, DIRECTIONS).backward()
         optimiser.step()
     assert domain_gap(video, target, DIRECTIONS).item() < 0.1 * first
+
+
+def test_gap_floor_is_what_two_samples_of_one_domain_differ_by() -> None:
+    torch.manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(3, 4), dim=0)
+
+    def sample(num: int) -> torch.Tensor:
+        return torch.randn(num, 1, 3, 1, 1).expand(-1, 2, -1, 4, 4).contiguous()
+
+    measured = torch.stack([domain_gap(sample(8), sample(8), directions) for _ in range(300)]).mean()
+    predicted = torch.stack([gap_floor(sample(8), 8, directions) for _ in range(300)]).mean()
+    assert predicted == pytest.approx(measured.item(), rel=0.1)
+    assert gap_floor(sample(1), 4, directions) == 0
