@@ -108,8 +108,8 @@ class PyBuffer {
     const auto reward = checked<float>(rewards, "reward", {-1});
     const py::ssize_t count = reward.shape(0);
     const auto position = checked<std::int64_t>(positions, "position", {count});
-    const auto terminal = checked<bool>(terminals, "terminal", {count});
-    const auto end = checked<bool>(ends, "end", {count});
+    const Flags terminal(terminals, "terminal", count);
+    const Flags end(ends, "end", count);
     std::vector<rlv2v::Transition> batch(static_cast<std::size_t>(count));
     std::vector<py::object> kept;  // the memory that the transitions point to
     place(states, "state", true, &rlv2v::Transition::state, batch, kept);
@@ -118,8 +118,8 @@ class PyBuffer {
     for (std::size_t k = 0; k < batch.size(); ++k) {
       batch[k].reward = reward.data()[k];
       batch[k].position = position.data()[k];
-      batch[k].terminal = terminal.data()[k];
-      batch[k].end = end.data()[k];
+      batch[k].terminal = terminal[k];
+      batch[k].end = end[k];
     }
     const py::gil_scoped_release free;
     return buffer_.add(batch);
@@ -210,6 +210,17 @@ class PyBuffer {
   }
 
  private:
+  // One bool a row, or None: all false.
+  struct Flags {
+    Flags(const py::object& value, const char* name, py::ssize_t count) {
+      if (!value.is_none()) array = checked<bool>(value, name, {count});
+      data = value.is_none() ? nullptr : array.data();
+    }
+    bool operator[](std::size_t k) const { return data != nullptr && data[k]; }
+    py::array_t<bool, py::array::c_style> array;
+    const bool* data;
+  };
+
   template <class Real>
   std::size_t update(const py::array_t<std::int64_t, py::array::c_style>& ids, const py::object& priorities) {
     const auto values = checked<Real>(priorities, "priorities", {ids.shape(0)});

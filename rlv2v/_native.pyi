@@ -50,8 +50,8 @@ class ReplayBuffer:
         rewards: Floats,
         true_frames: Frames,
         positions: Ints,
-        terminals: Bools,
-        ends: Bools,
+        terminals: Bools | None,
+        ends: Bools | None,
     ) -> int: ...
     def sample(self, n: int) -> Any: ...
     def sample_into(self, n: int, arrays: tuple[npt.NDArray[Any], ...]) -> None: ...

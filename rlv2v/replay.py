@@ -214,6 +214,12 @@ class PrioritizedReplay:
         (clip, starts, lengths) and (clip, indices) with n starts, lengths and indices, or one for all.
         All of a batch is added, or nothing. Ids count up by one.
         """
+        flags: tuple[Any, ...]
+        if type(state) is type(action) is type(true_frame) is type(reward) is type(position) is np.ndarray:
+            if reward.ndim == 1 and reward.dtype is _F32 and position.dtype is _I64:  # nothing to convert
+                flags = _flag("terminal", terminal, len(reward)), _flag("end", end, len(reward))
+                first = self._native.add(state, action, reward, true_frame, position, *flags)
+                return np.arange(first, first + len(reward))
         rewards = _array(reward)
         one = rewards.ndim == 0
         rewards = _column("reward", rewards, _F32, 1 if one else None)
@@ -233,8 +239,8 @@ class PrioritizedReplay:
     def sample(self, n: int, out: ReplayBatch | None = None) -> ReplayBatch:
         """Draws n transitions, with replacement, into memory that is reused, or into the arrays of `out`.
 
-        A batch belongs to the caller as long as the batch, one of its tensors, or a view of one is alive; only then does
-        its memory serve again (and the same tensors with it), which saves the page faults of fresh memory.
+        A batch belongs to the caller as long as the batch, one of its tensors, or a view of one is alive; its memory (and the
+        same tensors with it) serves again only after that, which saves the page faults of fresh memory.
         out: tensors or arrays of ReplayBatch's shapes and types, on the CPU, C-contiguous.
         """
         if type(n) is not int or not 0 < n <= _NO_BOUND:
@@ -284,7 +290,7 @@ class PrioritizedReplay:
             raise UserError(f"replay state is not one that state_dict() made: {error}") from error
 
     def save(self, path: Path | str) -> None:
-        """Writes `state_dict()` with a checksum beside path and renames it: path is the old file or the whole new one."""
+        """Writes `state_dict()` with a checksum beside path, then renames: path is the old file or the new one."""
         write_state(Path(path), self.state_dict(), tuple(_ARRAYS))
 
     def load(self, path: Path | str) -> None:
@@ -373,13 +379,8 @@ def _column(name: str, value: Any, dtype: np.dtype[Any], count: int | None) -> n
         return array.astype(dtype)
 
 
-@functools.lru_cache(maxsize=8)
-def _all_false(count: int) -> npt.NDArray[np.bool_]:
-    return np.zeros(count, np.bool_)
-
-
-def _flag(name: str, value: Any, count: int) -> npt.NDArray[np.bool_]:
-    return _all_false(count) if value is False else _column(name, value, _BOOL, count)
+def _flag(name: str, value: Any, count: int) -> npt.NDArray[np.bool_] | None:
+    return None if value is False else _column(name, value, _BOOL, count)
 
 
 def _new_batch(frame: tuple[int, ...], max_len: int, pinned: bool, n: int) -> tuple[ReplayBatch, list[int], int]:

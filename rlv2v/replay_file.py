@@ -40,7 +40,7 @@ def write_state(path: Path, state: Mapping[str, Any], arrays: Sequence[str]) -> 
 def read_state(path: Path, arrays: Sequence[str]) -> dict[str, Any]:
     """What `write_state` wrote; UserError for anything else."""
     try:
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in arrays}
         numbers = metadata["state"]

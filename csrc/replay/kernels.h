@@ -25,7 +25,7 @@ struct alignas(64) Node {
 struct Kernels {
   const char* name;
 
-  // out[k] = x[k]^exponent for x[k] 0 or normal, exponent in (0, 1]; 0^exponent = 0, x^1 = x. Relative error below 2^-23.
+  // out[k] = x[k]^exponent for x[k] 0 or normal, exponent in (0, 1]; 0^exponent = 0, x^1 = x. Within one unit of f32's last place.
   void (*power)(const float* x, float* out, std::size_t count, double exponent);
 
   // out[k] = (low / leaves[k])^exponent for 0 < low <= leaves[k]: importance weights, in (0, 1], 1 where leaf = low.

@@ -138,6 +138,21 @@ std::size_t SumTree::bytes_used() const noexcept {
   return bytes;
 }
 
+bool SumTree::same_nodes(const SumTree& other) const {
+  if (levels_.size() != other.levels_.size()) return false;
+  for (std::size_t level = 0; level < levels_.size(); ++level) {
+    if (levels_[level].size() != other.levels_[level].size()) return false;
+    for (std::size_t index = 0; index < levels_[level].size(); ++index) {
+      const Node& mine = levels_[level][index];
+      const Node& theirs = other.levels_[level][index];
+      if (std::memcmp(mine.prefix, theirs.prefix, sizeof mine.prefix) != 0) return false;
+      if (std::memcmp(mine.sum, theirs.sum, sizeof mine.sum) != 0) return false;
+      if (std::memcmp(mine.high, theirs.high, sizeof mine.high) != 0) return false;
+    }
+  }
+  return true;
+}
+
 bool SumTree::consistent() const {
   for (std::size_t level = 0; level < levels_.size(); ++level) {
     for (std::size_t index = 0; index < levels_[level].size(); ++index) {

@@ -54,8 +54,10 @@ class SumTree {
   // Precondition: total() > 0.
   void find(double* point, std::uint32_t* index, float* value, std::size_t count) const noexcept;
 
-  // True when every node equals its children's sum and minimum, bit for bit.
+  // True when every node equals its children's sums and minima, bit for bit.
   bool consistent() const;
+  // True when the nodes of both trees are the same, bit for bit.
+  bool same_nodes(const SumTree& other) const;
 
  private:
   // Marks a child as changed; lists its node once, and returns how many are listed.
