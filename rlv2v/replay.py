@@ -2,8 +2,8 @@
 
     P(i) = p_i^alpha / sum_j p_j^alpha;   weight_i = (N P(i))^-beta / max_j (N P(j))^-beta
 Source: RL-V2V-GAN Algorithm 1 (the buffer B, alpha = 0); Schaul et al. 2016, arXiv:1511.05952, eq. 1 and section 3.4.
-A frame is stored once however many states contain it. One process owns a buffer; any mix of its threads may call it, and
-samplers run side by side. Under torchrun each rank has a buffer of its own, with a seed of its own.
+A frame is stored once however many states contain it. One process owns a buffer; any mix of its threads may call it,
+and samplers run side by side. Under torchrun each rank has a buffer of its own, with a seed of its own.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class ReplayBatch(NamedTuple):
     A state's frames come first, zeros follow up to L; the next state is the state with the action appended, so that its
     length is `lengths + 1`. `weights` are the importance weights of the module's formula, in (0, 1].
 
-    Over n steps, `rewards` are sums r_i + gamma r_{i+1} + ..., `next_states`, `next_lengths` and `terminals` those of the
-    last step, and `discounts` gamma^m for the m <= n steps that the episode had: y = rewards + discounts * Q'(next).
+    Over n steps, `rewards` are sums r_i + gamma r_{i+1} + ..., `next_states`, `next_lengths` and `terminals` those of
+    the last step, `discounts` gamma^m for the m <= n steps that the episode had: y = rewards + discounts * Q'(next).
     """
 
     states: torch.Tensor  # uint8 (n, L, *F)
@@ -104,11 +104,11 @@ class PrioritizedReplay:
     seed: draw k ever made depends on (seed, k) alone.
     max_bytes: bound on the memory of frames, clips included; the oldest transitions go early to keep it. None: no bound
     but the capacity.
-    storage: where frames live, "memory" or "mmap": a scratch file at `path`, which must not exist and is unlinked at once,
-    so that nothing stays behind. Its blocks are set aside as it grows: a full disk is an OSError from add, never a crash.
+    storage: where frames live, "memory" or "mmap": a scratch file at `path`, which must not exist and is unlinked at
+    once, so that nothing stays behind. Its blocks are set aside as it grows: a full disk is an OSError from add.
     n_step, gamma: returns over n transitions added one after the other; see ReplayBatch.
-    ring: how many batches' memory is kept for reuse by `sample`. pin_memory: page-locked outputs; None: when this process
-    uses CUDA.
+    ring: how many batches' memory is kept for reuse by `sample`. pin_memory: page-locked outputs; None: when this
+    process uses CUDA.
 
     A new transition gets the largest priority seen so far (at first 1). Mistakes raise ValueError, or IndexError for an
     id never given out or a frame outside its clip, and leave the buffer as it was.
@@ -208,18 +208,22 @@ class PrioritizedReplay:
 
         state: uint8 (p, *F), 1 <= p <= max_len, or (clip, start, p): frames start .. start + p - 1 of a clip.
         action, true_frame: uint8 F, or (clip, index).
-        terminal: there is no next state to bootstrap from. end: the next transition added is of another episode (as after
-        a terminal one, but with a next state that counts).
-        position, terminal, end: one for all, or n. In a batch, state, action and true_frame are arrays or sequences of n, or
-        (clip, starts, lengths) and (clip, indices) with n starts, lengths and indices, or one for all.
+        terminal: there is no next state to bootstrap from. end: the next transition added is of another episode (as
+        after a terminal one, but with a next state that counts).
+        position, terminal, end: one for all, or n. In a batch, state, action and true_frame are arrays or sequences of
+        n, or (clip, starts, lengths) and (clip, indices) with n starts, lengths and indices, or one for all.
         All of a batch is added, or nothing. Ids count up by one.
         """
         flags: tuple[Any, ...]
-        if type(state) is type(action) is type(true_frame) is type(reward) is type(position) is np.ndarray:
-            if reward.ndim == 1 and reward.dtype is _F32 and position.dtype is _I64:  # nothing to convert
-                flags = _flag("terminal", terminal, len(reward)), _flag("end", end, len(reward))
-                first = self._native.add(state, action, reward, true_frame, position, *flags)
-                return np.arange(first, first + len(reward))
+        frames: tuple[Any, Any, Any] = (state, action, true_frame)
+        whole = type(state) is type(action) is type(true_frame) is np.ndarray
+        if whole and type(reward) is np.ndarray and type(position) is np.ndarray and reward.ndim == 1:
+            if reward.dtype is not _F32 or position.dtype is not _I64:
+                reward = _column("reward", reward, _F32, None)
+                position = _column("position", position, _I64, len(reward))
+            flags = _flag("terminal", terminal, len(reward)), _flag("end", end, len(reward))
+            first = self._native.add(*frames[:2], reward, frames[2], position, *flags)
+            return np.arange(first, first + len(reward))
         rewards = _array(reward)
         one = rewards.ndim == 0
         rewards = _column("reward", rewards, _F32, 1 if one else None)
@@ -239,8 +243,8 @@ class PrioritizedReplay:
     def sample(self, n: int, out: ReplayBatch | None = None) -> ReplayBatch:
         """Draws n transitions, with replacement, into memory that is reused, or into the arrays of `out`.
 
-        A batch belongs to the caller as long as the batch, one of its tensors, or a view of one is alive; its memory (and the
-        same tensors with it) serves again only after that, which saves the page faults of fresh memory.
+        A batch belongs to the caller as long as the batch, one of its tensors, or a view of one is alive; its memory
+        (and the same tensors with it) serves again only after that, which saves the page faults of fresh memory.
         out: tensors or arrays of ReplayBatch's shapes and types, on the CPU, C-contiguous.
         """
         if type(n) is not int or not 0 < n <= _NO_BOUND:
@@ -352,7 +356,7 @@ def _array(value: Any) -> npt.NDArray[Any]:
     if isinstance(value, np.ndarray):
         return value
     if isinstance(value, torch.Tensor):
-        return value.detach().cpu().numpy()
+        return value.numpy(force=True)
     return np.from_dlpack(value) if hasattr(value, "__dlpack__") else np.asarray(value)
 
 

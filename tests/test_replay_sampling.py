@@ -137,7 +137,7 @@ def test_small_priorities_are_reached() -> None:
 
 @pytest.mark.parametrize("where", [0, 1, 17, 500, 1022, 1023])
 def test_a_leaf_of_2_to_the_minus_45_is_drawn(where: int) -> None:
-    """It spans 2^8 of the generator's 2^53 points; the seed whose first draw falls there is found by inverting SplitMix64."""
+    """It spans 2^8 of the generator's 2^53 points; inverting SplitMix64 gives a seed whose first draw falls there."""
     priorities = np.full(1024, 1.0)
     priorities[where] = 2.0**-35
     total = priorities.sum()

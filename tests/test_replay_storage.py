@@ -1,4 +1,4 @@
-"""Memory that serves again, outputs that the caller gives, frames in a file, and files that outlive a kill at any time."""
+"""Memory that serves again, outputs that the caller gives, frames in a file, and files that survive a kill."""
 
 from __future__ import annotations
 
