@@ -15,9 +15,9 @@ import importlib
 import json
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -223,7 +223,7 @@ def available() -> tuple[list[str], dict[str, str]]:
     for name, module in (
         ("cpprb", "cpprb"),
         ("tianshou", "tianshou.data"),
-        ("torchrl", "torchrl.data"),
+        ("torchrl", "torchrl._torchrl"),
         ("reverb", "reverb"),
     ):
         try:
@@ -366,19 +366,16 @@ def memory_rows(quick: bool) -> list[dict[str, Any]]:
 def threads_row(case: str, replay: PrioritizedReplay, rounds: int, repeats: int) -> dict[str, Any]:
     """Rate of two sampling threads over that of one, `rounds` samples of 256 each; medians of alternating runs."""
 
+    def work() -> None:
+        for _ in range(rounds):
+            batch = replay.sample(DRAWN)  # held until the next is there, as a learner does
+        del batch
+
     def run(threads: int) -> float:
-        outs = [replay.sample(DRAWN) for _ in range(threads)]
-
-        def work(out: Any) -> None:
-            for _ in range(rounds):
-                replay.sample(DRAWN, out=out)
-
-        workers = [threading.Thread(target=work, args=(out,)) for out in outs]
         began = time.perf_counter()
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+        with ThreadPoolExecutor(threads) as pool:
+            for done in [pool.submit(work) for _ in range(threads)]:
+                done.result()
         return threads * rounds / (time.perf_counter() - began)
 
     rates = [(run(1), run(2)) for _ in range(repeats)]

@@ -74,16 +74,18 @@ std::vector<T> copied(const py::dict& state, const char* name, const Shape& shap
 
 // Arrays of one sample: where the core writes, and the Python batch that owns the memory.
 struct Slot {
-  py::object batch;     // a tuple of tensors over one storage
-  py::object storage;   // that storage's address, as torch counts its users
+  py::object batch;    // a tuple of tensors over one storage
+  py::object sharing;  // the same with the states as a view of the next states
+  py::object storage;  // that storage's address, as torch counts its users
   std::size_t rows;
-  py::ssize_t users;    // of the storage, by the batch alone
+  py::ssize_t users;                   // of the storage, by these tuples alone
+  std::vector<Py_ssize_t> references;  // to each tensor of either tuple, by these tuples alone
   rlv2v::SampleOut out;
 };
 
 class PyBuffer {
  public:
-  // make_batch(n) -> (tuple of tensors, their addresses, storage); count_users(storage) -> int.
+  // make_batch(n) -> (tuple of tensors, the same with shared states, addresses, storage); count_users(storage) -> int.
   PyBuffer(std::size_t capacity, Shape frame_shape, std::size_t max_len, double alpha, double beta, bool stratified,
            std::uint64_t seed, std::size_t max_bytes, std::size_t n_step, double gamma, const std::string& path,
            std::size_t ring, py::object make_batch, py::object count_users)
@@ -127,11 +129,12 @@ class PyBuffer {
 
   py::object sample(std::size_t n) {
     const Slot slot = free_slot(n);  // a copy: the reference tells other threads that it is in use
+    bool shared = false;
     {
       const py::gil_scoped_release free;
-      buffer_.sample(n, slot.out);
+      shared = buffer_.sample(n, slot.out, true);
     }
-    return slot.batch;
+    return shared ? slot.sharing : slot.batch;
   }
 
   void sample_into(std::size_t n, const py::tuple& arrays) {
@@ -244,26 +247,41 @@ class PyBuffer {
     for (const Slot& slot : ring_) {
       if (slot.rows == n && is_free(slot)) return slot;
     }
-    const auto made = make_batch_(n).cast<py::tuple>();
-    Slot slot{made[0], made[2], n, 0, {}};
-    const auto at = made[1].cast<std::vector<std::uintptr_t>>();
+    auto made = make_batch_(n).cast<py::tuple>();
+    Slot slot{made[0], made[1], made[3], n, 0, {}, {}};
+    const auto at = made[2].cast<std::vector<std::uintptr_t>>();
     slot.out = {reinterpret_cast<std::uint8_t*>(at[0]), reinterpret_cast<std::int64_t*>(at[1]),
                 reinterpret_cast<std::uint8_t*>(at[2]), reinterpret_cast<float*>(at[3]),
                 reinterpret_cast<std::uint8_t*>(at[4]), reinterpret_cast<std::int64_t*>(at[5]),
                 reinterpret_cast<float*>(at[6]),        reinterpret_cast<std::uint8_t*>(at[7]),
                 reinterpret_cast<std::int64_t*>(at[8]), reinterpret_cast<bool*>(at[9]),
                 reinterpret_cast<std::int64_t*>(at[10]), reinterpret_cast<float*>(at[11])};
+    made = py::tuple();  // its references are not to be counted
     slot.users = count_users_(slot.storage).cast<py::ssize_t>();
+    for_tensors(slot, [&slot](PyObject* tensor) {
+      slot.references.push_back(Py_REFCNT(tensor));
+      return true;
+    });
     if (ring_.size() == ring_size_ && ring_size_ > 0) ring_.erase(ring_.begin());
     if (ring_size_ > 0) ring_.push_back(slot);
     return slot;
   }
 
-  bool is_free(const Slot& slot) const {
-    if (slot.batch.ref_count() > 1) return false;
-    for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(slot.batch.ptr()); ++k) {
-      if (Py_REFCNT(PyTuple_GET_ITEM(slot.batch.ptr(), k)) > 1) return false;
+  // False as soon as the call is.
+  template <class Call>
+  static bool for_tensors(const Slot& slot, const Call& call) {
+    for (PyObject* tuple : {slot.batch.ptr(), slot.sharing.ptr()}) {
+      for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(tuple); ++k) {
+        if (!call(PyTuple_GET_ITEM(tuple, k))) return false;
+      }
     }
+    return true;
+  }
+
+  bool is_free(const Slot& slot) const {
+    if (slot.batch.ref_count() > 1 || slot.sharing.ref_count() > 1) return false;
+    std::size_t at = 0;
+    if (!for_tensors(slot, [&](PyObject* tensor) { return Py_REFCNT(tensor) == slot.references[at++]; })) return false;
     return count_users_(slot.storage).cast<py::ssize_t>() <= slot.users;
   }
 

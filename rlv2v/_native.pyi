@@ -38,7 +38,7 @@ class ReplayBuffer:
         gamma: float,
         path: str,
         ring: int,
-        make_batch: Callable[[int], tuple[tuple[Any, ...], list[int], int]],
+        make_batch: Callable[[int], tuple[tuple[Any, ...], tuple[Any, ...], list[int], int]],
         count_users: Callable[[int], int],
     ) -> None: ...
     def put_clip(self, frames: Bytes) -> int: ...

@@ -245,6 +245,8 @@ class PrioritizedReplay:
 
         A batch belongs to the caller as long as the batch, one of its tensors, or a view of one is alive; its memory
         (and the same tensors with it) serves again only after that, which saves the page faults of fresh memory.
+        Where every state that the buffer holds is full (max_len frames) and n_step is 1, `states` is a view of the
+        first max_len frames of `next_states`, which halves what is written.
         out: tensors or arrays of ReplayBatch's shapes and types, on the CPU, C-contiguous.
         """
         if type(n) is not int or not 0 < n <= _NO_BOUND:
@@ -387,8 +389,14 @@ def _flag(name: str, value: Any, count: int) -> npt.NDArray[np.bool_] | None:
     return None if value is False else _column(name, value, _BOOL, count)
 
 
-def _new_batch(frame: tuple[int, ...], max_len: int, pinned: bool, n: int) -> tuple[ReplayBatch, list[int], int]:
-    """An empty batch over one storage: (batch, its tensors' addresses, the storage as torch counts its users)."""
+def _new_batch(
+    frame: tuple[int, ...], max_len: int, pinned: bool, n: int
+) -> tuple[ReplayBatch, ReplayBatch, list[int], int]:
+    """An empty batch over one storage.
+
+    Returns the batch, the same with the states as a view of the next states, the addresses of its tensors, and the
+    storage as torch counts its users.
+    """
     real, whole, byte = torch.float32, torch.int64, torch.uint8
     parts = {
         "states": (byte, (n, max_len, *frame)),
@@ -411,8 +419,10 @@ def _new_batch(frame: tuple[int, ...], max_len: int, pinned: bool, n: int) -> tu
     for name, (dtype, shape) in parts.items():
         tensors[name] = storage[at : at + sizes[name]].view(dtype).view(shape)
         at += -(-sizes[name] // line) * line
+    batch = ReplayBatch(**tensors)
     return (
-        ReplayBatch(**tensors),
+        batch,
+        batch._replace(states=batch.next_states[:, :max_len]),
         [tensor.data_ptr() for tensor in tensors.values()],
         storage.untyped_storage()._cdata,
     )

@@ -43,9 +43,26 @@ def test_memory_serves_again_only_when_nothing_refers_to_it() -> None:
         assert torch.equal(row, twin.sample(4).states[0])
 
 
+def test_full_states_are_a_view_of_the_next_states() -> None:
+    replay, twin = PrioritizedReplay(4, FRAME, 2), PrioritizedReplay(4, FRAME, 2)
+    rng = np.random.default_rng(0)
+    for length, shared in ((2, True), (2, True), (1, False), (2, False), (2, False), (2, False), (2, True)):
+        frames = rng.integers(0, 256, (length + 2, *FRAME), np.uint8)
+        for buffer in (replay, twin):
+            buffer.add(state=frames[:length], action=frames[-1], reward=0.0, true_frame=frames[-2], position=0)
+        batch = replay.sample(6)
+        out = ReplayBatch(*(torch.empty(part.shape, dtype=part.dtype) for part in batch))
+        assert all(torch.equal(a, b) for a, b in zip(batch, twin.sample(6, out=out), strict=True))
+        assert (batch.states.data_ptr() == batch.next_states.data_ptr()) is shared
+        held = batch.states
+        del batch
+        assert replay.sample(6).states.data_ptr() not in (held.data_ptr(), 0)
+        twin.sample(6)
+
+
 def test_samples_go_into_the_callers_arrays() -> None:
     replay, twin = filled(), filled()
-    out = ReplayBatch(*(torch.empty_like(part) for part in twin.sample(5)))
+    out = ReplayBatch(*(torch.empty(part.shape, dtype=part.dtype) for part in twin.sample(5)))
     replay.sample(5)
     assert replay.sample(5, out=out) is out
     expected = twin.sample(5)

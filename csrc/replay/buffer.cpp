@@ -171,6 +171,7 @@ std::uint64_t Buffer::add(const std::vector<Transition>& batch) {
     row.length = static_cast<std::uint32_t>(transition.state.length) & 0x3fffffffU;
     row.terminal = transition.terminal ? 1U : 0U;
     row.end = transition.end ? 1U : 0U;
+    if (row.length < config_.max_len) ++store_.num_short;
     store_.priorities[where] = store_.max_priority;
     store_.tree.set(where, leaf);
     ++store_.next_id;
@@ -185,6 +186,7 @@ void Buffer::evict_oldest() noexcept {
   const std::size_t where = slot(store_.oldest_id++);
   const Row& row = store_.row(where);
   for (std::size_t k = 0; k < row.num_frames(); ++k) store_.arena.release(row.frames()[k]);
+  if (row.length < config_.max_len) --store_.num_short;
   store_.tree.set(where, 0.0F);
 }
 
@@ -290,9 +292,11 @@ BufferStats Buffer::stats() const {
 bool Buffer::consistent() const {
   const ReadLock lock(lock_);
   std::unordered_map<FrameId, std::uint32_t> held;
+  std::size_t num_short = 0;
   for (std::uint64_t id = store_.oldest_id; id < store_.next_id; ++id) {
     const Row& row = store_.row(slot(id));
     for (std::size_t k = 0; k < row.num_frames(); ++k) ++held[row.frames()[k]];
+    if (row.length < config_.max_len) ++num_short;
     float leaf = 0.0F;
     leaves_of(&store_.priorities[slot(id)], &leaf, 1, config_.alpha);
     if (store_.tree.leaf(slot(id)) != leaf) return false;
@@ -300,7 +304,7 @@ bool Buffer::consistent() const {
   for (const auto& clip : store_.clips) {
     for (const FrameId frame : clip.second) ++held[frame];
   }
-  if (held.size() != store_.arena.num_alive()) return false;
+  if (held.size() != store_.arena.num_alive() || num_short != store_.num_short) return false;
   for (const auto& frame : held) {
     if (store_.arena.references(frame.first) != frame.second) return false;
   }

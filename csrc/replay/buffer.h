@@ -124,7 +124,9 @@ class Buffer {
 
   // Adds all or none; returns the first id, the others follow. Evicts the oldest where capacity or memory wants it.
   std::uint64_t add(const std::vector<Transition>& batch);
-  void sample(std::size_t n, const SampleOut& out);
+  // may_share: where every state kept is full and n_step is 1, leave out.states alone and return true: the states are the
+  // first L frames of the next states. Half the memory traffic of a batch of video.
+  bool sample(std::size_t n, const SampleOut& out, bool may_share = false);
   // Returns how many ids were stale (evicted since), and so ignored. The last of a repeated id wins.
   // Real: float or double.
   template <class Real>
@@ -172,6 +174,7 @@ class Buffer {
     PageArray<float> priorities;  // by slot, before alpha
     std::unordered_map<ClipId, std::vector<FrameId>> clips;
     std::size_t num_clip_frames = 0;
+    std::size_t num_short = 0;  // transitions with a state of less than max_len frames
     std::uint64_t oldest_id = 0;
     std::uint64_t next_id = 0;
     std::uint64_t stale = 0;
@@ -185,8 +188,12 @@ class Buffer {
   void check_memory(std::size_t num_new) const;
   void place(const Window& window, FrameId* out) noexcept;
   void evict_oldest() noexcept;
-  void draw(std::size_t n, std::uint64_t first_draw, const SampleOut& out) const noexcept;
-  void write(std::size_t k, std::size_t slot, std::uint64_t id, bool streamed, const SampleOut& out) const noexcept;
+  struct How {
+    bool streamed;  // past the caches
+    bool shared;    // states within next_states
+  };
+  void draw(std::size_t n, std::uint64_t first_draw, bool shared, const SampleOut& out) const noexcept;
+  void write(std::size_t k, std::size_t slot, std::uint64_t id, How how, const SampleOut& out) const noexcept;
   void check_contents(const Contents& contents) const;
 
   mutable FairLock lock_;

@@ -137,6 +137,7 @@ void Buffer::load(const Contents& contents) {
       row.frames()[j] = ids[static_cast<std::size_t>(contents.table[k * columns + j])];
       fresh.arena.retain(row.frames()[j]);
     }
+    if (row.length < config_.max_len) ++fresh.num_short;
     fresh.priorities[where] = contents.priorities[k];
     float leaf = 0.0F;
     leaves_of(&contents.priorities[k], &leaf, 1, contents.alpha);

@@ -17,17 +17,19 @@ bool aligned(const void* pointer) { return reinterpret_cast<std::uintptr_t>(poin
 
 }  // namespace
 
-void Buffer::sample(std::size_t n, const SampleOut& out) {
+bool Buffer::sample(std::size_t n, const SampleOut& out, bool may_share) {
   const ReadLock lock(lock_);
   if (n < 1) throw std::invalid_argument("replay: sample must draw at least 1 transition, got 0");
   if (store_.next_id == store_.oldest_id) {
     throw std::invalid_argument("replay: sample needs at least 1 transition, the buffer is empty");
   }
   if (store_.tree.total() <= 0.0) throw std::invalid_argument("replay: sample needs a priority above 0, all are 0");
-  draw(n, sampled_.fetch_add(n), out);
+  const bool shared = may_share && config_.n_step == 1 && store_.num_short == 0;
+  draw(n, sampled_.fetch_add(n), shared, out);
+  return shared;
 }
 
-void Buffer::draw(std::size_t n, std::uint64_t first_draw, const SampleOut& out) const noexcept {
+void Buffer::draw(std::size_t n, std::uint64_t first_draw, bool shared, const SampleOut& out) const noexcept {
   const Draws draws(config_.seed);
   const double total = store_.tree.total();
   const auto low = static_cast<double>(store_.tree.least_positive());
@@ -56,12 +58,12 @@ void Buffer::draw(std::size_t n, std::uint64_t first_draw, const SampleOut& out)
     for (std::size_t k = 0; k < count; ++k) {
       const std::size_t where = slots[k];
       const std::size_t age = where >= oldest_slot ? where - oldest_slot : where + config_.capacity - oldest_slot;
-      write(first + k, where, store_.oldest_id + age, streamed, out);
+      write(first + k, where, store_.oldest_id + age, {streamed, shared}, out);
     }
   }
 }
 
-void Buffer::write(std::size_t k, std::size_t where, std::uint64_t id, bool streamed, const SampleOut& out) const noexcept {
+void Buffer::write(std::size_t k, std::size_t where, std::uint64_t id, How how, const SampleOut& out) const noexcept {
   const std::size_t bytes = config_.frame_bytes;
   const std::size_t len = config_.max_len;
   const Row& row = store_.row(where);
@@ -79,7 +81,7 @@ void Buffer::write(std::size_t k, std::size_t where, std::uint64_t id, bool stre
 
   const Kernels& run = kernels();
   const auto copy = [&](std::uint8_t* to, FrameId frame) {
-    if (streamed) {
+    if (how.streamed) {
       run.stream(to, store_.arena.data(frame), bytes);
     } else {
       copy_bytes(to, store_.arena.data(frame), bytes);
@@ -94,18 +96,19 @@ void Buffer::write(std::size_t k, std::size_t where, std::uint64_t id, bool stre
   const FrameId* next_frames = last->frames();
   copy(out.actions + k * bytes, frames[0]);
   copy(out.true_frames + k * bytes, frames[1]);
-  for (std::size_t j = 0; j < row.length; ++j) {
-    if (streamed && last == &row) {
+  const bool together = how.streamed && !how.shared && last == &row;
+  for (std::size_t j = 0; j < row.length && !how.shared; ++j) {
+    if (together) {
       run.stream_two(state + j * bytes, next_state + j * bytes, store_.arena.data(frames[2 + j]), bytes);
     } else {
       copy(state + j * bytes, frames[2 + j]);
     }
   }
-  if (!streamed || last != &row) {
+  if (!together) {
     for (std::size_t j = 0; j < last->length; ++j) copy(next_state + j * bytes, next_frames[2 + j]);
   }
   copy(next_state + last->length * bytes, next_frames[0]);
-  clear(state, row.length, len);
+  if (!how.shared) clear(state, row.length, len);
   clear(next_state, last->length + std::size_t{1}, len + 1);
   out.lengths[k] = row.length;
   out.rewards[k] = static_cast<float>(reward);
