@@ -414,7 +414,9 @@ def _new_batch(
     }
     sizes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in parts.items()}
     line = 64  # each part begins on a cache line
-    storage = torch.empty(sum(size + line for size in sizes.values()) + line, dtype=byte, pin_memory=pinned)
+    total = sum(size + line for size in sizes.values()) + line
+    # numpy asks for large pages where memory is large.
+    storage = torch.empty(total, dtype=byte, pin_memory=True) if pinned else torch.from_numpy(np.empty(total, np.uint8))
     at, tensors = -storage.data_ptr() % line, {}
     for name, (dtype, shape) in parts.items():
         tensors[name] = storage[at : at + sizes[name]].view(dtype).view(shape)
