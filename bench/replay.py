@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import re
 import statistics
 import tempfile
 import time
@@ -229,7 +230,8 @@ def available() -> tuple[list[str], dict[str, str]]:
         try:
             importlib.import_module(module)
         except Exception as error:
-            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            said = re.sub(r"/\S*/", "", str(error).splitlines()[0])  # without the folders of this machine
+            missing[name] = f"{type(error).__name__}: {said}"
         else:
             if name in MAKERS:
                 names.append(name)
