@@ -7,10 +7,12 @@
 #include <cstdint>
 #include <new>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
 #include "replay/buffer.h"
+#include "replay/checksum.h"
 
 namespace py = pybind11;
 
@@ -32,6 +34,14 @@ std::string describe(const Shape& shape) {
 // The array as C-contiguous T of the shape (-1: any length), copied only when its memory is laid out otherwise.
 template <class T>
 py::array_t<T, py::array::c_style> checked(const py::handle& value, const char* name, const Shape& shape) {
+  if (py::array_t<T, py::array::c_style>::check_(value)) {  // as it is in nearly every call, for a few nanoseconds
+    const auto array = py::reinterpret_borrow<py::array_t<T, py::array::c_style>>(value);
+    bool fits = static_cast<std::size_t>(array.ndim()) == shape.size();
+    for (std::size_t k = 0; fits && k < shape.size(); ++k) {
+      fits = shape[k] < 0 || array.shape(static_cast<py::ssize_t>(k)) == shape[k];
+    }
+    if (fits) return array;
+  }
   const auto expected = [&] {
     return "replay: " + std::string(name) + " must be " + py::str(py::dtype::of<T>()).cast<std::string>() + " " +
            describe(shape) + ", got ";
@@ -62,11 +72,28 @@ std::vector<T> copied(const py::dict& state, const char* name, const Shape& shap
   return std::vector<T>(array.data(), array.data() + array.size());
 }
 
+// Arrays of one sample: where the core writes, and the Python batch that owns the memory.
+struct Slot {
+  py::object batch;    // a tuple of tensors over one storage
+  py::object sharing;  // the same with the states as a view of the next states
+  py::object storage;  // that storage's address, as torch counts its users
+  std::size_t rows;
+  py::ssize_t users;                   // of the storage, by these tuples alone
+  std::vector<Py_ssize_t> references;  // to each tensor of either tuple, by these tuples alone
+  rlv2v::SampleOut out;
+};
+
 class PyBuffer {
  public:
+  // make_batch(n) -> (tuple of tensors, the same with shared states, addresses, storage); count_users(storage) -> int.
   PyBuffer(std::size_t capacity, Shape frame_shape, std::size_t max_len, double alpha, double beta, bool stratified,
-           std::uint64_t seed, std::size_t max_bytes)
-      : frame_shape_(std::move(frame_shape)), buffer_(config(capacity, max_len, alpha, beta, stratified, seed, max_bytes)) {}
+           std::uint64_t seed, std::size_t max_bytes, std::size_t n_step, double gamma, const std::string& path,
+           std::size_t ring, py::object make_batch, py::object count_users)
+      : frame_shape_(std::move(frame_shape)),
+        ring_size_(ring),
+        make_batch_(std::move(make_batch)),
+        count_users_(std::move(count_users)),
+        buffer_({capacity, frame_bytes(), max_len, max_bytes / frame_bytes(), alpha, beta, stratified, seed, n_step, gamma, path}) {}
 
   Buffer& core() { return buffer_; }
 
@@ -76,54 +103,63 @@ class PyBuffer {
     return buffer_.put_clip(array.data(), static_cast<std::size_t>(array.shape(0)));
   }
 
-  std::uint64_t add(const py::list& states, const py::list& actions, const py::object& rewards,
-                    const py::list& true_frames, const py::object& positions, const py::object& terminals) {
-    const auto count = static_cast<py::ssize_t>(states.size());
-    expect_count(actions, "action", states.size());
-    expect_count(true_frames, "true_frame", states.size());
-    const auto reward = checked<float>(rewards, "reward", {count});
+  // states, actions, true frames: one array for all rows, (clip, starts (n), lengths (n)), or a list of n single ones.
+  std::uint64_t add(const py::object& states, const py::object& actions, const py::object& rewards,
+                    const py::object& true_frames, const py::object& positions, const py::object& terminals,
+                    const py::object& ends) {
+    const auto reward = checked<float>(rewards, "reward", {-1});
+    const py::ssize_t count = reward.shape(0);
     const auto position = checked<std::int64_t>(positions, "position", {count});
-    const auto terminal = checked<bool>(terminals, "terminal", {count});
-    std::vector<py::array> kept;  // the memory that the transitions point to
-    std::vector<rlv2v::Transition> batch;
-    for (py::ssize_t k = 0; k < count; ++k) {
-      const auto at = static_cast<std::size_t>(k);
-      batch.push_back({window(states[at], "state", true, kept), window(actions[at], "action", false, kept),
-                       window(true_frames[at], "true_frame", false, kept), reward.at(k), position.at(k), terminal.at(k)});
+    const Flags terminal(terminals, "terminal", count);
+    const Flags end(ends, "end", count);
+    std::vector<rlv2v::Transition> batch(static_cast<std::size_t>(count));
+    std::vector<py::object> kept;  // the memory that the transitions point to
+    place(states, "state", true, &rlv2v::Transition::state, batch, kept);
+    place(actions, "action", false, &rlv2v::Transition::action, batch, kept);
+    place(true_frames, "true_frame", false, &rlv2v::Transition::true_frame, batch, kept);
+    for (std::size_t k = 0; k < batch.size(); ++k) {
+      batch[k].reward = reward.data()[k];
+      batch[k].position = position.data()[k];
+      batch[k].terminal = terminal[k];
+      batch[k].end = end[k];
     }
     const py::gil_scoped_release free;
     return buffer_.add(batch);
   }
 
-  py::tuple sample(std::size_t n) {
-    const auto rows = static_cast<py::ssize_t>(n);
-    const auto len = static_cast<py::ssize_t>(buffer_.max_len());
-    py::array_t<std::uint8_t> states(window_shape(rows, len));
-    py::array_t<std::int64_t> lengths(rows);
-    py::array_t<std::uint8_t> actions(batch_shape(rows));
-    py::array_t<float> rewards(rows);
-    py::array_t<std::uint8_t> next_states(window_shape(rows, len + 1));
-    py::array_t<std::uint8_t> true_frames(batch_shape(rows));
-    py::array_t<std::int64_t> positions(rows);
-    py::array_t<bool> terminals(rows);
-    py::array_t<std::int64_t> ids(rows);
-    py::array_t<float> weights(rows);
-    const rlv2v::SampleOut out{states.mutable_data(),    lengths.mutable_data(),     actions.mutable_data(),
-                               rewards.mutable_data(),   next_states.mutable_data(), true_frames.mutable_data(),
-                               positions.mutable_data(), terminals.mutable_data(),   ids.mutable_data(),
-                               weights.mutable_data()};
+  py::object sample(std::size_t n) {
+    const Slot slot = free_slot(n);  // a copy: the reference tells other threads that it is in use
+    bool shared = false;
     {
       const py::gil_scoped_release free;
-      buffer_.sample(n, out);
+      shared = buffer_.sample(n, slot.out, true);
     }
-    return py::make_tuple(states, lengths, actions, rewards, next_states, true_frames, positions, terminals, ids, weights);
+    return shared ? slot.sharing : slot.batch;
+  }
+
+  void sample_into(std::size_t n, const py::tuple& arrays) {
+    const auto rows = static_cast<py::ssize_t>(n);
+    const auto len = static_cast<py::ssize_t>(buffer_.max_len());
+    const rlv2v::SampleOut out{given<std::uint8_t>(arrays, 0, "out.states", window_shape(rows, len)),
+                               given<std::int64_t>(arrays, 1, "out.lengths", {rows}),
+                               given<std::uint8_t>(arrays, 2, "out.actions", batch_shape(rows)),
+                               given<float>(arrays, 3, "out.rewards", {rows}),
+                               given<std::uint8_t>(arrays, 4, "out.next_states", window_shape(rows, len + 1)),
+                               given<std::int64_t>(arrays, 5, "out.next_lengths", {rows}),
+                               given<float>(arrays, 6, "out.discounts", {rows}),
+                               given<std::uint8_t>(arrays, 7, "out.true_frames", batch_shape(rows)),
+                               given<std::int64_t>(arrays, 8, "out.positions", {rows}),
+                               given<bool>(arrays, 9, "out.terminals", {rows}),
+                               given<std::int64_t>(arrays, 10, "out.ids", {rows}),
+                               given<float>(arrays, 11, "out.weights", {rows})};
+    const py::gil_scoped_release free;
+    buffer_.sample(n, out);
   }
 
   std::size_t update_priorities(const py::object& ids, const py::object& priorities) {
     const auto id = checked<std::int64_t>(ids, "ids", {-1});
-    const auto priority = checked<double>(priorities, "priorities", {id.shape(0)});
-    const py::gil_scoped_release free;
-    return buffer_.update_priorities(id.data(), priority.data(), static_cast<std::size_t>(id.size()));
+    if (py::array_t<float, py::array::c_style>::check_(priorities)) return update<float>(id, priorities);
+    return update<double>(id, priorities);
   }
 
   py::dict save() {
@@ -141,6 +177,7 @@ class PyBuffer {
     state["rewards"] = adopt(std::move(contents.rewards), {size});
     state["positions"] = adopt(std::move(contents.positions), {size});
     state["terminals"] = adopt(std::move(contents.terminals), {size});
+    state["ends"] = adopt(std::move(contents.ends), {size});
     state["priorities"] = adopt(std::move(contents.priorities), {size});
     state["oldest_id"] = contents.oldest_id;
     state["sampled"] = contents.sampled;
@@ -161,6 +198,7 @@ class PyBuffer {
     contents.rewards = copied<float>(state, "rewards", {-1});
     contents.positions = copied<std::int64_t>(state, "positions", {-1});
     contents.terminals = copied<std::uint8_t>(state, "terminals", {-1});
+    contents.ends = copied<std::uint8_t>(state, "ends", {-1});
     contents.priorities = copied<float>(state, "priorities", {-1});
     contents.oldest_id = state["oldest_id"].cast<std::uint64_t>();
     contents.sampled = state["sampled"].cast<std::uint64_t>();
@@ -175,8 +213,79 @@ class PyBuffer {
   }
 
  private:
-  rlv2v::BufferConfig config(std::size_t capacity, std::size_t max_len, double alpha, double beta, bool stratified,
-                             std::uint64_t seed, std::size_t max_bytes) const {
+  // One bool a row, or None: all false.
+  struct Flags {
+    Flags(const py::object& value, const char* name, py::ssize_t count) {
+      if (!value.is_none()) array = checked<bool>(value, name, {count});
+      data = value.is_none() ? nullptr : array.data();
+    }
+    bool operator[](std::size_t k) const { return data != nullptr && data[k]; }
+    py::array_t<bool, py::array::c_style> array;
+    const bool* data;
+  };
+
+  template <class Real>
+  std::size_t update(const py::array_t<std::int64_t, py::array::c_style>& ids, const py::object& priorities) {
+    const auto values = checked<Real>(priorities, "priorities", {ids.shape(0)});
+    const py::gil_scoped_release free;
+    return buffer_.update_priorities(ids.data(), values.data(), static_cast<std::size_t>(ids.size()));
+  }
+
+  // The caller's own memory, never a copy.
+  template <class T>
+  static T* given(const py::tuple& arrays, std::size_t index, const char* name, const Shape& shape) {
+    const py::object value = arrays[index];
+    auto array = checked<T>(value, name, shape);
+    if (!array.is(value) || !array.writeable()) {
+      throw py::value_error("replay: " + std::string(name) + " must be writeable and C-contiguous, got an array that is not");
+    }
+    return array.mutable_data();
+  }
+
+  // A slot of n rows that nothing outside the ring refers to; a new one where all are in use.
+  Slot free_slot(std::size_t n) {
+    for (const Slot& slot : ring_) {
+      if (slot.rows == n && is_free(slot)) return slot;
+    }
+    auto made = make_batch_(n).cast<py::tuple>();
+    Slot slot{made[0], made[1], made[3], n, 0, {}, {}};
+    const auto at = made[2].cast<std::vector<std::uintptr_t>>();
+    slot.out = {reinterpret_cast<std::uint8_t*>(at[0]), reinterpret_cast<std::int64_t*>(at[1]),
+                reinterpret_cast<std::uint8_t*>(at[2]), reinterpret_cast<float*>(at[3]),
+                reinterpret_cast<std::uint8_t*>(at[4]), reinterpret_cast<std::int64_t*>(at[5]),
+                reinterpret_cast<float*>(at[6]),        reinterpret_cast<std::uint8_t*>(at[7]),
+                reinterpret_cast<std::int64_t*>(at[8]), reinterpret_cast<bool*>(at[9]),
+                reinterpret_cast<std::int64_t*>(at[10]), reinterpret_cast<float*>(at[11])};
+    made = py::tuple();  // its references are not to be counted
+    slot.users = count_users_(slot.storage).cast<py::ssize_t>();
+    for_tensors(slot, [&slot](PyObject* tensor) {
+      slot.references.push_back(Py_REFCNT(tensor));
+      return true;
+    });
+    if (ring_.size() == ring_size_ && ring_size_ > 0) ring_.erase(ring_.begin());
+    if (ring_size_ > 0) ring_.push_back(slot);
+    return slot;
+  }
+
+  // False as soon as the call is.
+  template <class Call>
+  static bool for_tensors(const Slot& slot, const Call& call) {
+    for (PyObject* tuple : {slot.batch.ptr(), slot.sharing.ptr()}) {
+      for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(tuple); ++k) {
+        if (!call(PyTuple_GET_ITEM(tuple, k))) return false;
+      }
+    }
+    return true;
+  }
+
+  bool is_free(const Slot& slot) const {
+    if (slot.batch.ref_count() > 1 || slot.sharing.ref_count() > 1) return false;
+    std::size_t at = 0;
+    if (!for_tensors(slot, [&](PyObject* tensor) { return Py_REFCNT(tensor) == slot.references[at++]; })) return false;
+    return count_users_(slot.storage).cast<py::ssize_t>() <= slot.users;
+  }
+
+  std::size_t frame_bytes() const {
     std::size_t bytes = 1;
     for (const py::ssize_t size : frame_shape_) {
       constexpr std::size_t kMost = std::size_t{1} << 40;
@@ -186,7 +295,7 @@ class PyBuffer {
       }
       bytes *= static_cast<std::size_t>(size);
     }
-    return {capacity, bytes, max_len, max_bytes / bytes, alpha, beta, stratified, seed};
+    return bytes;
   }
 
   Shape batch_shape(py::ssize_t count) const {
@@ -201,24 +310,46 @@ class PyBuffer {
     return shape;
   }
 
-  static void expect_count(const py::list& values, const char* name, std::size_t count) {
-    if (values.size() == count) return;
-    throw py::value_error("replay: " + std::string(name) + " must have one entry for each of " + std::to_string(count) +
-                          " states, got " + std::to_string(values.size()));
+  void place(const py::object& value, const char* name, bool is_state, rlv2v::Window rlv2v::Transition::*part,
+             std::vector<rlv2v::Transition>& batch, std::vector<py::object>& kept) const {
+    const auto count = static_cast<py::ssize_t>(batch.size());
+    if (py::isinstance<py::tuple>(value)) {
+      const auto reference = py::reinterpret_borrow<py::tuple>(value);
+      const auto clip = reference[0].cast<std::uint64_t>();
+      const auto starts = checked<std::int64_t>(reference[1], name, {count});
+      const auto lengths = checked<std::int64_t>(reference[2], name, {count});
+      for (std::size_t k = 0; k < batch.size(); ++k) {
+        batch[k].*part = referred(clip, starts.data()[k], lengths.data()[k], name);
+      }
+    } else if (py::isinstance<py::list>(value)) {
+      const auto rows = py::reinterpret_borrow<py::list>(value);
+      if (rows.size() != batch.size()) {
+        throw py::value_error("replay: " + std::string(name) + " must have one entry for each of " + std::to_string(count) +
+                              " rewards, got " + std::to_string(rows.size()));
+      }
+      for (std::size_t k = 0; k < batch.size(); ++k) batch[k].*part = window(rows[k], name, is_state, kept);
+    } else {
+      const auto array = checked<std::uint8_t>(value, name, is_state ? window_shape(count, -1) : batch_shape(count));
+      kept.push_back(array);
+      const std::size_t length = is_state ? static_cast<std::size_t>(array.shape(1)) : 1;
+      const std::size_t bytes = length * buffer_.frame_bytes();
+      for (std::size_t k = 0; k < batch.size(); ++k) batch[k].*part = {rlv2v::kNoClip, 0, length, array.data() + k * bytes};
+    }
   }
 
-  // A state is an array (p, *frame_shape) or (clip, start, p); one frame is an array frame_shape or (clip, index).
-  rlv2v::Window window(const py::handle& value, const char* name, bool is_state, std::vector<py::array>& kept) const {
+  static rlv2v::Window referred(std::uint64_t clip, std::int64_t start, std::int64_t length, const char* name) {
+    if (start < 0 || length < 1) {
+      throw py::index_error("replay: " + std::string(name) + " must start at a frame >= 0 and have at least 1, got start " +
+                            std::to_string(start) + ", " + std::to_string(length) + " frames");
+    }
+    return {clip, static_cast<std::size_t>(start), static_cast<std::size_t>(length), nullptr};
+  }
+
+  // A state is an array (p, *frame_shape) or (clip, start, p); one frame is an array frame_shape or (clip, index, 1).
+  rlv2v::Window window(const py::handle& value, const char* name, bool is_state, std::vector<py::object>& kept) const {
     if (py::isinstance<py::tuple>(value)) {
       const auto part = py::reinterpret_borrow<py::tuple>(value);
-      const auto clip = part[0].cast<std::uint64_t>();
-      const auto start = part[1].cast<std::int64_t>();
-      const auto length = is_state ? part[2].cast<std::int64_t>() : 1;
-      if (start < 0 || length < 1) {
-        throw py::index_error("replay: " + std::string(name) + " must start at a frame >= 0 and have at least 1, got start " +
-                              std::to_string(start) + ", " + std::to_string(length) + " frames");
-      }
-      return {clip, static_cast<std::size_t>(start), static_cast<std::size_t>(length), nullptr};
+      return referred(part[0].cast<std::uint64_t>(), part[1].cast<std::int64_t>(), part[2].cast<std::int64_t>(), name);
     }
     const auto array = checked<std::uint8_t>(value, name, is_state ? batch_shape(-1) : frame_shape_);
     kept.push_back(array);
@@ -227,6 +358,10 @@ class PyBuffer {
   }
 
   Shape frame_shape_;
+  std::size_t ring_size_;
+  py::object make_batch_;
+  py::object count_users_;
+  std::vector<Slot> ring_;  // guarded by the interpreter lock
   Buffer buffer_;
 };
 
@@ -234,6 +369,20 @@ class PyBuffer {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native core of rlv2v; use rlv2v.replay.PrioritizedReplay.";
+  py::register_exception_translator([](std::exception_ptr thrown) {
+    try {
+      if (thrown) std::rethrow_exception(thrown);
+    } catch (const std::system_error& error) {  // a disk that is full, a path that cannot be created
+      errno = error.code().value();
+      PyErr_SetObject(PyExc_OSError, py::make_tuple(error.code().value(), error.what()).ptr());
+    }
+  });
+
+  m.def("checksum", [](const py::object& data) {
+    const auto bytes = checked<std::uint8_t>(data, "data", {-1});
+    const py::gil_scoped_release free;
+    return rlv2v::checksum(bytes.data(), static_cast<std::size_t>(bytes.size()));
+  }, py::arg("data"));
 
   py::class_<rlv2v::BufferStats>(m, "ReplayStats")
       .def_readonly("size", &rlv2v::BufferStats::size)
@@ -247,14 +396,17 @@ PYBIND11_MODULE(_native, m) {
       .def_readonly("bytes_used", &rlv2v::BufferStats::bytes_used);
 
   py::class_<PyBuffer>(m, "ReplayBuffer")
-      .def(py::init<std::size_t, Shape, std::size_t, double, double, bool, std::uint64_t, std::size_t>(),
+      .def(py::init<std::size_t, Shape, std::size_t, double, double, bool, std::uint64_t, std::size_t, std::size_t, double,
+                    const std::string&, std::size_t, py::object, py::object>(),
            py::arg("capacity"), py::arg("frame_shape"), py::arg("max_len"), py::arg("alpha"), py::arg("beta"),
-           py::arg("stratified"), py::arg("seed"), py::arg("max_bytes"))
+           py::arg("stratified"), py::arg("seed"), py::arg("max_bytes"), py::arg("n_step"), py::arg("gamma"),
+           py::arg("path"), py::arg("ring"), py::arg("make_batch"), py::arg("count_users"))
       .def("put_clip", &PyBuffer::put_clip, py::arg("frames"))
       .def("release_clip", [](PyBuffer& self, std::uint64_t clip) { self.core().release_clip(clip); }, py::arg("clip"), Free())
       .def("add", &PyBuffer::add, py::arg("states"), py::arg("actions"), py::arg("rewards"), py::arg("true_frames"),
-           py::arg("positions"), py::arg("terminals"))
+           py::arg("positions"), py::arg("terminals"), py::arg("ends"))
       .def("sample", &PyBuffer::sample, py::arg("n"))
+      .def("sample_into", &PyBuffer::sample_into, py::arg("n"), py::arg("arrays"))
       .def("update_priorities", &PyBuffer::update_priorities, py::arg("ids"), py::arg("priorities"))
       .def("alpha", [](PyBuffer& self) { return self.core().alpha(); }, Free())
       .def("set_alpha", [](PyBuffer& self, double alpha) { self.core().set_alpha(alpha); }, py::arg("alpha"), Free())

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -7,8 +8,9 @@ Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
-Frame = Bytes | tuple[int, int]
-State = Bytes | tuple[int, int, int]
+One = Bytes | tuple[int, int, int]
+Frames = Bytes | list[One] | tuple[int, Ints, Ints]
+States = Frames
 
 class ReplayStats:
     size: int
@@ -32,20 +34,28 @@ class ReplayBuffer:
         stratified: bool,
         seed: int,
         max_bytes: int,
+        n_step: int,
+        gamma: float,
+        path: str,
+        ring: int,
+        make_batch: Callable[[int], tuple[tuple[Any, ...], tuple[Any, ...], list[int], int]],
+        count_users: Callable[[int], int],
     ) -> None: ...
     def put_clip(self, frames: Bytes) -> int: ...
     def release_clip(self, clip: int) -> None: ...
     def add(
         self,
-        states: list[State],
-        actions: list[Frame],
+        states: States,
+        actions: Frames,
         rewards: Floats,
-        true_frames: list[Frame],
+        true_frames: Frames,
         positions: Ints,
-        terminals: Bools,
+        terminals: Bools | None,
+        ends: Bools | None,
     ) -> int: ...
-    def sample(self, n: int) -> tuple[Bytes, Ints, Bytes, Floats, Bytes, Bytes, Ints, Bools, Ints, Floats]: ...
-    def update_priorities(self, ids: Ints, priorities: npt.NDArray[np.float64]) -> int: ...
+    def sample(self, n: int) -> Any: ...
+    def sample_into(self, n: int, arrays: tuple[npt.NDArray[Any], ...]) -> None: ...
+    def update_priorities(self, ids: Ints, priorities: npt.NDArray[np.float64] | Floats) -> int: ...
     def alpha(self) -> float: ...
     def set_alpha(self, alpha: float) -> None: ...
     def beta(self) -> float: ...
@@ -54,3 +64,5 @@ class ReplayBuffer:
     def consistent(self) -> bool: ...
     def save(self) -> dict[str, Any]: ...
     def load(self, state: dict[str, Any]) -> None: ...
+
+def checksum(data: npt.NDArray[np.uint8]) -> int: ...

@@ -2,17 +2,19 @@
 
     P(i) = p_i^alpha / sum_j p_j^alpha;   weight_i = (N P(i))^-beta / max_j (N P(j))^-beta
 Source: RL-V2V-GAN Algorithm 1 (the buffer B, alpha = 0); Schaul et al. 2016, arXiv:1511.05952, eq. 1 and section 3.4.
-A frame is stored once however many states contain it. One process owns a buffer; any mix of its threads may call it.
+A frame is stored once however many states contain it. One process owns a buffer; any mix of its threads may call it,
+and samplers run side by side. Under torchrun each rank has a buffer of its own, with a seed of its own.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 import operator
-import os
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +22,9 @@ import torch
 
 from rlv2v import _native
 from rlv2v.errors import UserError
+from rlv2v.replay_file import read_state, write_state
 
-_FORMAT = 1
+_FORMAT = 2
 _ARRAYS = {
     "frames": np.uint8,
     "table": np.int32,
@@ -29,11 +32,13 @@ _ARRAYS = {
     "rewards": np.float32,
     "positions": np.int64,
     "terminals": np.uint8,
+    "ends": np.uint8,
     "priorities": np.float32,
 }
 _INTS = ("oldest_id", "sampled", "stale", "seed")
 _FLOATS = ("alpha", "beta", "max_priority")
 _STATS = ("size", "frames", "clips", "added", "evicted", "sampled", "stale", "max_priority", "bytes_used")
+_F32, _F64, _I64, _BOOL = (np.dtype(kind) for kind in (np.float32, np.float64, np.int64, np.bool_))
 _KINDS = {"i": "integers", "f": "real numbers", "b": "booleans"}
 _NO_BOUND = 2**63 - 1
 
@@ -43,6 +48,9 @@ class ReplayBatch(NamedTuple):
 
     A state's frames come first, zeros follow up to L; the next state is the state with the action appended, so that its
     length is `lengths + 1`. `weights` are the importance weights of the module's formula, in (0, 1].
+
+    Over n steps, `rewards` are sums r_i + gamma r_{i+1} + ..., `next_states`, `next_lengths` and `terminals` those of
+    the last step, `discounts` gamma^m for the m <= n steps that the episode had: y = rewards + discounts * Q'(next).
     """
 
     states: torch.Tensor  # uint8 (n, L, *F)
@@ -50,6 +58,8 @@ class ReplayBatch(NamedTuple):
     actions: torch.Tensor  # uint8 (n, *F)
     rewards: torch.Tensor  # float32 (n,)
     next_states: torch.Tensor  # uint8 (n, L + 1, *F)
+    next_lengths: torch.Tensor  # int64 (n,)
+    discounts: torch.Tensor  # float32 (n,)
     true_frames: torch.Tensor  # uint8 (n, *F)
     positions: torch.Tensor  # int64 (n,)
     terminals: torch.Tensor  # bool (n,)
@@ -81,6 +91,8 @@ class Clip:
 
 Frame = npt.ArrayLike | torch.Tensor | tuple[Clip, int]
 State = npt.ArrayLike | torch.Tensor | tuple[Clip, int, int]
+Frames = Frame | Sequence[Frame] | tuple[Clip, npt.ArrayLike]
+States = State | Sequence[State] | tuple[Clip, npt.ArrayLike, npt.ArrayLike]
 
 
 class PrioritizedReplay:
@@ -92,6 +104,11 @@ class PrioritizedReplay:
     seed: draw k ever made depends on (seed, k) alone.
     max_bytes: bound on the memory of frames, clips included; the oldest transitions go early to keep it. None: no bound
     but the capacity.
+    storage: where frames live, "memory" or "mmap": a scratch file at `path`, which must not exist and is unlinked at
+    once, so that nothing stays behind. Its blocks are set aside as it grows: a full disk is an OSError from add.
+    n_step, gamma: returns over n transitions added one after the other; see ReplayBatch.
+    ring: how many batches' memory is kept for reuse by `sample`. pin_memory: page-locked outputs; None: when this
+    process uses CUDA.
 
     A new transition gets the largest priority seen so far (at first 1). Mistakes raise ValueError, or IndexError for an
     id never given out or a frame outside its clip, and leave the buffer as it was.
@@ -107,11 +124,21 @@ class PrioritizedReplay:
         beta: float = 0.4,
         stratified: bool = True,
         seed: int = 0,
+        storage: Literal["memory", "mmap"] = "memory",
+        path: Path | str | None = None,
         max_bytes: int | None = None,
+        n_step: int = 1,
+        gamma: float = 0.99,
+        ring: int = 4,
+        pin_memory: bool | None = None,
     ) -> None:
         self.capacity = _integer("capacity", capacity, 1)
         self.frame_shape = tuple(_integer("frame_shape", size, 1) for size in frame_shape)
         self.max_len = _integer("max_len", max_len, 1)
+        self.n_step, self.gamma = _integer("n_step", n_step, 1), float(gamma)
+        if storage not in ("memory", "mmap") or (storage == "mmap") != (path is not None):
+            raise ValueError(f"replay: expected storage memory, or mmap with its path, got {storage!r}, path {path!r}")
+        pinned = torch.cuda.is_initialized() if pin_memory is None else bool(pin_memory)
         self._native = _native.ReplayBuffer(
             self.capacity,
             list(self.frame_shape),
@@ -121,6 +148,12 @@ class PrioritizedReplay:
             bool(stratified),
             _integer("seed", seed, 0, 2**64 - 1),
             _NO_BOUND if max_bytes is None else _integer("max_bytes", max_bytes, 1),
+            self.n_step,
+            self.gamma,
+            "" if path is None else str(path),
+            _integer("ring", ring, 0),
+            functools.partial(_new_batch, self.frame_shape, self.max_len, pinned),
+            torch._C._storage_Use_Count,
         )
 
     def __len__(self) -> int:
@@ -163,46 +196,79 @@ class PrioritizedReplay:
     def add(
         self,
         *,
-        state: State | Sequence[State],
-        action: Frame | Sequence[Frame],
+        state: States,
+        action: Frames,
         reward: float | Sequence[float] | npt.ArrayLike,
-        true_frame: Frame | Sequence[Frame],
+        true_frame: Frames,
         position: int | Sequence[int] | npt.ArrayLike,
         terminal: bool | Sequence[bool] | npt.ArrayLike = False,
-    ) -> int | torch.Tensor:
+        end: bool | Sequence[bool] | npt.ArrayLike = False,
+    ) -> int | npt.NDArray[np.int64]:
         """Adds one transition (reward a number) and returns its id, or a batch (n rewards): ids, int64 (n,).
 
         state: uint8 (p, *F), 1 <= p <= max_len, or (clip, start, p): frames start .. start + p - 1 of a clip.
         action, true_frame: uint8 F, or (clip, index).
-        position, terminal: one for all, or n. In a batch, state, action and true_frame are sequences (or arrays) of n.
+        terminal: there is no next state to bootstrap from. end: the next transition added is of another episode (as
+        after a terminal one, but with a next state that counts).
+        position, terminal, end: one for all, or n. In a batch, state, action and true_frame are arrays or sequences of
+        n, or (clip, starts, lengths) and (clip, indices) with n starts, lengths and indices, or one for all.
         All of a batch is added, or nothing. Ids count up by one.
         """
-        one = np.ndim(_array(reward)) == 0
-        rewards = _column("reward", reward, np.float32, 1 if one else None)
-        states: list[Any] = [state] if one else _rows("state", state)
-        actions: list[Any] = [action] if one else _rows("action", action)
-        true_frames: list[Any] = [true_frame] if one else _rows("true_frame", true_frame)
+        flags: tuple[Any, ...]
+        frames: tuple[Any, Any, Any] = (state, action, true_frame)
+        whole = type(state) is type(action) is type(true_frame) is np.ndarray
+        if whole and type(reward) is np.ndarray and type(position) is np.ndarray and reward.ndim == 1:
+            if reward.dtype is not _F32 or position.dtype is not _I64:
+                reward = _column("reward", reward, _F32, None)
+                position = _column("position", position, _I64, len(reward))
+            flags = _flag("terminal", terminal, len(reward)), _flag("end", end, len(reward))
+            first = self._native.add(*frames[:2], reward, frames[2], position, *flags)
+            return np.arange(first, first + len(reward))
+        rewards = _array(reward)
+        one = rewards.ndim == 0
+        rewards = _column("reward", rewards, _F32, 1 if one else None)
+        count = len(rewards)
+        part = self._one if one else self._many
         first = self._native.add(
-            [self._reference(row, "state", 3) for row in states],
-            [self._reference(row, "action", 2) for row in actions],
+            part(state, "state", 3, count),
+            part(action, "action", 2, count),
             rewards,
-            [self._reference(row, "true_frame", 2) for row in true_frames],
-            _column("position", position, np.int64, len(rewards)),
-            _column("terminal", terminal, np.bool_, len(rewards)),
+            part(true_frame, "true_frame", 2, count),
+            _column("position", position, _I64, count),
+            _flag("terminal", terminal, count),
+            _flag("end", end, count),
         )
-        return first if one else torch.arange(first, first + len(rewards))
+        return first if one else np.arange(first, first + count)
 
-    def sample(self, n: int) -> ReplayBatch:
-        """Draws n transitions, with replacement, into fresh tensors."""
-        return ReplayBatch(*map(torch.from_numpy, self._native.sample(_integer("n", n, 1))))
+    def sample(self, n: int, out: ReplayBatch | None = None) -> ReplayBatch:
+        """Draws n transitions, with replacement, into memory that is reused, or into the arrays of `out`.
+
+        A batch belongs to the caller as long as the batch, one of its tensors, or a view of one is alive; its memory
+        (and the same tensors with it) serves again only after that, which saves the page faults of fresh memory.
+        Where every state that the buffer holds is full (max_len frames) and n_step is 1, `states` is a view of the
+        first max_len frames of `next_states`, which halves what is written.
+        out: tensors or arrays of ReplayBatch's shapes and types, on the CPU, C-contiguous.
+        """
+        if type(n) is not int or not 0 < n <= _NO_BOUND:
+            n = _integer("n", n, 1)
+        if out is None:
+            return self._native.sample(n)
+        if len(out) != len(ReplayBatch._fields):
+            raise ValueError(f"replay: out must have the {len(ReplayBatch._fields)} parts of a batch, got {len(out)}")
+        self._native.sample_into(n, tuple(map(_memory, out)))
+        return out
 
     def update_priorities(self, ids: npt.ArrayLike | torch.Tensor, priorities: npt.ArrayLike | torch.Tensor) -> int:
         """Sets the priorities (finite, >= 0) of ids that add or sample returned, the last of a repeated id.
 
         Returns how many ids were stale (evicted since): those are ignored, and counted in `stats`.
         """
-        wanted = _column("ids", ids, np.int64, None)
-        return self._native.update_priorities(wanted, _column("priorities", priorities, np.float64, len(wanted)))
+        wanted, values = _array(ids), _array(priorities)
+        if wanted.dtype is not _I64 or wanted.ndim != 1:
+            wanted = _column("ids", wanted, _I64, None)
+        if values.dtype is not _F32 or values.shape != wanted.shape:
+            values = _column("priorities", values, _F64, len(wanted))
+        return self._native.update_priorities(wanted, values)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but clip handles, as tensors, numbers and lists: `torch.load(weights_only=True)` accepts it.
@@ -211,21 +277,13 @@ class PrioritizedReplay:
         """
         state = self._native.save()
         state.update({name: torch.from_numpy(state[name]) for name in _ARRAYS})
-        state["format"] = _FORMAT
-        state["capacity"], state["frame_shape"], state["max_len"] = self.capacity, list(self.frame_shape), self.max_len
-        return state
+        return state | self._shape()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replaces contents and settings by those of `state_dict()`; a misfit raises UserError and changes nothing."""
-        expected = {
-            "format": _FORMAT,
-            "capacity": self.capacity,
-            "frame_shape": list(self.frame_shape),
-            "max_len": self.max_len,
-        }
         if not isinstance(state, dict):
             raise UserError(f"replay state must be a dict, got {type(state).__name__}")
-        for name, value in expected.items():
+        for name, value in self._shape().items():
             if state.get(name) != value:
                 raise UserError(f"replay state: {name} must be {value}, as in this buffer, got {state.get(name)!r}")
         try:
@@ -238,42 +296,51 @@ class PrioritizedReplay:
             raise UserError(f"replay state is not one that state_dict() made: {error}") from error
 
     def save(self, path: Path | str) -> None:
-        """Writes `state_dict()` beside path and renames it: path is always the old file or the whole new one."""
-        path = Path(path)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        state = self.state_dict()
-        try:
-            with beside.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-            raise UserError(f"replay: cannot write {path}; check its folder and the free space ({error})") from error
-        finally:
-            beside.unlink(missing_ok=True)
+        """Writes `state_dict()` with a checksum beside path, then renames: path is the old file or the new one."""
+        write_state(Path(path), self.state_dict(), tuple(_ARRAYS))
 
     def load(self, path: Path | str) -> None:
         """Loads what `save` wrote, running no code from it; a broken or foreign file raises UserError."""
-        try:
-            state = torch.load(Path(path), map_location="cpu", weights_only=True)
-        except OSError as error:
-            raise UserError(f"replay: cannot read {path}: {error.strerror}") from error
-        except Exception as error:  # bytes that are not ours make the restricted unpickler fail in any way
-            raise UserError(f"replay: {path} must be a file that save() wrote, got a broken or foreign one") from error
-        self.load_state_dict(state)
+        self.load_state_dict(read_state(Path(path), tuple(_ARRAYS)))
+
+    def _shape(self) -> dict[str, Any]:
+        """What a loaded state must share with this buffer."""
+        return {
+            "format": _FORMAT,
+            "capacity": self.capacity,
+            "frame_shape": list(self.frame_shape),
+            "max_len": self.max_len,
+            "n_step": self.n_step,
+            "gamma": self.gamma,
+        }
+
+    def _one(self, value: Any, name: str, parts: int, count: int) -> list[Any]:
+        return [self._reference(value, name, parts)]
+
+    def _many(self, value: Any, name: str, parts: int, count: int) -> Any:
+        """n frames or states as the core takes them: one array, one clip with starts and lengths, or a list."""
+        if isinstance(value, (np.ndarray, torch.Tensor)):
+            return _array(value)
+        if not (isinstance(value, tuple) and value and isinstance(value[0], Clip)):
+            return [self._reference(row, name, parts) for row in value]
+        key = self._key(value, name, parts)
+        return (key, *(_column(name, part, _I64, count) for part in (*value[1:], 1)[:2]))
 
     def _reference(self, value: Any, name: str, parts: int) -> Any:
         """A frame or state as the core takes it: an array, or (clip key, start[, length])."""
         if not (isinstance(value, tuple) and value and isinstance(value[0], Clip)):
             return _array(value)
-        clip = value[0]
+        key = self._key(value, name, parts)
+        return (key, *(_integer(name, part, -(2**63)) for part in (*value[1:], 1)[:2]))
+
+    def _key(self, value: tuple[Any, ...], name: str, parts: int) -> int:
         if len(value) != parts:
             wanted = "(clip, start, length)" if parts == 3 else "(clip, index)"
             raise ValueError(f"replay: {name} must be an array or {wanted}, got a tuple of {len(value)}")
+        clip: Clip = value[0]
         if clip._owner is not self._native:
             raise ValueError(f"replay: {name} must refer to a clip of this buffer, got one of another")
-        return (clip._key, *(_integer(name, part, -(2**63)) for part in value[1:]))
+        return clip._key
 
 
 def _integer(name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:
@@ -287,13 +354,27 @@ def _integer(name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:
 
 
 def _array(value: Any) -> npt.NDArray[Any]:
-    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    """value as numpy sees it: the same memory wherever there is a buffer protocol or DLPack on the CPU."""
+    if isinstance(value, np.ndarray):
+        return value
+    if isinstance(value, torch.Tensor):
+        return value.numpy(force=True)
+    return np.from_dlpack(value) if hasattr(value, "__dlpack__") else np.asarray(value)
 
 
-def _column(name: str, value: Any, dtype: Any, count: int | None) -> npt.NDArray[Any]:
+def _memory(value: Any) -> npt.NDArray[Any]:
+    """The memory that an output names."""
+    if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+        raise ValueError(f"replay: out must be on the CPU, got a tensor on {value.device}")
+    return _array(value)
+
+
+def _column(name: str, value: Any, dtype: np.dtype[Any], count: int | None) -> npt.NDArray[Any]:
     """value as dtype (n,), its kind checked: integers may stand for reals, nothing else is converted."""
     array = _array(value)
-    kind = np.dtype(dtype).kind
+    if array.dtype is dtype and array.ndim == 1 and (count is None or len(array) == count):
+        return array
+    kind = dtype.kind
     if array.size and array.dtype.kind not in {"i": "iu", "f": "fiu", "b": "b"}[kind]:
         raise ValueError(f"replay: {name} must be {_KINDS[kind]}, got {array.dtype}")
     if array.ndim == 0:
@@ -304,7 +385,46 @@ def _column(name: str, value: Any, dtype: Any, count: int | None) -> npt.NDArray
         return array.astype(dtype)
 
 
-def _rows(name: str, value: Any) -> list[Any]:
-    if isinstance(value, tuple) and value and isinstance(value[0], Clip):
-        raise ValueError(f"replay: {name} must be a sequence with one entry for each reward, got one clip reference")
-    return list(_array(value)) if isinstance(value, torch.Tensor) else list(value)
+def _flag(name: str, value: Any, count: int) -> npt.NDArray[np.bool_] | None:
+    return None if value is False else _column(name, value, _BOOL, count)
+
+
+def _new_batch(
+    frame: tuple[int, ...], max_len: int, pinned: bool, n: int
+) -> tuple[ReplayBatch, ReplayBatch, list[int], int]:
+    """An empty batch over one storage.
+
+    Returns the batch, the same with the states as a view of the next states, the addresses of its tensors, and the
+    storage as torch counts its users.
+    """
+    real, whole, byte = torch.float32, torch.int64, torch.uint8
+    parts = {
+        "states": (byte, (n, max_len, *frame)),
+        "lengths": (whole, (n,)),
+        "actions": (byte, (n, *frame)),
+        "rewards": (real, (n,)),
+        "next_states": (byte, (n, max_len + 1, *frame)),
+        "next_lengths": (whole, (n,)),
+        "discounts": (real, (n,)),
+        "true_frames": (byte, (n, *frame)),
+        "positions": (whole, (n,)),
+        "terminals": (torch.bool, (n,)),
+        "ids": (whole, (n,)),
+        "weights": (real, (n,)),
+    }
+    sizes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in parts.items()}
+    line = 64  # each part begins on a cache line
+    total = sum(size + line for size in sizes.values()) + line
+    # numpy asks for large pages where memory is large.
+    storage = torch.empty(total, dtype=byte, pin_memory=True) if pinned else torch.from_numpy(np.empty(total, np.uint8))
+    at, tensors = -storage.data_ptr() % line, {}
+    for name, (dtype, shape) in parts.items():
+        tensors[name] = storage[at : at + sizes[name]].view(dtype).view(shape)
+        at += -(-sizes[name] // line) * line
+    batch = ReplayBatch(**tensors)
+    return (
+        batch,
+        batch._replace(states=batch.next_states[:, :max_len]),
+        [tensor.data_ptr() for tensor in tensors.values()],
+        storage.untyped_storage()._cdata,
+    )

@@ -63,6 +63,8 @@ def test_rows_hold_their_own_transition() -> None:
         torch.uint8,
         torch.float32,
         torch.uint8,
+        torch.int64,
+        torch.float32,
         torch.uint8,
         torch.int64,
         torch.bool,
@@ -191,7 +193,8 @@ def test_a_clip_from_before_a_load_is_refused() -> None:
 SPOILS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "capacity": lambda state: state.update(capacity=9),
     "frame_shape": lambda state: state.update(frame_shape=[4, 6, 1]),
-    "format": lambda state: state.update(format=2),
+    "format": lambda state: state.update(format=1),
+    "gamma": lambda state: state.update(gamma=0.5),
     "frames": lambda state: state.update(frames=state["frames"].float()),
     "table": lambda state: state["table"].fill_(10**6),
     "lengths": lambda state: state["lengths"].fill_(-1),
@@ -247,7 +250,7 @@ BAD_ADDS: dict[str, dict[str, Any]] = {
     "reward must be real numbers": {"reward": "much"},
     "position must be integers": {"position": 1.5},
     "terminal must be booleans": {"terminal": 0.5},
-    "one entry for each of 1 states, got 2": {"reward": [1.0], "state": [frames(2, 1)], "action": frames(2, 1)},
+    "one entry for each of 1 rewards, got 2": {"reward": [1.0], "state": [frames(2, 1)] * 2, "action": frames(1, 1)},
     r"reward must have shape \(n,\)": {"reward": [[1.0]]},
     r"position must have shape \(1,\)": {"position": [1, 2]},
 }

@@ -1,8 +1,14 @@
-"""Random histories of the buffer against a model made of a dict and a list."""
+"""Random histories of the buffer against a model made of a dict and a list.
+
+Each run of the suite takes 150 of them; `RLV2V_HISTORIES=10000 pytest tests/test_replay_model.py` takes ten thousand.
+"""
 
 from __future__ import annotations
 
+import os
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -26,15 +32,22 @@ class Item:
     true_frame: Bytes
     position: int
     terminal: bool
+    end: bool
     priority: float
 
 
 class Histories(RuleBasedStateMachine):
     @initialize(
-        capacity=st.integers(1, 9), seed=st.integers(0, 2**64 - 1), stratified=st.booleans(), alpha=st.floats(0.1, 1)
+        capacity=st.integers(1, 9),
+        seed=st.integers(0, 2**64 - 1),
+        stratified=st.booleans(),
+        alpha=st.floats(0.1, 1),
+        n_step=st.sampled_from((1, 1, 2, 3, 12)),
     )
-    def start(self, capacity: int, seed: int, stratified: bool, alpha: float) -> None:
-        self.replay = PrioritizedReplay(capacity, FRAME, MAX_LEN, alpha=alpha, seed=seed, stratified=stratified)
+    def start(self, capacity: int, seed: int, stratified: bool, alpha: float, n_step: int) -> None:
+        self.replay = PrioritizedReplay(
+            capacity, FRAME, MAX_LEN, alpha=alpha, seed=seed, stratified=stratified, n_step=n_step, gamma=0.5
+        )
         self.items: dict[int, Item] = {}
         self.clips: list[tuple[Clip, Bytes]] = []
         self.num_added = 0
@@ -60,8 +73,9 @@ class Histories(RuleBasedStateMachine):
             at = data.draw(st.integers(0, len(frames) - 1))
             state, true_frame = frames[start : start + length], frames[at]
             given = ((clip, start, length), action, (clip, at))
-        reward, terminal = data.draw(st.floats(-9, 9, width=32)), data.draw(st.booleans())
-        item = Item(state, action, reward, true_frame, data.draw(st.integers(-5, 5)), terminal, self.max_priority)
+        reward = data.draw(st.floats(-9, 9, width=32))
+        terminal, end = data.draw(st.sampled_from(((False, False), (False, False), (True, False), (False, True))))
+        item = Item(state, action, reward, true_frame, data.draw(st.integers(-5, 5)), terminal, end, self.max_priority)
         return item, *given
 
     def remember(self, item: Item) -> None:
@@ -80,6 +94,7 @@ class Histories(RuleBasedStateMachine):
             true_frame=true_frame,
             position=item.position,
             terminal=item.terminal,
+            end=item.end,
         )
         assert added == self.num_added
         self.remember(item)
@@ -94,10 +109,42 @@ class Histories(RuleBasedStateMachine):
             true_frame=[row[3] for row in rows],
             position=[row[0].position for row in rows],
             terminal=[row[0].terminal for row in rows],
+            end=[row[0].end for row in rows],
         )
         assert ids.tolist() == list(range(self.num_added, self.num_added + count))  # type: ignore[union-attr]
         for row in rows:
             self.remember(row[0])
+
+    @precondition(lambda self: self.clips)
+    @rule(data=st.data(), count=st.integers(1, 12), length=st.integers(1, MAX_LEN))
+    def add_arrays(self, data: st.DataObject, count: int, length: int) -> None:
+        """One array a part, and windows of one clip by arrays of starts."""
+        clip, frames = data.draw(st.sampled_from(self.clips))
+        indices = np.array(data.draw(st.lists(st.integers(0, len(frames) - 1), min_size=count, max_size=count)))
+        states, actions = np.stack([self.new_frames(length) for _ in range(count)]), self.new_frames(count)
+        lengths = np.minimum(length, len(frames) - indices)
+        windows = data.draw(st.booleans())
+        self.replay.add(
+            state=(clip, indices, lengths) if windows else states,
+            action=actions,
+            reward=np.arange(count, dtype=np.float32),
+            true_frame=(clip, indices),
+            position=np.arange(count),
+        )
+        for k in range(count):
+            start = indices[k]
+            state = frames[start : start + lengths[k]] if windows else states[k]
+            item = Item(state, actions[k], float(k), frames[start], k, False, False, self.max_priority)
+            self.remember(item)
+
+    def steps(self, id_: int) -> list[Item]:
+        """The transitions that the n-step return from id_ goes over."""
+        steps = [self.items[id_]]
+        while len(steps) < self.replay.n_step and not (steps[-1].terminal or steps[-1].end):
+            if id_ + len(steps) not in self.items:
+                break
+            steps.append(self.items[id_ + len(steps)])
+        return steps
 
     @rule(count=st.integers(1, 6))
     def put_clip(self, count: int) -> None:
@@ -131,14 +178,20 @@ class Histories(RuleBasedStateMachine):
             assert item.priority > 0
             assert batch.lengths[row] == length
             np.testing.assert_array_equal(batch.states[row, :length], item.state)
-            np.testing.assert_array_equal(batch.next_states[row, :length], item.state)
-            np.testing.assert_array_equal(batch.next_states[row, length], item.action)
             assert not batch.states[row, length:].any()
-            assert not batch.next_states[row, length + 1 :].any()
+            steps = self.steps(id_)
+            last, next_length = steps[-1], len(steps[-1].state) + 1
+            assert batch.next_lengths[row] == next_length
+            np.testing.assert_array_equal(batch.next_states[row, : next_length - 1], last.state)
+            np.testing.assert_array_equal(batch.next_states[row, next_length - 1], last.action)
+            assert not batch.next_states[row, next_length:].any()
             np.testing.assert_array_equal(batch.actions[row], item.action)
             np.testing.assert_array_equal(batch.true_frames[row], item.true_frame)
-            assert (batch.rewards[row], batch.positions[row]) == (item.reward, item.position)
-            assert batch.terminals[row] == item.terminal
+            total = sum(step.reward * 0.5**k for k, step in enumerate(steps))
+            np.testing.assert_allclose(batch.rewards[row], total, rtol=1e-6, atol=1e-6)
+            assert batch.discounts[row] == 0.5 ** len(steps)
+            assert batch.positions[row] == item.position
+            assert batch.terminals[row] == last.terminal
             expected = (low / item.priority) ** (self.replay.alpha * self.replay.beta)
             np.testing.assert_allclose(batch.weights[row], expected, rtol=1e-5)
 
@@ -146,10 +199,15 @@ class Histories(RuleBasedStateMachine):
     def anneal(self, alpha: float, beta: float) -> None:
         self.replay.alpha, self.replay.beta = alpha, beta
 
-    @rule()
-    def save_and_load(self) -> None:
-        fresh = PrioritizedReplay(self.replay.capacity, FRAME, MAX_LEN)
-        fresh.load_state_dict(self.replay.state_dict())
+    @rule(to_file=st.booleans())
+    def save_and_load(self, to_file: bool) -> None:
+        fresh = PrioritizedReplay(self.replay.capacity, FRAME, MAX_LEN, n_step=self.replay.n_step, gamma=0.5)
+        if to_file:
+            with tempfile.TemporaryDirectory() as folder:
+                self.replay.save(Path(folder) / "replay")
+                fresh.load(Path(folder) / "replay")
+        else:
+            fresh.load_state_dict(self.replay.state_dict())
         self.replay = fresh
         self.clips.clear()
 
@@ -165,5 +223,7 @@ class Histories(RuleBasedStateMachine):
         assert self.replay._native.consistent()
 
 
-Histories.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, derandomize=True)
+Histories.TestCase.settings = settings(
+    max_examples=int(os.environ.get("RLV2V_HISTORIES", "150")), stateful_step_count=40, deadline=None, derandomize=True
+)
 TestHistories = Histories.TestCase

@@ -112,11 +112,59 @@ def test_stratified_counts_stay_within_two_of_their_share() -> None:
         assert np.abs(counts - share).max() < 2
 
 
+def test_power_is_as_stated_and_a_biased_sampler_fails() -> None:
+    """A bias of 1% on one of ten items is refused with probability 0.9999 at a false alarm rate of 1e-3, and is."""
+    size, level = 10, 1e-3
+    expected = np.full(size, 1 / size)
+    biased = np.ones(size)
+    biased[4] = 1.01
+    draws = 8_000_000
+    shifted = biased / biased.sum()
+    noncentrality = draws * float(((shifted - expected) ** 2 / expected).sum())
+    power = float(stats.ncx2.sf(stats.chi2.isf(level, size - 1), size - 1, noncentrality))
+    assert power > 0.9999
+    fair = replay_of(np.ones(size), alpha=1.0, stratified=False, seed=7)
+    assert p_value(fair, expected, draws) > level
+    assert p_value(replay_of(biased, alpha=1.0, stratified=False, seed=7), expected, draws) < level
+
+
 def test_small_priorities_are_reached() -> None:
     # Item 1 has 2^-20 of the total: absent from 2^26 independent draws with probability e^-64.
     replay = replay_of(np.array([1.0, 2.0**-20, 1.0]) * 0.5, alpha=1.0, stratified=False)
     seen = sum(int((replay.sample(2**22).ids == 1).sum()) for _ in range(4))
     assert 2 <= seen <= 40  # 16 expected
+
+
+@pytest.mark.parametrize("where", [0, 1, 17, 500, 1022, 1023])
+def test_a_leaf_of_2_to_the_minus_45_is_drawn(where: int) -> None:
+    """It spans 2^8 of the generator's 2^53 points; inverting SplitMix64 gives a seed whose first draw falls there."""
+    priorities = np.full(1024, 1.0)
+    priorities[where] = 2.0**-35
+    total = priorities.sum()
+    u = (where + 2.0**-36) / total  # the middle of its span, on a grid of 2^-53
+    bits = (round(u * 2**53) << 11) | 1
+    replay = replay_of(priorities, alpha=1.0, stratified=False, seed=seed_of(bits))
+    assert priorities[where] / total == pytest.approx(2.0**-45, rel=0.01)
+    assert replay.sample(1).ids.tolist() == [where]
+
+
+def seed_of(bits: int) -> int:
+    """The seed whose draw 0 is `bits`: SplitMix64's steps are one to one."""
+    mask, golden = 2**64 - 1, 0x9E3779B97F4A7C15
+
+    def unshift(z: int, by: int) -> int:
+        out = z
+        for _ in range(64 // by):
+            out = z ^ (out >> by)
+        return out
+
+    def unmix(z: int) -> int:
+        z = unshift(z, 31) * pow(0x94D049BB133111EB, -1, 2**64) & mask
+        z = unshift(z, 27) * pow(0xBF58476D1CE4E5B9, -1, 2**64) & mask
+        return unshift(z, 30)
+
+    key = (unmix(bits) - golden) & mask
+    return (unmix(key) - golden) & mask
 
 
 def test_the_tree_equals_its_rebuild_after_many_updates() -> None:

@@ -5,14 +5,14 @@
 #include <cstring>
 #include <limits>
 #include <stdexcept>
-#include <string>
-
-#include "replay/draws.h"
 
 namespace rlv2v {
 namespace {
 
 constexpr std::size_t kMostTransitions = std::size_t{1} << 31;
+constexpr std::size_t kMostLen = (std::size_t{1} << 30) - 1;
+constexpr std::size_t kMostSteps = std::size_t{1} << 20;
+constexpr std::size_t kChunk = 256;
 
 [[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument("replay: " + message); }
 
@@ -22,19 +22,22 @@ std::size_t num_new(const Transition& transition) {
   return num_new(transition.state) + num_new(transition.action) + num_new(transition.true_frame);
 }
 
+void check_count(const char* name, std::size_t value, std::size_t most) {
+  if (value >= 1 && value <= most) return;
+  refuse(std::string(name) + " must be in 1.." + std::to_string(most) + ", got " + std::to_string(value));
+}
+
 const BufferConfig& checked(const BufferConfig& config) {
-  if (config.capacity < 1 || config.capacity > kMostTransitions) {
-    refuse("capacity must be in 1.." + std::to_string(kMostTransitions) + ", got " + std::to_string(config.capacity));
-  }
-  if (config.max_len < 1 || config.max_len > kMostFrames) {
-    refuse("max_len must be in 1.." + std::to_string(kMostFrames) + ", got " + std::to_string(config.max_len));
-  }
+  check_count("capacity", config.capacity, kMostTransitions);
+  check_count("max_len", config.max_len, kMostLen);
+  check_count("n_step", config.n_step, kMostSteps);
   if (config.max_frames < config.max_len + 2) {
     refuse("memory must have room for max_len + 2 = " + std::to_string(config.max_len + 2) + " frames, got room for " +
            std::to_string(config.max_frames) + "; raise max_bytes");
   }
   check_exponent("alpha", config.alpha);
   check_exponent("beta", config.beta);
+  check_exponent("gamma", config.gamma);
   return config;
 }
 
@@ -46,13 +49,26 @@ void check_exponent(const char* name, double value) {
   }
 }
 
-float leaf_of(float priority, double alpha) {
-  if (alpha == 0.0) return 1.0F;
-  return priority == 0.0F ? 0.0F : static_cast<float>(std::pow(static_cast<double>(priority), alpha));
+void leaves_of(const float* priorities, float* leaves, std::size_t count, double alpha) noexcept {
+  if (alpha == 0.0) {
+    std::fill(leaves, leaves + count, 1.0F);
+  } else {
+    kernels().power(priorities, leaves, count, alpha);
+  }
+}
+
+std::size_t Buffer::Store::stride_of(std::size_t max_len) noexcept {
+  const std::size_t bytes = sizeof(Row) + (max_len + 2) * sizeof(FrameId);
+  if (bytes <= 32) return 32;
+  return bytes <= 64 ? 64 : (bytes + 7) / 8 * 8;
 }
 
 Buffer::Store::Store(const BufferConfig& config)
-    : arena(config.frame_bytes, config.max_frames), tree(config.capacity) {}
+    : arena(config.frame_bytes, config.max_frames, config.path),
+      tree(config.capacity),
+      stride(stride_of(config.max_len)),
+      rows(config.capacity * stride),
+      priorities(config.capacity) {}
 
 Buffer::Buffer(const BufferConfig& config) : config_(checked(config)), store_(config_) {}
 
@@ -85,12 +101,7 @@ void Buffer::check_memory(std::size_t frames) const {
   }
 }
 
-void Buffer::make_room(std::size_t frames) {
-  while (store_.arena.num_free() < frames) evict_oldest();
-  store_.arena.reserve(frames);
-}
-
-void Buffer::place(const Window& window, FrameId* out) {
+void Buffer::place(const Window& window, FrameId* out) noexcept {
   if (window.clip == kNoClip) {
     for (std::size_t k = 0; k < window.length; ++k) {
       out[k] = store_.arena.store(window.frames + k * config_.frame_bytes);
@@ -104,31 +115,23 @@ void Buffer::place(const Window& window, FrameId* out) {
   }
 }
 
-void Buffer::copy_frames(const FrameId* ids, std::size_t count, std::size_t padded, std::uint8_t* out) const noexcept {
-  const std::size_t bytes = config_.frame_bytes;
-  for (std::size_t k = 0; k < count; ++k) std::memcpy(out + k * bytes, store_.arena.data(ids[k]), bytes);
-  std::memset(out + count * bytes, 0, (padded - count) * bytes);
-}
-
 ClipId Buffer::put_clip(const std::uint8_t* frames, std::size_t num_frames) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const WriteLock lock(lock_);
   if (num_frames < 1) refuse("a clip must have at least 1 frame, got 0");
   check_memory(num_frames);
-  std::vector<FrameId>& clip = store_.clips[next_clip_];
-  try {
-    clip.resize(num_frames);
-    make_room(num_frames);
-  } catch (...) {
-    store_.clips.erase(next_clip_);
-    throw;
-  }
+  store_.arena.reserve(std::min(num_frames, store_.arena.num_free()));
+  std::vector<FrameId> clip(num_frames);
+  std::vector<FrameId>& kept = store_.clips[next_clip_];  // the last that can throw
+  while (store_.arena.num_ready() < num_frames) evict_oldest();
+  store_.tree.refresh();
   place({kNoClip, 0, num_frames, frames}, clip.data());
+  kept = std::move(clip);
   store_.num_clip_frames += num_frames;
   return next_clip_++;
 }
 
 void Buffer::release_clip(ClipId id) noexcept {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const WriteLock lock(lock_);
   const auto found = store_.clips.find(id);
   if (found == store_.clips.end()) return;
   for (const FrameId frame : found->second) store_.arena.release(frame);
@@ -139,177 +142,169 @@ void Buffer::release_clip(ClipId id) noexcept {
 // ---- transitions -----------------------------------------------------------------------------------------------
 
 std::uint64_t Buffer::add(const std::vector<Transition>& batch) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const WriteLock lock(lock_);
+  std::size_t frames = 0;
   for (const Transition& transition : batch) {
     check_window(transition.state, "state", config_.max_len);
     check_window(transition.action, "action", 1);
     check_window(transition.true_frame, "true_frame", 1);
     if (!std::isfinite(transition.reward)) refuse("reward must be finite, got " + std::to_string(transition.reward));
     check_memory(num_new(transition));
+    frames += num_new(transition);
   }
+  // The only step that can fail comes before the first change; what it could not get, evictions give.
+  store_.arena.reserve(std::min(frames, store_.arena.num_free()));
+
+  float leaf = 1.0F;
+  leaves_of(&store_.max_priority, &leaf, 1, config_.alpha);
   const std::uint64_t first = store_.next_id;
-  for (const Transition& transition : batch) add_one(transition);
+  std::size_t where = slot(first);
+  for (const Transition& transition : batch) {
+    if (store_.next_id - store_.oldest_id == config_.capacity) evict_oldest();
+    while (store_.arena.num_ready() < num_new(transition)) evict_oldest();
+    Row& row = store_.row(where);
+    place(transition.action, row.frames());
+    place(transition.true_frame, row.frames() + 1);
+    place(transition.state, row.frames() + 2);
+    row.position = transition.position;
+    row.reward = transition.reward;
+    row.length = static_cast<std::uint32_t>(transition.state.length) & 0x3fffffffU;
+    row.terminal = transition.terminal ? 1U : 0U;
+    row.end = transition.end ? 1U : 0U;
+    if (row.length < config_.max_len) ++store_.num_short;
+    store_.priorities[where] = store_.max_priority;
+    store_.tree.set(where, leaf);
+    ++store_.next_id;
+    where = next_slot(where);
+  }
+  store_.tree.refresh();
   return first;
 }
 
-void Buffer::add_one(const Transition& transition) {
-  const std::size_t where = slot(store_.next_id);
-  if (where >= store_.records.size()) {  // slots fill in order, so this is one more
-    store_.table.resize((where + 1) * stride());
-    store_.records.resize(where + 1);
-  }
-  make_room(num_new(transition));
-  if (store_.next_id - store_.oldest_id == config_.capacity) evict_oldest();
-
-  FrameId* frames = store_.table.data() + where * stride();
-  place(transition.action, frames);
-  place(transition.true_frame, frames + 1);
-  place(transition.state, frames + 2);
-  store_.records[where] = {transition.position, transition.reward, store_.max_priority,
-                           static_cast<std::uint32_t>(transition.state.length), transition.terminal};
-  const float leaf = leaf_of(store_.max_priority, config_.alpha);
-  store_.tree.update(&where, &leaf, 1);
-  ++store_.next_id;
-}
-
+// The tree is whole again after its refresh().
 void Buffer::evict_oldest() noexcept {
   const std::size_t where = slot(store_.oldest_id++);
-  const FrameId* frames = store_.table.data() + where * stride();
-  for (std::size_t k = 0; k < store_.records[where].length + std::size_t{2}; ++k) store_.arena.release(frames[k]);
-  const float zero = 0.0F;
-  store_.tree.update(&where, &zero, 1);
+  const Row& row = store_.row(where);
+  for (std::size_t k = 0; k < row.num_frames(); ++k) store_.arena.release(row.frames()[k]);
+  if (row.length < config_.max_len) --store_.num_short;
+  store_.tree.set(where, 0.0F);
 }
 
-void Buffer::sample(std::size_t n, const SampleOut& out) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  if (n < 1) refuse("sample must draw at least 1 transition, got 0");
-  if (store_.next_id == store_.oldest_id) refuse("sample needs at least 1 transition, the buffer is empty");
-  const double total = store_.tree.total();
-  if (total <= 0.0) refuse("sample needs a priority above 0, all are 0");
-
-  const Draws draws(config_.seed);
-  std::vector<double> points(n);
-  std::vector<std::size_t> slots(n);
-  for (std::size_t k = 0; k < n; ++k) {
-    const double u = draws.uniform(store_.sampled + k);
-    points[k] = config_.stratified ? total * ((static_cast<double>(k) + u) / static_cast<double>(n)) : total * u;
-  }
-  store_.tree.find(points.data(), slots.data(), n);
-  store_.sampled += n;
-
-  const double low = static_cast<double>(store_.tree.least_positive());
-  const std::size_t oldest_slot = slot(store_.oldest_id);
-  const std::size_t bytes = config_.frame_bytes;
-  const std::size_t len = config_.max_len;
-  for (std::size_t k = 0; k < n; ++k) {
-    const std::size_t where = slots[k];
-    const Record& record = store_.records[where];
-    const FrameId* frames = store_.table.data() + where * stride();
-    const std::size_t age = (where + config_.capacity - oldest_slot) % config_.capacity;
-    std::uint8_t* next_state = out.next_states + k * (len + 1) * bytes;
-    copy_frames(frames, 1, 1, out.actions + k * bytes);
-    copy_frames(frames + 1, 1, 1, out.true_frames + k * bytes);
-    copy_frames(frames + 2, record.length, len, out.states + k * len * bytes);
-    copy_frames(frames + 2, record.length, len + 1, next_state);
-    copy_frames(frames, 1, 1, next_state + record.length * bytes);
-    out.lengths[k] = record.length;
-    out.rewards[k] = record.reward;
-    out.positions[k] = record.position;
-    out.terminals[k] = record.terminal;
-    out.ids[k] = static_cast<std::int64_t>(store_.oldest_id + age);
-    out.weights[k] = static_cast<float>(std::pow(low / static_cast<double>(store_.tree.leaf(where)), config_.beta));
-  }
-}
-
-std::size_t Buffer::update_priorities(const std::int64_t* ids, const double* priorities, std::size_t count) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+template <class Real>
+std::size_t Buffer::update_priorities(const std::int64_t* ids, const Real* priorities, std::size_t count) {
+  const WriteLock lock(lock_);
+  constexpr auto kMost = static_cast<Real>(std::numeric_limits<float>::max());
   for (std::size_t k = 0; k < count; ++k) {
     if (ids[k] < 0 || static_cast<std::uint64_t>(ids[k]) >= store_.next_id) {
       throw std::out_of_range("replay: id must be one that add returned, 0.." + std::to_string(store_.next_id) +
                               " exclusive, got " + std::to_string(ids[k]));
     }
-    if (!(priorities[k] >= 0.0 && priorities[k] <= static_cast<double>(std::numeric_limits<float>::max()))) {
+    if (!(priorities[k] >= 0 && priorities[k] <= kMost)) {
       refuse("priority must be finite in float32 and not negative, got " + std::to_string(priorities[k]));
     }
   }
-  std::vector<std::size_t> slots;
-  std::vector<float> leaves;
-  slots.reserve(count);
-  leaves.reserve(count);
-  for (std::size_t k = 0; k < count; ++k) {
-    const auto id = static_cast<std::uint64_t>(ids[k]);
-    if (id < store_.oldest_id) continue;
-    auto priority = static_cast<float>(priorities[k]);
-    // A positive priority stays reachable: below the normal range of f32 it counts as the least normal number.
-    if (priorities[k] > 0.0) priority = std::max(priority, std::numeric_limits<float>::min());
-    store_.records[slot(id)].priority = priority;
-    store_.max_priority = std::max(store_.max_priority, priority);
-    slots.push_back(slot(id));
-    leaves.push_back(leaf_of(priority, config_.alpha));
+  const std::size_t oldest_slot = slot(store_.oldest_id);
+  std::size_t stale = 0;
+  std::size_t slots[kChunk];
+  float values[kChunk];
+  float leaves[kChunk];
+  for (std::size_t first = 0; first < count; first += kChunk) {
+    std::size_t live = 0;
+    for (std::size_t k = first; k < std::min(count, first + kChunk); ++k) {
+      const auto id = static_cast<std::uint64_t>(ids[k]);
+      if (id < store_.oldest_id) {
+        ++stale;
+        continue;
+      }
+      const std::size_t where = oldest_slot + static_cast<std::size_t>(id - store_.oldest_id);
+      slots[live] = where < config_.capacity ? where : where - config_.capacity;
+      store_.tree.prefetch(slots[live]);
+      __builtin_prefetch(store_.priorities.data() + slots[live], 1);
+      // A positive priority stays reachable: below the normal range of f32 it counts as the least normal number.
+      const float least = priorities[k] > 0 ? std::numeric_limits<float>::min() : 0.0F;
+      values[live] = std::max(static_cast<float>(priorities[k]), least);
+      store_.max_priority = std::max(store_.max_priority, values[live]);
+      ++live;
+    }
+    leaves_of(values, leaves, live, config_.alpha);
+    for (std::size_t k = 0; k < live; ++k) {
+      store_.priorities[slots[k]] = values[k];
+      store_.tree.set(slots[k], leaves[k]);
+    }
   }
-  store_.tree.update(slots.data(), leaves.data(), slots.size());
-  store_.stale += count - slots.size();
-  return count - slots.size();
+  store_.tree.refresh();
+  store_.stale += stale;
+  return stale;
 }
+
+template std::size_t Buffer::update_priorities(const std::int64_t*, const float*, std::size_t);
+template std::size_t Buffer::update_priorities(const std::int64_t*, const double*, std::size_t);
 
 // ---- settings and figures --------------------------------------------------------------------------------------
 
+std::size_t Buffer::num_slots() const noexcept {
+  return static_cast<std::size_t>(std::min<std::uint64_t>(store_.next_id, config_.capacity));
+}
+
 double Buffer::alpha() const {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const ReadLock lock(lock_);
   return config_.alpha;
 }
 
 double Buffer::beta() const {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const ReadLock lock(lock_);
   return config_.beta;
 }
 
 void Buffer::set_alpha(double alpha) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const WriteLock lock(lock_);
   check_exponent("alpha", alpha);
   if (alpha == config_.alpha) return;
-  std::vector<float> leaves(store_.records.size(), 0.0F);
+  std::vector<float> leaves(num_slots(), 0.0F);
   for (std::uint64_t id = store_.oldest_id; id < store_.next_id; ++id) {
-    leaves[slot(id)] = leaf_of(store_.records[slot(id)].priority, alpha);
+    leaves_of(&store_.priorities[slot(id)], &leaves[slot(id)], 1, alpha);
   }
   store_.tree.assign(leaves.data(), leaves.size());
   config_.alpha = alpha;
 }
 
 void Buffer::set_beta(double beta) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const WriteLock lock(lock_);
   check_exponent("beta", beta);
   config_.beta = beta;
 }
 
 BufferStats Buffer::stats() const {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const ReadLock lock(lock_);
   std::size_t bytes = store_.arena.bytes_used() + store_.tree.bytes_used();
-  bytes += store_.records.capacity() * sizeof(Record) + store_.table.capacity() * sizeof(FrameId);
-  bytes += store_.num_clip_frames * sizeof(FrameId);
+  bytes += num_slots() * (store_.stride + sizeof(float)) + store_.num_clip_frames * sizeof(FrameId);
   return {static_cast<std::size_t>(store_.next_id - store_.oldest_id),
           store_.arena.num_alive(),
           store_.clips.size(),
           store_.next_id,
           store_.oldest_id,
-          store_.sampled,
+          sampled_.load(),
           store_.stale,
           store_.max_priority,
           bytes};
 }
 
 bool Buffer::consistent() const {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const ReadLock lock(lock_);
   std::unordered_map<FrameId, std::uint32_t> held;
+  std::size_t num_short = 0;
   for (std::uint64_t id = store_.oldest_id; id < store_.next_id; ++id) {
-    const FrameId* frames = store_.table.data() + slot(id) * stride();
-    for (std::size_t k = 0; k < store_.records[slot(id)].length + std::size_t{2}; ++k) ++held[frames[k]];
-    if (store_.tree.leaf(slot(id)) != leaf_of(store_.records[slot(id)].priority, config_.alpha)) return false;
+    const Row& row = store_.row(slot(id));
+    for (std::size_t k = 0; k < row.num_frames(); ++k) ++held[row.frames()[k]];
+    if (row.length < config_.max_len) ++num_short;
+    float leaf = 0.0F;
+    leaves_of(&store_.priorities[slot(id)], &leaf, 1, config_.alpha);
+    if (store_.tree.leaf(slot(id)) != leaf) return false;
   }
   for (const auto& clip : store_.clips) {
     for (const FrameId frame : clip.second) ++held[frame];
   }
-  if (held.size() != store_.arena.num_alive()) return false;
+  if (held.size() != store_.arena.num_alive() || num_short != store_.num_short) return false;
   for (const auto& frame : held) {
     if (store_.arena.references(frame.first) != frame.second) return false;
   }

@@ -1,19 +1,26 @@
-// Prioritised replay of video transitions (state, action, reward, next state, true frame, position, terminal).
+// Prioritised replay of video transitions (state, action, reward, next state, true frame, position, terminal, end).
 //
 //   P(i) = p_i^alpha / sum_j p_j^alpha;   weight_i = (N P(i))^-beta / max_j (N P(j))^-beta = (min_j p_j / p_i)^(alpha beta)
 // Source: Schaul et al. 2016, arXiv:1511.05952, eq. 1 and section 3.4, algorithm 1: a new transition gets the maximum
 // priority so far, at first 1. A transition holds references to frames, so overlapping states share their memory.
 // Ids count up from 0 and live in slot id % capacity; those kept are always oldest_id <= id < next_id.
-// Every public method locks; users' mistakes throw std::invalid_argument or std::out_of_range with nothing changed.
+//
+//   n steps: r = sum_{k<m} gamma^k r_{i+k}, s' and terminal of transition i+m-1, discount gamma^m
+// Source: Sutton 1988, doi:10.1007/BF00115009. m <= n, less where a terminal, an episode's end or the newest id comes first.
+// Every public method locks: samplers share, writers exclude. Users' mistakes throw std::invalid_argument or
+// std::out_of_range, a full memory or disk std::bad_alloc or std::system_error, with nothing changed.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <mutex>
+#include <string>
 #include <unordered_map>
 #include <vector>
 
+#include "replay/fair_lock.h"
 #include "replay/frame_arena.h"
+#include "replay/pages.h"
 #include "replay/sum_tree.h"
 
 namespace rlv2v {
@@ -30,6 +37,9 @@ struct BufferConfig {
   double beta;              // in [0, 1]; 1 corrects the bias fully
   bool stratified;          // one draw from each of n equal parts of the total
   std::uint64_t seed;
+  std::size_t n_step;  // at least 1
+  double gamma;        // in [0, 1]
+  std::string path;    // scratch file for the frames; empty: memory
 };
 
 // `length` frames: frames `start`... of a clip that the buffer holds, or with kNoClip the bytes at `frames`.
@@ -46,7 +56,8 @@ struct Transition {
   Window true_frame;  // of length 1
   float reward;
   std::int64_t position;
-  bool terminal;
+  bool terminal;  // the episode is over: nothing to bootstrap from
+  bool end;       // the next transition belongs to another episode
 };
 
 // Where sample(n) writes, each contiguous; F = frame_bytes, L = max_len.
@@ -54,11 +65,13 @@ struct SampleOut {
   std::uint8_t* states;       // (n, L, F), zero after the state's length
   std::int64_t* lengths;      // (n)
   std::uint8_t* actions;      // (n, F)
-  float* rewards;             // (n)
-  std::uint8_t* next_states;  // (n, L + 1, F): the state, then the action, then zeros
+  float* rewards;             // (n), sums over n steps
+  std::uint8_t* next_states;  // (n, L + 1, F): the last step's state, then its action, then zeros
+  std::int64_t* next_lengths; // (n)
+  float* discounts;           // (n), gamma^m
   std::uint8_t* true_frames;  // (n, F)
   std::int64_t* positions;    // (n)
-  bool* terminals;            // (n)
+  bool* terminals;            // (n), of the last step
   std::int64_t* ids;          // (n)
   float* weights;             // (n), in (0, 1]
 };
@@ -83,6 +96,7 @@ struct Contents {
   std::vector<float> rewards;           // (size)
   std::vector<std::int64_t> positions;  // (size)
   std::vector<std::uint8_t> terminals;  // (size), 0 or 1
+  std::vector<std::uint8_t> ends;       // (size), 0 or 1
   std::vector<float> priorities;        // (size), before alpha
   std::uint64_t oldest_id;
   std::uint64_t sampled;
@@ -96,8 +110,8 @@ struct Contents {
 
 // Throws std::invalid_argument unless value is in [0, 1].
 void check_exponent(const char* name, double value);
-// priority^alpha as a leaf; 1 for every priority at alpha = 0.
-float leaf_of(float priority, double alpha);
+// Leaves of priorities: priority^alpha, 1 for every priority at alpha = 0.
+void leaves_of(const float* priorities, float* leaves, std::size_t count, double alpha) noexcept;
 
 class Buffer {
  public:
@@ -110,9 +124,13 @@ class Buffer {
 
   // Adds all or none; returns the first id, the others follow. Evicts the oldest where capacity or memory wants it.
   std::uint64_t add(const std::vector<Transition>& batch);
-  void sample(std::size_t n, const SampleOut& out);
+  // may_share: where every state kept is full and n_step is 1, leave out.states alone and return true: the states are the
+  // first L frames of the next states. Half the memory traffic of a batch of video.
+  bool sample(std::size_t n, const SampleOut& out, bool may_share = false);
   // Returns how many ids were stale (evicted since), and so ignored. The last of a repeated id wins.
-  std::size_t update_priorities(const std::int64_t* ids, const double* priorities, std::size_t count);
+  // Real: float or double.
+  template <class Real>
+  std::size_t update_priorities(const std::int64_t* ids, const Real* priorities, std::size_t count);
 
   std::size_t capacity() const noexcept { return config_.capacity; }
   std::size_t max_len() const noexcept { return config_.max_len; }
@@ -130,43 +148,58 @@ class Buffer {
   void load(const Contents& contents);
 
  private:
-  struct Record {
+  // What a slot holds besides its priority; the frames' ids follow it: action, true frame, state.
+  struct Row {
     std::int64_t position;
     float reward;
-    float priority;
-    std::uint32_t length;
-    bool terminal;
+    std::uint32_t length : 30;
+    std::uint32_t terminal : 1;
+    std::uint32_t end : 1;
+
+    FrameId* frames() noexcept { return reinterpret_cast<FrameId*>(this + 1); }
+    const FrameId* frames() const noexcept { return reinterpret_cast<const FrameId*>(this + 1); }
+    std::size_t num_frames() const noexcept { return length + std::size_t{2}; }
   };
   // What a load replaces in one move.
   struct Store {
     explicit Store(const BufferConfig& config);
+    // Bytes of a row, so that a short one lies within a cache line.
+    static std::size_t stride_of(std::size_t max_len) noexcept;
+    Row& row(std::size_t slot) const noexcept { return *reinterpret_cast<Row*>(rows.data() + slot * stride); }
+
     FrameArena arena;
     SumTree tree;
-    std::vector<Record> records;                              // by slot
-    std::vector<FrameId> table;                               // by slot: action, true frame, state
+    std::size_t stride;
+    Pages rows;                   // by slot
+    PageArray<float> priorities;  // by slot, before alpha
     std::unordered_map<ClipId, std::vector<FrameId>> clips;
     std::size_t num_clip_frames = 0;
+    std::size_t num_short = 0;  // transitions with a state of less than max_len frames
     std::uint64_t oldest_id = 0;
     std::uint64_t next_id = 0;
-    std::uint64_t sampled = 0;
     std::uint64_t stale = 0;
     float max_priority = 1.0F;
   };
 
-  std::size_t stride() const noexcept { return config_.max_len + 2; }
   std::size_t slot(std::uint64_t id) const noexcept { return static_cast<std::size_t>(id % config_.capacity); }
+  std::size_t next_slot(std::size_t slot) const noexcept { return slot + 1 == config_.capacity ? 0 : slot + 1; }
+  std::size_t num_slots() const noexcept;
   void check_window(const Window& window, const char* name, std::size_t most) const;
   void check_memory(std::size_t num_new) const;
-  void add_one(const Transition& transition);
-  void place(const Window& window, FrameId* out);
-  void make_room(std::size_t num_new);
+  void place(const Window& window, FrameId* out) noexcept;
   void evict_oldest() noexcept;
-  void copy_frames(const FrameId* ids, std::size_t count, std::size_t padded, std::uint8_t* out) const noexcept;
+  struct How {
+    bool streamed;  // past the caches
+    bool shared;    // states within next_states
+  };
+  void draw(std::size_t n, std::uint64_t first_draw, bool shared, const SampleOut& out) const noexcept;
+  void write(std::size_t k, std::size_t slot, std::uint64_t id, How how, const SampleOut& out) const noexcept;
   void check_contents(const Contents& contents) const;
 
-  mutable std::mutex mutex_;
+  mutable FairLock lock_;
   BufferConfig config_;
   Store store_;
+  std::atomic<std::uint64_t> sampled_{0};
   ClipId next_clip_ = 1;
 };
 

@@ -1,5 +1,4 @@
 // Saving and loading a buffer's contents: Buffer::save, Buffer::load and the check of contents that may be hostile.
-#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
@@ -24,12 +23,20 @@ void expect_size(const char* name, std::size_t got, std::size_t expected) {
 }  // namespace
 
 Contents Buffer::save() const {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const ReadLock lock(lock_);
   const auto size = static_cast<std::size_t>(store_.next_id - store_.oldest_id);
+  const std::size_t columns = config_.max_len + 2;
+  const std::size_t bytes = config_.frame_bytes;
   Contents out{};
-  out.table.assign(size * stride(), -1);
+  out.table.assign(size * columns, -1);
+  out.lengths.resize(size);
+  out.rewards.resize(size);
+  out.positions.resize(size);
+  out.terminals.resize(size);
+  out.ends.resize(size);
+  out.priorities.resize(size);
   out.oldest_id = store_.oldest_id;
-  out.sampled = store_.sampled;
+  out.sampled = sampled_.load();
   out.stale = store_.stale;
   out.seed = config_.seed;
   out.alpha = config_.alpha;
@@ -38,26 +45,29 @@ Contents Buffer::save() const {
   out.stratified = config_.stratified;
 
   // Frames are numbered in the order in which transitions meet them.
-  std::unordered_map<FrameId, std::int32_t> number;
+  std::vector<std::int32_t> numbers(store_.arena.num_ids(), -1);
+  std::vector<FrameId> met;
+  met.reserve(store_.arena.num_alive());
   for (std::size_t k = 0; k < size; ++k) {
     const std::size_t where = slot(store_.oldest_id + k);
-    const Record& record = store_.records[where];
-    for (std::size_t j = 0; j < record.length + std::size_t{2}; ++j) {
-      const FrameId frame = store_.table[where * stride() + j];
-      out.table[k * stride() + j] = number.emplace(frame, static_cast<std::int32_t>(number.size())).first->second;
+    const Row& row = store_.row(where);
+    for (std::size_t j = 0; j < row.num_frames(); ++j) {
+      std::int32_t& number = numbers[row.frames()[j]];
+      if (number < 0) {
+        number = static_cast<std::int32_t>(met.size());
+        met.push_back(row.frames()[j]);
+      }
+      out.table[k * columns + j] = number;
     }
-    out.lengths.push_back(record.length);
-    out.rewards.push_back(record.reward);
-    out.positions.push_back(record.position);
-    out.terminals.push_back(record.terminal ? 1 : 0);
-    out.priorities.push_back(record.priority);
+    out.lengths[k] = row.length;
+    out.rewards[k] = row.reward;
+    out.positions[k] = row.position;
+    out.terminals[k] = row.terminal;
+    out.ends[k] = row.end;
+    out.priorities[k] = store_.priorities[where];
   }
-  out.frames.resize(number.size() * config_.frame_bytes);
-  for (const auto& [frame, index] : number) {
-    const std::uint8_t* data = store_.arena.data(frame);
-    std::copy(data, data + config_.frame_bytes,
-              out.frames.begin() + static_cast<std::ptrdiff_t>(static_cast<std::size_t>(index) * config_.frame_bytes));
-  }
+  out.frames.resize(met.size() * bytes);
+  for (std::size_t k = 0; k < met.size(); ++k) copy_bytes(out.frames.data() + k * bytes, store_.arena.data(met[k]), bytes);
   return out;
 }
 
@@ -65,10 +75,11 @@ void Buffer::check_contents(const Contents& contents) const {
   const std::size_t size = contents.lengths.size();
   expect(size <= config_.capacity,
          "at most capacity = " + std::to_string(config_.capacity) + " transitions, got " + std::to_string(size));
-  expect_size("table", contents.table.size(), size * stride());
+  expect_size("table", contents.table.size(), size * (config_.max_len + 2));
   expect_size("rewards", contents.rewards.size(), size);
   expect_size("positions", contents.positions.size(), size);
   expect_size("terminals", contents.terminals.size(), size);
+  expect_size("ends", contents.ends.size(), size);
   expect_size("priorities", contents.priorities.size(), size);
   expect(contents.frames.size() % config_.frame_bytes == 0, "frames must be whole");
   const std::size_t num_frames = contents.frames.size() / config_.frame_bytes;
@@ -84,12 +95,13 @@ void Buffer::check_contents(const Contents& contents) const {
     expect(length >= 1 && static_cast<std::size_t>(length) <= config_.max_len,
            "lengths must be in 1.." + std::to_string(config_.max_len) + ", got " + std::to_string(length));
     for (std::size_t j = 0; j < static_cast<std::size_t>(length) + 2; ++j) {
-      const std::int32_t frame = contents.table[k * stride() + j];
+      const std::int32_t frame = contents.table[k * (config_.max_len + 2) + j];
       expect(frame >= 0 && static_cast<std::size_t>(frame) < num_frames,
              "table must refer to frames 0.." + std::to_string(num_frames) + " exclusive, got " + std::to_string(frame));
     }
     expect(std::isfinite(contents.rewards[k]), "rewards must be finite");
     expect(contents.terminals[k] <= 1, "terminals must be 0 or 1, got " + std::to_string(contents.terminals[k]));
+    expect(contents.ends[k] <= 1, "ends must be 0 or 1, got " + std::to_string(contents.ends[k]));
     const float priority = contents.priorities[k];
     expect(priority == 0.0F || (priority >= std::numeric_limits<float>::min() && priority <= contents.max_priority),
            "priorities must be 0 or normal numbers up to max_priority, got " + std::to_string(priority));
@@ -97,43 +109,46 @@ void Buffer::check_contents(const Contents& contents) const {
 }
 
 void Buffer::load(const Contents& contents) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const WriteLock lock(lock_);
   check_contents(contents);
   const std::size_t size = contents.lengths.size();
   const std::size_t num_frames = contents.frames.size() / config_.frame_bytes;
+  const std::size_t columns = config_.max_len + 2;
 
   Store fresh(config_);
   fresh.oldest_id = contents.oldest_id;
   fresh.next_id = contents.oldest_id + size;
-  fresh.sampled = contents.sampled;
   fresh.stale = contents.stale;
   fresh.max_priority = contents.max_priority;
-  const auto num_slots = static_cast<std::size_t>(std::min<std::uint64_t>(fresh.next_id, config_.capacity));
-  fresh.records.resize(num_slots);
-  fresh.table.resize(num_slots * stride());
-  std::vector<float> leaves(num_slots, 0.0F);
-
   fresh.arena.reserve(num_frames);
   std::vector<FrameId> ids(num_frames);
   for (std::size_t k = 0; k < num_frames; ++k) {
     ids[k] = fresh.arena.store(contents.frames.data() + k * config_.frame_bytes);
   }
+  std::size_t where = slot(fresh.oldest_id);
   for (std::size_t k = 0; k < size; ++k) {
-    const std::size_t where = slot(fresh.oldest_id + k);
-    const auto length = static_cast<std::uint32_t>(contents.lengths[k]);
-    for (std::size_t j = 0; j < length + std::size_t{2}; ++j) {
-      const FrameId id = ids[static_cast<std::size_t>(contents.table[k * stride() + j])];
-      fresh.table[where * stride() + j] = id;
-      fresh.arena.retain(id);
+    Row& row = fresh.row(where);
+    row.position = contents.positions[k];
+    row.reward = contents.rewards[k];
+    row.length = static_cast<std::uint32_t>(contents.lengths[k]) & 0x3fffffffU;
+    row.terminal = contents.terminals[k] != 0 ? 1U : 0U;
+    row.end = contents.ends[k] != 0 ? 1U : 0U;
+    for (std::size_t j = 0; j < row.num_frames(); ++j) {
+      row.frames()[j] = ids[static_cast<std::size_t>(contents.table[k * columns + j])];
+      fresh.arena.retain(row.frames()[j]);
     }
-    fresh.records[where] = {contents.positions[k], contents.rewards[k], contents.priorities[k], length,
-                            contents.terminals[k] != 0};
-    leaves[where] = leaf_of(contents.priorities[k], contents.alpha);
+    if (row.length < config_.max_len) ++fresh.num_short;
+    fresh.priorities[where] = contents.priorities[k];
+    float leaf = 0.0F;
+    leaves_of(&contents.priorities[k], &leaf, 1, contents.alpha);
+    fresh.tree.set(where, leaf);
+    where = next_slot(where);
   }
   for (const FrameId id : ids) fresh.arena.release(id);  // transitions hold them now; a frame that none uses goes free
-  fresh.tree.assign(leaves.data(), leaves.size());
+  fresh.tree.refresh();
 
   store_ = std::move(fresh);
+  sampled_ = contents.sampled;
   config_.seed = contents.seed;
   config_.alpha = contents.alpha;
   config_.beta = contents.beta;

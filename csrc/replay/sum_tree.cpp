@@ -2,118 +2,179 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 #include <stdexcept>
+#include <string>
 
 namespace rlv2v {
 namespace {
 
-constexpr float kNone = std::numeric_limits<float>::infinity();
+constexpr std::size_t kMostLeaves = std::size_t{1} << 31;
 
-std::size_t groups_of(std::size_t count) { return (count + SumTree::kFanout - 1) / SumTree::kFanout; }
+std::size_t parents_of(std::size_t count) { return (count + kFanout - 1) / kFanout; }
+
+// 2^32 - the bits of a positive float: higher for a lower one, and 0 for 0.
+std::uint32_t high_of(float leaf) {
+  std::uint32_t bits = 0;
+  std::memcpy(&bits, &leaf, sizeof bits);
+  return 0U - bits;
+}
 
 }  // namespace
 
 SumTree::SumTree(std::size_t num_leaves) : num_leaves_(num_leaves) {
-  if (num_leaves == 0) throw std::invalid_argument("sum tree: expected at least 1 leaf, got 0");
-  leaves_.assign(groups_of(num_leaves) * kFanout, 0.0F);
-  std::size_t nodes = leaves_.size();
-  do {
-    nodes = groups_of(nodes);
-    // All but the root are padded to whole groups, so that every node has eight children.
-    const std::size_t padded = nodes == 1 ? 1 : groups_of(nodes) * kFanout;
-    levels_.push_back({std::vector<double>(padded, 0.0), std::vector<float>(padded, kNone)});
-  } while (nodes > 1);
-  touched_.reserve(1);  // so that updating one leaf cannot fail
-}
-
-SumTree::Node SumTree::from_children(std::size_t level, std::size_t index) const noexcept {
-  const std::size_t first = index * kFanout;
-  Node node{0.0, kNone};
-  for (std::size_t child = first; child < first + kFanout; ++child) {
-    if (level == 0) {
-      const float value = leaves_[child];
-      node.sum += static_cast<double>(value);
-      if (value > 0.0F) node.low = std::min(node.low, value);
-    } else {
-      node.sum += levels_[level - 1].sum[child];
-      node.low = std::min(node.low, levels_[level - 1].low[child]);
-    }
+  if (num_leaves == 0 || num_leaves > kMostLeaves) {
+    throw std::invalid_argument("sum tree: expected 1.." + std::to_string(kMostLeaves) + " leaves, got " +
+                                std::to_string(num_leaves));
   }
-  return node;
+  std::size_t nodes = parents_of((num_leaves + kLeafGroup - 1) / kLeafGroup);
+  leaves_ = PageArray<float>(nodes * kFanout * kLeafGroup);
+  touched_ = PageArray<std::uint32_t>(nodes);
+  levels_.emplace_back(nodes);
+  while (nodes > 1) {
+    nodes = parents_of(nodes);
+    levels_.emplace_back(nodes);
+  }
 }
 
-void SumTree::recompute(std::size_t level, std::size_t index) noexcept {
-  const Node node = from_children(level, index);
-  levels_[level].sum[index] = node.sum;
-  levels_[level].low[index] = node.low;
+float SumTree::least_positive() const noexcept {
+  const std::uint32_t bits = 0U - highest(levels_.back()[0]);
+  float least = 0.0F;
+  std::memcpy(&least, &bits, sizeof least);
+  return least;
 }
 
-void SumTree::update(const std::size_t* indices, const float* values, std::size_t count) {
-  touched_.resize(count);
+void SumTree::sum_group(Node& node, std::size_t group) const noexcept {
+  const float* leaves = leaves_.data() + group * kLeafGroup;
+  double lanes[kLeafGroup / 2];
+  std::uint32_t high = 0;
+  for (std::size_t k = 0; k < kLeafGroup; ++k) high = std::max(high, high_of(leaves[k]));
+  for (std::size_t k = 0; k < 8; ++k) lanes[k] = static_cast<double>(leaves[k]) + static_cast<double>(leaves[k + 8]);
+  for (std::size_t k = 0; k < 4; ++k) lanes[k] += lanes[k + 4];
+  node.sum[group % kFanout] = (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+  node.high[group % kFanout] = high;
+}
+
+void SumTree::sum_node(Node& node) noexcept {
+  double before = 0.0;
+  for (std::size_t k = 0; k < kFanout; ++k) {
+    before += node.sum[k];
+    node.prefix[k] = before;
+  }
+}
+
+std::uint32_t SumTree::highest(const Node& node) noexcept { return *std::max_element(node.high, node.high + kFanout); }
+
+void SumTree::next_stamp() noexcept {
+  num_touched_ = 0;
+  if (++stamp_ != 0) return;
+  for (PageArray<Node>& level : levels_) {
+    for (std::size_t node = 0; node < level.size(); ++node) level[node].stamp = 0;
+  }
+  stamp_ = 1;
+}
+
+void SumTree::refresh() noexcept {
+  std::size_t count = num_touched_;
+  if (count == 0) return;
   for (std::size_t k = 0; k < count; ++k) {
-    leaves_[indices[k]] = values[k];
-    touched_[k] = indices[k];
-  }
-  for (std::size_t level = 0; level < levels_.size(); ++level) {
-    for (std::size_t& index : touched_) index /= kFanout;
-    touched_.erase(std::unique(touched_.begin(), touched_.end()), touched_.end());
-    for (const std::size_t index : touched_) recompute(level, index);
-  }
-}
-
-void SumTree::assign(const float* values, std::size_t count) {
-  std::copy(values, values + count, leaves_.begin());
-  std::fill(leaves_.begin() + static_cast<std::ptrdiff_t>(count), leaves_.end(), 0.0F);
-  std::size_t nodes = leaves_.size();
-  for (std::size_t level = 0; level < levels_.size(); ++level) {
-    nodes = groups_of(nodes);
-    for (std::size_t index = 0; index < nodes; ++index) recompute(level, index);
-  }
-}
-
-std::size_t SumTree::find_one(double point) const noexcept {
-  std::size_t index = 0;
-  for (std::size_t level = levels_.size(); level-- > 0;) {
-    const std::size_t first = index * kFanout;
-    std::size_t chosen = first;
-    double before = 0.0;
-    double chosen_before = 0.0;
-    for (std::size_t child = first; child < first + kFanout; ++child) {
-      const double value = level == 0 ? static_cast<double>(leaves_[child]) : levels_[level - 1].sum[child];
-      if (value <= 0.0) continue;
-      chosen = child;
-      chosen_before = before;
-      before += value;
-      if (point < before) break;
+    Node& node = levels_[0][touched_[k]];
+    for (std::uint32_t left = node.touched; left != 0; left &= left - 1) {
+      sum_group(node, touched_[k] * kFanout + static_cast<std::size_t>(__builtin_ctz(left)));
     }
-    point -= chosen_before;
-    index = chosen;
+    sum_node(node);
   }
-  return index;
+  for (std::size_t level = 1; level < levels_.size(); ++level) {
+    const Node* below = levels_[level - 1].data();
+    Node* nodes = levels_[level].data();
+    std::size_t listed = 0;
+    for (std::size_t k = 0; k < count; ++k) {  // the list is overwritten from its start, behind the reading
+      const std::uint32_t child = touched_[k];
+      listed = touch(nodes, child, listed);
+      nodes[child / kFanout].sum[child % kFanout] = below[child].prefix[kFanout - 1];
+      nodes[child / kFanout].high[child % kFanout] = highest(below[child]);
+    }
+    count = listed;
+    for (std::size_t k = 0; k < count; ++k) sum_node(nodes[touched_[k]]);
+  }
+  next_stamp();
 }
 
-void SumTree::find(const double* points, std::size_t* out, std::size_t count) const noexcept {
-  for (std::size_t k = 0; k < count; ++k) out[k] = find_one(points[k]);
+void SumTree::assign(const float* values, std::size_t count) noexcept {
+  std::copy(values, values + count, leaves_.data());
+  std::fill(leaves_.data() + count, leaves_.data() + leaves_.size(), 0.0F);
+  for (std::size_t node = 0; node < levels_[0].size(); ++node) {
+    num_touched_ = touch(levels_[0].data(), static_cast<std::uint32_t>(node * kFanout), num_touched_);
+    levels_[0][node].touched = (1U << kFanout) - 1;
+  }
+  refresh();
+}
+
+void SumTree::find(double* point, std::uint32_t* index, float* value, std::size_t count) const noexcept {
+  const Kernels& run = kernels();
+  std::fill(index, index + count, 0U);
+  for (std::size_t level = levels_.size(); level-- > 1;) {
+    run.descend(levels_[level].data(), levels_[level - 1].data(), sizeof(Node), index, point, count);
+  }
+  run.descend(levels_[0].data(), leaves_.data(), kLeafGroup * sizeof(float), index, point, count);
+  for (std::size_t k = 0; k < count; ++k) {
+    const float* leaves = leaves_.data() + std::size_t{index[k]} * kLeafGroup;
+    double before = 0.0;
+    std::uint32_t passed = 0;
+    std::uint32_t positive = 0;  // the last leaf with weight
+    for (std::uint32_t leaf = 0; leaf < kLeafGroup; ++leaf) {
+      before += static_cast<double>(leaves[leaf]);
+      passed += before <= point[k] ? 1U : 0U;
+      positive = leaves[leaf] > 0.0F ? leaf : positive;
+    }
+    const std::uint32_t chosen = std::min(passed, positive);
+    index[k] = index[k] * static_cast<std::uint32_t>(kLeafGroup) + chosen;
+    value[k] = leaves[chosen];
+  }
 }
 
 std::size_t SumTree::bytes_used() const noexcept {
-  std::size_t bytes = leaves_.size() * sizeof(float);
-  for (const Level& level : levels_) bytes += level.sum.size() * (sizeof(double) + sizeof(float));
+  std::size_t bytes = leaves_.bytes() + touched_.bytes();
+  for (const PageArray<Node>& level : levels_) bytes += level.bytes();
   return bytes;
+}
+
+bool SumTree::same_nodes(const SumTree& other) const {
+  if (levels_.size() != other.levels_.size()) return false;
+  for (std::size_t level = 0; level < levels_.size(); ++level) {
+    if (levels_[level].size() != other.levels_[level].size()) return false;
+    for (std::size_t index = 0; index < levels_[level].size(); ++index) {
+      const Node& mine = levels_[level][index];
+      const Node& theirs = other.levels_[level][index];
+      if (std::memcmp(mine.prefix, theirs.prefix, sizeof mine.prefix) != 0) return false;
+      if (std::memcmp(mine.sum, theirs.sum, sizeof mine.sum) != 0) return false;
+      if (std::memcmp(mine.high, theirs.high, sizeof mine.high) != 0) return false;
+    }
+  }
+  return true;
 }
 
 bool SumTree::consistent() const {
   for (std::size_t level = 0; level < levels_.size(); ++level) {
-    const Level& stored = levels_[level];
-    const std::size_t children = level == 0 ? leaves_.size() : levels_[level - 1].sum.size();
-    for (std::size_t index = 0; index < groups_of(children); ++index) {
-      const Node node = from_children(level, index);
-      if (std::memcmp(&node.sum, &stored.sum[index], sizeof node.sum) != 0) return false;
-      if (std::memcmp(&node.low, &stored.low[index], sizeof node.low) != 0) return false;
+    for (std::size_t index = 0; index < levels_[level].size(); ++index) {
+      const Node& stored = levels_[level][index];
+      Node found = stored;
+      for (std::size_t k = 0; k < kFanout; ++k) {
+        const std::size_t child = index * kFanout + k;
+        if (level == 0) {
+          sum_group(found, child);
+        } else if (child < levels_[level - 1].size()) {
+          found.sum[k] = levels_[level - 1][child].prefix[kFanout - 1];
+          found.high[k] = highest(levels_[level - 1][child]);
+        } else {
+          found.sum[k] = 0.0;
+          found.high[k] = 0;
+        }
+      }
+      sum_node(found);
+      if (std::memcmp(&found, &stored, sizeof found) != 0) return false;
     }
   }
-  return true;
+  return num_touched_ == 0;
 }
 
 }  // namespace rlv2v

@@ -1,6 +1,7 @@
 // The buffer: frames right after many wraparounds, references counted, memory bounded, mistakes refused with nothing changed.
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <stdexcept>
 #include <vector>
 
@@ -19,7 +20,7 @@ constexpr std::size_t kBytes = 6;
 constexpr std::size_t kLen = 3;
 
 BufferConfig config(std::size_t capacity, std::size_t max_frames = rlv2v::kMostFrames) {
-  return {capacity, kBytes, kLen, max_frames, 0.6, 0.4, true, 1};
+  return {capacity, kBytes, kLen, max_frames, 0.6, 0.4, true, 1, 1, 0.5, ""};
 }
 
 std::vector<std::uint8_t> frames(std::size_t count, std::uint64_t id) {
@@ -29,21 +30,21 @@ std::vector<std::uint8_t> frames(std::size_t count, std::uint64_t id) {
 void add_one(Buffer& buffer, std::uint64_t id) {
   const auto data = frames(kLen, id);
   const Transition transition{{kNoClip, 0, 1 + id % kLen, data.data()}, {kNoClip, 0, 1, data.data()},
-                              {kNoClip, 0, 1, data.data()}, static_cast<float>(id), static_cast<std::int64_t>(id), false};
+                              {kNoClip, 0, 1, data.data()}, static_cast<float>(id), static_cast<std::int64_t>(id), false, false};
   CHECK(buffer.add({transition}) == id);
 }
 
 struct Rows {
   explicit Rows(std::size_t n)
       : states(n * kLen * kBytes), actions(n * kBytes), next_states(n * (kLen + 1) * kBytes), true_frames(n * kBytes),
-        lengths(n), positions(n), ids(n), rewards(n), weights(n), terminals(new bool[n]) {}
+        lengths(n), next_lengths(n), positions(n), ids(n), rewards(n), discounts(n), weights(n), terminals(new bool[n]) {}
   rlv2v::SampleOut out() {
-    return {states.data(),      lengths.data(),   actions.data(),   rewards.data(), next_states.data(),
+    return {states.data(),      lengths.data(),   actions.data(),   rewards.data(), next_states.data(), next_lengths.data(), discounts.data(),
             true_frames.data(), positions.data(), terminals.get(), ids.data(),     weights.data()};
   }
   std::vector<std::uint8_t> states, actions, next_states, true_frames;
-  std::vector<std::int64_t> lengths, positions, ids;
-  std::vector<float> rewards, weights;
+  std::vector<std::int64_t> lengths, next_lengths, positions, ids;
+  std::vector<float> rewards, discounts, weights;
   std::unique_ptr<bool[]> terminals;
 };
 
@@ -84,7 +85,7 @@ void clips_live_as_long_as_they_are_used() {
   Buffer buffer(config(2));
   const auto data = frames(5, 1);
   const ClipId clip = buffer.put_clip(data.data(), 5);
-  const Transition window{{clip, 1, 3, nullptr}, {clip, 0, 1, nullptr}, {clip, 4, 1, nullptr}, 0.0F, 0, false};
+  const Transition window{{clip, 1, 3, nullptr}, {clip, 0, 1, nullptr}, {clip, 4, 1, nullptr}, 0.0F, 0, false, false};
   buffer.add({window, window});
   CHECK(buffer.stats().frames == 5);
   buffer.release_clip(clip);
@@ -139,6 +140,31 @@ void mistakes_change_nothing() {
   check_rows(buffer, 64);
 }
 
+// Rewards id, gamma 0.5: id + (id + 1) / 2 + (id + 2) / 4, cut by an end, a terminal, or the newest.
+void steps_stop_where_the_episode_does() {
+  BufferConfig settings = config(8);
+  settings.n_step = 3;
+  Buffer buffer(settings);
+  const auto data = frames(1, 1);
+  for (std::uint64_t id = 0; id < 20; ++id) {
+    const rlv2v::Window frame{kNoClip, 0, 1, data.data()};
+    buffer.add({{frame, frame, frame, static_cast<float>(id), 0, id == 16, id == 14}});
+  }
+  Rows rows(64);
+  buffer.sample(64, rows.out());
+  const std::size_t steps[] = {3, 2, 1, 2, 1, 3, 2, 1};  // of ids 12..19
+  for (std::size_t k = 0; k < 64; ++k) {
+    const std::size_t taken = steps[rows.ids[k] - 12];
+    float expected = 0.0F;
+    float discount = 1.0F;
+    for (std::size_t step = 0; step < taken; ++step, discount /= 2.0F) {
+      expected += discount * static_cast<float>(rows.ids[k] + static_cast<std::int64_t>(step));
+    }
+    CHECK(rows.rewards[k] == expected && rows.discounts[k] == discount);
+    CHECK(rows.terminals[k] == (rows.ids[k] + static_cast<std::int64_t>(taken) == 17));
+  }
+}
+
 void loading_restores_and_refuses() {
   Buffer buffer(config(5));
   for (std::uint64_t id = 0; id < 8; ++id) add_one(buffer, id);
@@ -166,6 +192,7 @@ void loading_restores_and_refuses() {
   CHECK(refused([](auto& c) { c.lengths.push_back(1); }));
   CHECK(refused([](auto& c) { c.frames.pop_back(); }));
   CHECK(refused([](auto& c) { c.priorities[0] = -1.0F; }));
+  CHECK(refused([](auto& c) { c.ends[0] = 2; }));
   CHECK(refused([](auto& c) { c.alpha = 2.0; }));
   CHECK(refused([](auto& c) { c.oldest_id = ~std::uint64_t{0}; }));
   CHECK(other.stats().added == 8);
@@ -178,6 +205,7 @@ int main() {
   clips_live_as_long_as_they_are_used();
   memory_stays_in_its_bound();
   mistakes_change_nothing();
+  steps_stop_where_the_episode_does();
   loading_restores_and_refuses();
   return 0;
 }

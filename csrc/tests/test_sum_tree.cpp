@@ -1,4 +1,5 @@
 // The tree against a plain running sum, against its own rebuild, and at the edges of the number range.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -13,6 +14,19 @@ using rlv2v::Draws;
 using rlv2v::SumTree;
 
 namespace {
+
+std::size_t find(const SumTree& tree, double point) {
+  std::uint32_t index = 0;
+  float value = 0.0F;
+  tree.find(&point, &index, &value, 1);
+  CHECK(value == tree.leaf(index));
+  return index;
+}
+
+void update(SumTree& tree, std::size_t index, float value) {
+  tree.set(index, value);
+  tree.refresh();
+}
 
 // Values that are small integers make every sum exact, so that the plain search is the definition.
 void finds_what_a_running_sum_finds(std::size_t num_leaves) {
@@ -34,9 +48,7 @@ void finds_what_a_running_sum_finds(std::size_t num_leaves) {
   double before = 0.0;
   for (double point = 0.0; point < total; point += 0.25) {
     while (point >= before + static_cast<double>(values[leaf])) before += static_cast<double>(values[leaf++]);
-    std::size_t found = num_leaves;
-    tree.find(&point, &found, 1);
-    CHECK(found == leaf);
+    CHECK(find(tree, point) == leaf);
   }
 }
 
@@ -51,10 +63,11 @@ void any_history_equals_a_rebuild() {
     float updates[5];
     for (int k = 0; k < 5; ++k) {
       indices[k] = static_cast<std::size_t>(draws.uniform(draw++) * static_cast<double>(num_leaves));
-      updates[k] = static_cast<float>(std::pow(draws.uniform(draw++), 20.0));
+      updates[k] = std::max(static_cast<float>(std::pow(draws.uniform(draw++), 20.0)), std::numeric_limits<float>::min());
       values[indices[k]] = updates[k];
     }
-    tree.update(indices, updates, 5);
+    for (int k = 0; k < 5; ++k) tree.set(indices[k], updates[k]);
+    tree.refresh();
   }
   SumTree rebuilt(num_leaves);
   rebuilt.assign(values.data(), values.size());
@@ -68,16 +81,14 @@ void zeros_are_never_found() {
   SumTree tree(70);
   const std::size_t index = 33;
   const float tiny = std::numeric_limits<float>::min();
-  tree.update(&index, &tiny, 1);
-  const double points[] = {0.0, tree.total(), 2.0 * tree.total(), std::numeric_limits<double>::max()};
-  std::size_t found[4];
-  tree.find(points, found, 4);
-  for (const std::size_t leaf : found) CHECK(leaf == index);
+  update(tree, index, tiny);
+  for (const double point : {0.0, tree.total(), 2.0 * tree.total(), std::numeric_limits<double>::max()}) {
+    CHECK(find(tree, point) == index);
+  }
   CHECK(tree.least_positive() == tiny);
-  const float zero = 0.0F;
-  tree.update(&index, &zero, 1);
+  update(tree, index, 0.0F);
   CHECK(tree.total() == 0.0);
-  CHECK(std::isinf(tree.least_positive()));
+  CHECK(tree.least_positive() == 0.0F);
 }
 
 // A leaf of 2^-45 of the total, wherever it stands, is found at its own point.
@@ -89,10 +100,27 @@ void small_leaves_are_reachable() {
     SumTree tree(num_leaves);
     tree.assign(values.data(), values.size());
     const double point = static_cast<double>(small) + std::ldexp(0.5, -33);
-    std::size_t found = 0;
-    tree.find(&point, &found, 1);
-    CHECK(found == small);
+    CHECK(find(tree, point) == small);
   }
+}
+
+// 10^7 updates of a million leaves: the tree is its rebuild, bit for bit.
+void ten_million_updates_equal_a_rebuild() {
+  const std::size_t num_leaves = 1000000;
+  const Draws draws(11);
+  SumTree tree(num_leaves);
+  for (std::uint64_t step = 0; step < 10000000; ++step) {
+    const std::uint64_t bits = static_cast<std::uint64_t>(draws.uniform(step) * 0x1p53);
+    tree.set(static_cast<std::size_t>(bits % num_leaves), static_cast<float>(bits >> 20) * 0x1p-40F);
+    if (step % 256 == 255) tree.refresh();
+  }
+  tree.refresh();
+  CHECK(tree.consistent());
+  std::vector<float> values(num_leaves);
+  for (std::size_t k = 0; k < num_leaves; ++k) values[k] = tree.leaf(k);
+  SumTree rebuilt(num_leaves);
+  rebuilt.assign(values.data(), values.size());
+  CHECK(tree.same_nodes(rebuilt));
 }
 
 }  // namespace
@@ -104,6 +132,7 @@ int main() {
   any_history_equals_a_rebuild();
   zeros_are_never_found();
   small_leaves_are_reachable();
+  ten_million_updates_equal_a_rebuild();
   CHECK(throws<std::invalid_argument>([] { SumTree tree(0); }));
   return 0;
 }

@@ -21,18 +21,18 @@ void add(rlv2v::Buffer& buffer, int step) {
   const std::vector<std::uint8_t> frames(kLen * kBytes, value);
   const rlv2v::ClipId clip = buffer.put_clip(frames.data(), kLen);
   buffer.add({{{clip, 0, kLen, nullptr}, {rlv2v::kNoClip, 0, 1, frames.data()}, {clip, 1, 1, nullptr},
-               static_cast<float>(value), value, false}});
+               static_cast<float>(value), value, false, false}});
   buffer.release_clip(clip);
 }
 
 void sample(rlv2v::Buffer& buffer, std::vector<std::int64_t>& ids) {
   std::vector<std::uint8_t> states(kRows * kLen * kBytes), next_states(kRows * (kLen + 1) * kBytes);
   std::vector<std::uint8_t> actions(kRows * kBytes), true_frames(kRows * kBytes);
-  std::vector<std::int64_t> lengths(kRows), positions(kRows);
-  std::vector<float> rewards(kRows), weights(kRows);
+  std::vector<std::int64_t> lengths(kRows), next_lengths(kRows), positions(kRows);
+  std::vector<float> rewards(kRows), discounts(kRows), weights(kRows);
   const std::unique_ptr<bool[]> terminals(new bool[kRows]);
   buffer.sample(kRows, {states.data(), lengths.data(), actions.data(), rewards.data(), next_states.data(),
-                        true_frames.data(), positions.data(), terminals.get(), ids.data(), weights.data()});
+                        next_lengths.data(), discounts.data(), true_frames.data(), positions.data(), terminals.get(), ids.data(), weights.data()});
   for (std::size_t k = 0; k < kRows; ++k) {
     const auto value = static_cast<std::uint8_t>(positions[k]);
     CHECK(rewards[k] == static_cast<float>(value));
@@ -46,7 +46,7 @@ void sample(rlv2v::Buffer& buffer, std::vector<std::int64_t>& ids) {
 }  // namespace
 
 int main() {
-  rlv2v::Buffer buffer({32, kBytes, kLen, rlv2v::kMostFrames, 0.6, 0.4, true, 0});
+  rlv2v::Buffer buffer({32, kBytes, kLen, rlv2v::kMostFrames, 0.6, 0.4, true, 0, 1, 0.99, ""});
   add(buffer, 0);
   std::atomic<bool> done{false};
   std::vector<std::thread> threads;
