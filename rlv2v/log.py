@@ -9,7 +9,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -74,8 +73,3 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         except json.JSONDecodeError:
             break
     return lines
-
-
-def to_floats(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Numbers of a step's losses: one wait for the device."""
-    return {name: value.item() for name, value in values.items()}
