@@ -21,6 +21,7 @@ namespace {
 using rlv2v::Buffer;
 using Shape = std::vector<py::ssize_t>;
 using Free = py::call_guard<py::gil_scoped_release>;
+constexpr std::size_t kIds = 10;  // where a batch has its ids
 
 std::string describe(const Shape& shape) {
   std::string text = "(";
@@ -60,22 +61,24 @@ py::array_t<T, py::array::c_style> checked(const py::handle& value, const char* 
 }
 
 template <class T>
-py::array_t<T> adopt(std::vector<T>&& values, const Shape& shape) {
-  auto* kept = new std::vector<T>(std::move(values));
-  const py::capsule owner(kept, [](void* pointer) { delete static_cast<std::vector<T>*>(pointer); });
+py::array_t<T> adopt(rlv2v::PageArray<T>&& values, const Shape& shape) {
+  auto* kept = new rlv2v::PageArray<T>(std::move(values));
+  const py::capsule owner(kept, [](void* pointer) { delete static_cast<rlv2v::PageArray<T>*>(pointer); });
   return py::array_t<T>(shape, kept->data(), owner);
 }
 
+// A column of a saved state; `kept` holds its memory.
 template <class T>
-std::vector<T> copied(const py::dict& state, const char* name, const Shape& shape) {
+rlv2v::PageArray<T> column(const py::dict& state, const char* name, const Shape& shape, py::list& kept) {
   const auto array = checked<T>(state[name], name, shape);
-  return std::vector<T>(array.data(), array.data() + array.size());
+  kept.append(array);
+  return {array.data(), static_cast<std::size_t>(array.size())};
 }
 
 // Arrays of one sample: where the core writes, and the Python batch that owns the memory.
 struct Slot {
-  py::object batch;    // a tuple of tensors over one storage
-  py::object sharing;  // the same with the states as a view of the next states
+  py::tuple batch;     // of tensors over one storage
+  py::tuple sharing;   // the same with the states and actions as views of the next states
   py::object storage;  // that storage's address, as torch counts its users
   std::size_t rows;
   py::ssize_t users;                   // of the storage, by these tuples alone
@@ -85,14 +88,17 @@ struct Slot {
 
 class PyBuffer {
  public:
-  // make_batch(n) -> (tuple of tensors, the same with shared states, addresses, storage); count_users(storage) -> int.
+  // make_batch(n) -> (tuple of tensors, the same with shared states, addresses, storage); count_users(storage) -> int;
+  // to_ids(anything) -> int64 (n,).
   PyBuffer(std::size_t capacity, Shape frame_shape, std::size_t max_len, double alpha, double beta, bool stratified,
            std::uint64_t seed, std::size_t max_bytes, std::size_t n_step, double gamma, const std::string& path,
-           std::size_t ring, py::object make_batch, py::object count_users)
+           std::size_t ring, py::object make_batch, py::object count_users,
+           py::object to_ids)
       : frame_shape_(std::move(frame_shape)),
         ring_size_(ring),
         make_batch_(std::move(make_batch)),
         count_users_(std::move(count_users)),
+        to_ids_(std::move(to_ids)),
         buffer_({capacity, frame_bytes(), max_len, max_bytes / frame_bytes(), alpha, beta, stratified, seed, n_step, gamma, path}) {}
 
   Buffer& core() { return buffer_; }
@@ -103,7 +109,8 @@ class PyBuffer {
     return buffer_.put_clip(array.data(), static_cast<std::size_t>(array.shape(0)));
   }
 
-  // states, actions, true frames: one array for all rows, (clip, starts (n), lengths (n)), or a list of n single ones.
+  // states, actions, true frames: one array for all rows, or a list of n single ones, or (clip, starts (n), lengths (n)), of
+  // single frames (clip, indices (n)).
   std::uint64_t add(const py::object& states, const py::object& actions, const py::object& rewards,
                     const py::object& true_frames, const py::object& positions, const py::object& terminals,
                     const py::object& ends) {
@@ -156,14 +163,17 @@ class PyBuffer {
     buffer_.sample(n, out);
   }
 
+  // ids: an array, or a tensor of ids that sample gave out.
   std::size_t update_priorities(const py::object& ids, const py::object& priorities) {
-    const auto id = checked<std::int64_t>(ids, "ids", {-1});
-    if (py::array_t<float, py::array::c_style>::check_(priorities)) return update<float>(id, priorities);
-    return update<double>(id, priorities);
+    for (const Slot& slot : ring_) {  // the usual case: the tensor of a batch that the ring knows, and so its memory
+      if (ids.is(slot.batch[kIds]) || ids.is(slot.sharing[kIds])) return update(slot.out.ids, slot.rows, priorities);
+    }
+    const auto array = checked<std::int64_t>(to_ids_(ids), "ids", {-1});
+    return update(array.data(), static_cast<std::size_t>(array.size()), priorities);
   }
 
   py::dict save() {
-    rlv2v::Contents contents;
+    rlv2v::Contents contents{};
     {
       const py::gil_scoped_release free;
       contents = buffer_.save();
@@ -191,15 +201,16 @@ class PyBuffer {
   }
 
   void load(const py::dict& state) {
-    rlv2v::Contents contents;
-    contents.frames = copied<std::uint8_t>(state, "frames", batch_shape(-1));
-    contents.table = copied<std::int32_t>(state, "table", {-1, static_cast<py::ssize_t>(buffer_.max_len()) + 2});
-    contents.lengths = copied<std::int64_t>(state, "lengths", {-1});
-    contents.rewards = copied<float>(state, "rewards", {-1});
-    contents.positions = copied<std::int64_t>(state, "positions", {-1});
-    contents.terminals = copied<std::uint8_t>(state, "terminals", {-1});
-    contents.ends = copied<std::uint8_t>(state, "ends", {-1});
-    contents.priorities = copied<float>(state, "priorities", {-1});
+    rlv2v::Contents contents{};
+    py::list kept;
+    contents.frames = column<std::uint8_t>(state, "frames", batch_shape(-1), kept);
+    contents.table = column<std::int32_t>(state, "table", {-1, static_cast<py::ssize_t>(buffer_.max_len()) + 2}, kept);
+    contents.lengths = column<std::int64_t>(state, "lengths", {-1}, kept);
+    contents.rewards = column<float>(state, "rewards", {-1}, kept);
+    contents.positions = column<std::int64_t>(state, "positions", {-1}, kept);
+    contents.terminals = column<std::uint8_t>(state, "terminals", {-1}, kept);
+    contents.ends = column<std::uint8_t>(state, "ends", {-1}, kept);
+    contents.priorities = column<float>(state, "priorities", {-1}, kept);
     contents.oldest_id = state["oldest_id"].cast<std::uint64_t>();
     contents.sampled = state["sampled"].cast<std::uint64_t>();
     contents.stale = state["stale"].cast<std::uint64_t>();
@@ -224,11 +235,16 @@ class PyBuffer {
     const bool* data;
   };
 
-  template <class Real>
-  std::size_t update(const py::array_t<std::int64_t, py::array::c_style>& ids, const py::object& priorities) {
-    const auto values = checked<Real>(priorities, "priorities", {ids.shape(0)});
+  std::size_t update(const std::int64_t* ids, std::size_t count, const py::object& priorities) {
+    const Shape shape{static_cast<py::ssize_t>(count)};
+    if (py::array_t<float, py::array::c_style>::check_(priorities)) {
+      const auto values = checked<float>(priorities, "priorities", shape);
+      const py::gil_scoped_release free;
+      return buffer_.update_priorities(ids, values.data(), count);
+    }
+    const auto values = checked<double>(priorities, "priorities", shape);
     const py::gil_scoped_release free;
-    return buffer_.update_priorities(ids.data(), values.data(), static_cast<std::size_t>(ids.size()));
+    return buffer_.update_priorities(ids, values.data(), count);
   }
 
   // The caller's own memory, never a copy.
@@ -248,7 +264,7 @@ class PyBuffer {
       if (slot.rows == n && is_free(slot)) return slot;
     }
     auto made = make_batch_(n).cast<py::tuple>();
-    Slot slot{made[0], made[1], made[3], n, 0, {}, {}};
+    Slot slot{made[0].cast<py::tuple>(), made[1].cast<py::tuple>(), made[3], n, 0, {}, {}};
     const auto at = made[2].cast<std::vector<std::uintptr_t>>();
     slot.out = {reinterpret_cast<std::uint8_t*>(at[0]), reinterpret_cast<std::int64_t*>(at[1]),
                 reinterpret_cast<std::uint8_t*>(at[2]), reinterpret_cast<float*>(at[3]),
@@ -317,9 +333,9 @@ class PyBuffer {
       const auto reference = py::reinterpret_borrow<py::tuple>(value);
       const auto clip = reference[0].cast<std::uint64_t>();
       const auto starts = checked<std::int64_t>(reference[1], name, {count});
-      const auto lengths = checked<std::int64_t>(reference[2], name, {count});
+      const auto lengths = is_state ? checked<std::int64_t>(reference[2], name, {count}) : starts;
       for (std::size_t k = 0; k < batch.size(); ++k) {
-        batch[k].*part = referred(clip, starts.data()[k], lengths.data()[k], name);
+        batch[k].*part = referred(clip, starts.data()[k], is_state ? lengths.data()[k] : 1, name);
       }
     } else if (py::isinstance<py::list>(value)) {
       const auto rows = py::reinterpret_borrow<py::list>(value);
@@ -345,11 +361,11 @@ class PyBuffer {
     return {clip, static_cast<std::size_t>(start), static_cast<std::size_t>(length), nullptr};
   }
 
-  // A state is an array (p, *frame_shape) or (clip, start, p); one frame is an array frame_shape or (clip, index, 1).
+  // A state is an array (p, *frame_shape) or (clip, start, p); one frame is an array frame_shape or (clip, index).
   rlv2v::Window window(const py::handle& value, const char* name, bool is_state, std::vector<py::object>& kept) const {
     if (py::isinstance<py::tuple>(value)) {
       const auto part = py::reinterpret_borrow<py::tuple>(value);
-      return referred(part[0].cast<std::uint64_t>(), part[1].cast<std::int64_t>(), part[2].cast<std::int64_t>(), name);
+      return referred(part[0].cast<std::uint64_t>(), part[1].cast<std::int64_t>(), is_state ? part[2].cast<std::int64_t>() : 1, name);
     }
     const auto array = checked<std::uint8_t>(value, name, is_state ? batch_shape(-1) : frame_shape_);
     kept.push_back(array);
@@ -361,6 +377,7 @@ class PyBuffer {
   std::size_t ring_size_;
   py::object make_batch_;
   py::object count_users_;
+  py::object to_ids_;
   std::vector<Slot> ring_;  // guarded by the interpreter lock
   Buffer buffer_;
 };
@@ -397,10 +414,10 @@ PYBIND11_MODULE(_native, m) {
 
   py::class_<PyBuffer>(m, "ReplayBuffer")
       .def(py::init<std::size_t, Shape, std::size_t, double, double, bool, std::uint64_t, std::size_t, std::size_t, double,
-                    const std::string&, std::size_t, py::object, py::object>(),
+                    const std::string&, std::size_t, py::object, py::object, py::object>(),
            py::arg("capacity"), py::arg("frame_shape"), py::arg("max_len"), py::arg("alpha"), py::arg("beta"),
            py::arg("stratified"), py::arg("seed"), py::arg("max_bytes"), py::arg("n_step"), py::arg("gamma"),
-           py::arg("path"), py::arg("ring"), py::arg("make_batch"), py::arg("count_users"))
+           py::arg("path"), py::arg("ring"), py::arg("make_batch"), py::arg("count_users"), py::arg("to_ids"))
       .def("put_clip", &PyBuffer::put_clip, py::arg("frames"))
       .def("release_clip", [](PyBuffer& self, std::uint64_t clip) { self.core().release_clip(clip); }, py::arg("clip"), Free())
       .def("add", &PyBuffer::add, py::arg("states"), py::arg("actions"), py::arg("rewards"), py::arg("true_frames"),

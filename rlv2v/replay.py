@@ -154,6 +154,7 @@ class PrioritizedReplay:
             _integer("ring", ring, 0),
             functools.partial(_new_batch, self.frame_shape, self.max_len, pinned),
             torch._C._storage_Use_Count,
+            _ids,
         )
 
     def __len__(self) -> int:
@@ -245,8 +246,8 @@ class PrioritizedReplay:
 
         A batch belongs to the caller as long as the batch, one of its tensors, or a view of one is alive; its memory
         (and the same tensors with it) serves again only after that, which saves the page faults of fresh memory.
-        Where every state that the buffer holds is full (max_len frames) and n_step is 1, `states` is a view of the
-        first max_len frames of `next_states`, which halves what is written.
+        Where every state that the buffer holds is full (max_len frames) and n_step is 1, `states` and `actions` are
+        views of the first max_len frames of `next_states` and of the one after them, which halves what is written.
         out: tensors or arrays of ReplayBatch's shapes and types, on the CPU, C-contiguous.
         """
         if type(n) is not int or not 0 < n <= _NO_BOUND:
@@ -263,12 +264,11 @@ class PrioritizedReplay:
 
         Returns how many ids were stale (evicted since): those are ignored, and counted in `stats`.
         """
-        wanted, values = _array(ids), _array(priorities)
-        if wanted.dtype is not _I64 or wanted.ndim != 1:
-            wanted = _column("ids", wanted, _I64, None)
-        if values.dtype is not _F32 or values.shape != wanted.shape:
-            values = _column("priorities", values, _F64, len(wanted))
-        return self._native.update_priorities(wanted, values)
+        values = _array(priorities)
+        if values.dtype is not _F32 or values.ndim != 1:
+            ids = _ids(ids)
+            values = _column("priorities", values, _F64, len(ids))
+        return self._native.update_priorities(ids, values)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but clip handles, as tensors, numbers and lists: `torch.load(weights_only=True)` accepts it.
@@ -318,20 +318,18 @@ class PrioritizedReplay:
         return [self._reference(value, name, parts)]
 
     def _many(self, value: Any, name: str, parts: int, count: int) -> Any:
-        """n frames or states as the core takes them: one array, one clip with starts and lengths, or a list."""
+        """n frames or states as the core takes them: one array, one clip with starts (and lengths), or a list."""
+        if isinstance(value, tuple) and value and isinstance(value[0], Clip):
+            return (self._key(value, name, parts), *[_column(name, part, _I64, count) for part in value[1:]])
         if isinstance(value, (np.ndarray, torch.Tensor)):
             return _array(value)
-        if not (isinstance(value, tuple) and value and isinstance(value[0], Clip)):
-            return [self._reference(row, name, parts) for row in value]
-        key = self._key(value, name, parts)
-        return (key, *(_column(name, part, _I64, count) for part in (*value[1:], 1)[:2]))
+        return [self._reference(row, name, parts) for row in value]
 
     def _reference(self, value: Any, name: str, parts: int) -> Any:
-        """A frame or state as the core takes it: an array, or (clip key, start[, length])."""
+        """A frame or state as the core takes it: an array, or (clip key, index) or (clip key, start, length)."""
         if not (isinstance(value, tuple) and value and isinstance(value[0], Clip)):
             return _array(value)
-        key = self._key(value, name, parts)
-        return (key, *(_integer(name, part, -(2**63)) for part in (*value[1:], 1)[:2]))
+        return (self._key(value, name, parts), *[_integer(name, part, -(2**63)) for part in value[1:]])
 
     def _key(self, value: tuple[Any, ...], name: str, parts: int) -> int:
         if len(value) != parts:
@@ -360,6 +358,10 @@ def _array(value: Any) -> npt.NDArray[Any]:
     if isinstance(value, torch.Tensor):
         return value.numpy(force=True)
     return np.from_dlpack(value) if hasattr(value, "__dlpack__") else np.asarray(value)
+
+
+def _ids(value: Any) -> npt.NDArray[np.int64]:
+    return _column("ids", value, _I64, None)
 
 
 def _memory(value: Any) -> npt.NDArray[Any]:
@@ -394,8 +396,8 @@ def _new_batch(
 ) -> tuple[ReplayBatch, ReplayBatch, list[int], int]:
     """An empty batch over one storage.
 
-    Returns the batch, the same with the states as a view of the next states, the addresses of its tensors, and the
-    storage as torch counts its users.
+    Returns the batch, the same with the states and actions as views of the next states, the addresses of its tensors,
+    and the storage as torch counts its users.
     """
     real, whole, byte = torch.float32, torch.int64, torch.uint8
     parts = {
@@ -424,7 +426,7 @@ def _new_batch(
     batch = ReplayBatch(**tensors)
     return (
         batch,
-        batch._replace(states=batch.next_states[:, :max_len]),
+        batch._replace(states=batch.next_states[:, :max_len], actions=batch.next_states[:, max_len]),
         [tensor.data_ptr() for tensor in tensors.values()],
         storage.untyped_storage()._cdata,
     )

@@ -58,7 +58,7 @@ void leaves_of(const float* priorities, float* leaves, std::size_t count, double
 }
 
 std::size_t Buffer::Store::stride_of(std::size_t max_len) noexcept {
-  const std::size_t bytes = sizeof(Row) + (max_len + 2) * sizeof(FrameId);
+  const std::size_t bytes = Row::kBytes + (max_len + 2) * sizeof(FrameId);
   if (bytes <= 32) return 32;
   return bytes <= 64 ? 64 : (bytes + 7) / 8 * 8;
 }
@@ -67,8 +67,7 @@ Buffer::Store::Store(const BufferConfig& config)
     : arena(config.frame_bytes, config.max_frames, config.path),
       tree(config.capacity),
       stride(stride_of(config.max_len)),
-      rows(config.capacity * stride),
-      priorities(config.capacity) {}
+      rows(config.capacity * stride) {}
 
 Buffer::Buffer(const BufferConfig& config) : config_(checked(config)), store_(config_) {}
 
@@ -106,6 +105,7 @@ void Buffer::place(const Window& window, FrameId* out) noexcept {
     for (std::size_t k = 0; k < window.length; ++k) {
       out[k] = store_.arena.store(window.frames + k * config_.frame_bytes);
     }
+    store_.arena.fence();
     return;
   }
   const std::vector<FrameId>& clip = store_.clips.find(window.clip)->second;
@@ -172,7 +172,7 @@ std::uint64_t Buffer::add(const std::vector<Transition>& batch) {
     row.terminal = transition.terminal ? 1U : 0U;
     row.end = transition.end ? 1U : 0U;
     if (row.length < config_.max_len) ++store_.num_short;
-    store_.priorities[where] = store_.max_priority;
+    row.priority = store_.max_priority;
     store_.tree.set(where, leaf);
     ++store_.next_id;
     where = next_slot(where);
@@ -219,7 +219,7 @@ std::size_t Buffer::update_priorities(const std::int64_t* ids, const Real* prior
       const std::size_t where = oldest_slot + static_cast<std::size_t>(id - store_.oldest_id);
       slots[live] = where < config_.capacity ? where : where - config_.capacity;
       store_.tree.prefetch(slots[live]);
-      __builtin_prefetch(store_.priorities.data() + slots[live], 1);
+      __builtin_prefetch(&store_.row(slots[live]), 1);
       // A positive priority stays reachable: below the normal range of f32 it counts as the least normal number.
       const float least = priorities[k] > 0 ? std::numeric_limits<float>::min() : 0.0F;
       values[live] = std::max(static_cast<float>(priorities[k]), least);
@@ -228,7 +228,7 @@ std::size_t Buffer::update_priorities(const std::int64_t* ids, const Real* prior
     }
     leaves_of(values, leaves, live, config_.alpha);
     for (std::size_t k = 0; k < live; ++k) {
-      store_.priorities[slots[k]] = values[k];
+      store_.row(slots[k]).priority = values[k];
       store_.tree.set(slots[k], leaves[k]);
     }
   }
@@ -262,7 +262,7 @@ void Buffer::set_alpha(double alpha) {
   if (alpha == config_.alpha) return;
   std::vector<float> leaves(num_slots(), 0.0F);
   for (std::uint64_t id = store_.oldest_id; id < store_.next_id; ++id) {
-    leaves_of(&store_.priorities[slot(id)], &leaves[slot(id)], 1, alpha);
+    leaves_of(&store_.row(slot(id)).priority, &leaves[slot(id)], 1, alpha);
   }
   store_.tree.assign(leaves.data(), leaves.size());
   config_.alpha = alpha;
@@ -277,7 +277,7 @@ void Buffer::set_beta(double beta) {
 BufferStats Buffer::stats() const {
   const ReadLock lock(lock_);
   std::size_t bytes = store_.arena.bytes_used() + store_.tree.bytes_used();
-  bytes += num_slots() * (store_.stride + sizeof(float)) + store_.num_clip_frames * sizeof(FrameId);
+  bytes += num_slots() * store_.stride + store_.num_clip_frames * sizeof(FrameId);
   return {static_cast<std::size_t>(store_.next_id - store_.oldest_id),
           store_.arena.num_alive(),
           store_.clips.size(),
@@ -298,7 +298,7 @@ bool Buffer::consistent() const {
     for (std::size_t k = 0; k < row.num_frames(); ++k) ++held[row.frames()[k]];
     if (row.length < config_.max_len) ++num_short;
     float leaf = 0.0F;
-    leaves_of(&store_.priorities[slot(id)], &leaf, 1, config_.alpha);
+    leaves_of(&row.priority, &leaf, 1, config_.alpha);
     if (store_.tree.leaf(slot(id)) != leaf) return false;
   }
   for (const auto& clip : store_.clips) {

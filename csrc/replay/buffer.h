@@ -90,14 +90,14 @@ struct BufferStats {
 
 // Everything a saved buffer holds, oldest transition first; see Buffer::save.
 struct Contents {
-  std::vector<std::uint8_t> frames;     // (num_frames, F)
-  std::vector<std::int32_t> table;      // (size, L + 2) into frames: action, true frame, state; -1 after its length
-  std::vector<std::int64_t> lengths;    // (size)
-  std::vector<float> rewards;           // (size)
-  std::vector<std::int64_t> positions;  // (size)
-  std::vector<std::uint8_t> terminals;  // (size), 0 or 1
-  std::vector<std::uint8_t> ends;       // (size), 0 or 1
-  std::vector<float> priorities;        // (size), before alpha
+  PageArray<std::uint8_t> frames;     // (num_frames, F)
+  PageArray<std::int32_t> table;      // (size, L + 2) into frames: action, true frame, state; -1 after its length
+  PageArray<std::int64_t> lengths;    // (size)
+  PageArray<float> rewards;           // (size)
+  PageArray<std::int64_t> positions;  // (size)
+  PageArray<std::uint8_t> terminals;  // (size), 0 or 1
+  PageArray<std::uint8_t> ends;       // (size), 0 or 1
+  PageArray<float> priorities;        // (size), before alpha
   std::uint64_t oldest_id;
   std::uint64_t sampled;
   std::uint64_t stale;
@@ -124,8 +124,8 @@ class Buffer {
 
   // Adds all or none; returns the first id, the others follow. Evicts the oldest where capacity or memory wants it.
   std::uint64_t add(const std::vector<Transition>& batch);
-  // may_share: where every state kept is full and n_step is 1, leave out.states alone and return true: the states are the
-  // first L frames of the next states. Half the memory traffic of a batch of video.
+  // may_share: where every state kept is full and n_step is 1, leave out.states and out.actions alone and return true: they
+  // are the first L frames of the next states and the frame after those. Half the memory traffic of a batch of video.
   bool sample(std::size_t n, const SampleOut& out, bool may_share = false);
   // Returns how many ids were stale (evicted since), and so ignored. The last of a repeated id wins.
   // Real: float or double.
@@ -148,16 +148,18 @@ class Buffer {
   void load(const Contents& contents);
 
  private:
-  // What a slot holds besides its priority; the frames' ids follow it: action, true frame, state.
+  // What a slot holds; the frames' ids follow it: action, true frame, state.
   struct Row {
     std::int64_t position;
     float reward;
+    float priority;  // before alpha
     std::uint32_t length : 30;
     std::uint32_t terminal : 1;
     std::uint32_t end : 1;
 
-    FrameId* frames() noexcept { return reinterpret_cast<FrameId*>(this + 1); }
-    const FrameId* frames() const noexcept { return reinterpret_cast<const FrameId*>(this + 1); }
+    static constexpr std::size_t kBytes = 20;  // of the above; the compiler would round it up
+    FrameId* frames() noexcept { return reinterpret_cast<FrameId*>(reinterpret_cast<unsigned char*>(this) + kBytes); }
+    const FrameId* frames() const noexcept { return const_cast<Row*>(this)->frames(); }
     std::size_t num_frames() const noexcept { return length + std::size_t{2}; }
   };
   // What a load replaces in one move.
@@ -170,8 +172,7 @@ class Buffer {
     FrameArena arena;
     SumTree tree;
     std::size_t stride;
-    Pages rows;                   // by slot
-    PageArray<float> priorities;  // by slot, before alpha
+    Pages rows;  // by slot
     std::unordered_map<ClipId, std::vector<FrameId>> clips;
     std::size_t num_clip_frames = 0;
     std::size_t num_short = 0;  // transitions with a state of less than max_len frames
@@ -190,10 +191,11 @@ class Buffer {
   void evict_oldest() noexcept;
   struct How {
     bool streamed;  // past the caches
-    bool shared;    // states within next_states
+    bool shared;    // states and actions within next_states
   };
   void draw(std::size_t n, std::uint64_t first_draw, bool shared, const SampleOut& out) const noexcept;
-  void write(std::size_t k, std::size_t slot, std::uint64_t id, How how, const SampleOut& out) const noexcept;
+  const Row& write_numbers(std::size_t k, std::size_t slot, std::uint64_t id, const SampleOut& out) const noexcept;
+  void write_frames(std::size_t k, const Row& row, const Row& last, How how, const SampleOut& out) const noexcept;
   void check_contents(const Contents& contents) const;
 
   mutable FairLock lock_;

@@ -1,4 +1,5 @@
 // Saving and loading a buffer's contents: Buffer::save, Buffer::load and the check of contents that may be hostile.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
@@ -12,8 +13,10 @@ namespace {
 
 constexpr std::uint64_t kMostIds = std::uint64_t{1} << 62;
 
+[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument("replay contents: " + message); }
+
 void expect(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument("replay contents: " + message);
+  if (!condition) refuse(message);
 }
 
 void expect_size(const char* name, std::size_t got, std::size_t expected) {
@@ -28,13 +31,13 @@ Contents Buffer::save() const {
   const std::size_t columns = config_.max_len + 2;
   const std::size_t bytes = config_.frame_bytes;
   Contents out{};
-  out.table.assign(size * columns, -1);
-  out.lengths.resize(size);
-  out.rewards.resize(size);
-  out.positions.resize(size);
-  out.terminals.resize(size);
-  out.ends.resize(size);
-  out.priorities.resize(size);
+  out.table = PageArray<std::int32_t>(size * columns);
+  out.lengths = PageArray<std::int64_t>(size);
+  out.rewards = PageArray<float>(size);
+  out.positions = PageArray<std::int64_t>(size);
+  out.terminals = PageArray<std::uint8_t>(size);
+  out.ends = PageArray<std::uint8_t>(size);
+  out.priorities = PageArray<float>(size);
   out.oldest_id = store_.oldest_id;
   out.sampled = sampled_.load();
   out.stale = store_.stale;
@@ -59,14 +62,15 @@ Contents Buffer::save() const {
       }
       out.table[k * columns + j] = number;
     }
+    std::fill(&out.table[k * columns + row.num_frames()], &out.table[(k + 1) * columns], -1);
     out.lengths[k] = row.length;
     out.rewards[k] = row.reward;
     out.positions[k] = row.position;
     out.terminals[k] = row.terminal;
     out.ends[k] = row.end;
-    out.priorities[k] = store_.priorities[where];
+    out.priorities[k] = row.priority;
   }
-  out.frames.resize(met.size() * bytes);
+  out.frames = PageArray<std::uint8_t>(met.size() * bytes);
   for (std::size_t k = 0; k < met.size(); ++k) copy_bytes(out.frames.data() + k * bytes, store_.arena.data(met[k]), bytes);
   return out;
 }
@@ -90,21 +94,24 @@ void Buffer::check_contents(const Contents& contents) const {
   expect(std::isfinite(contents.max_priority) && contents.max_priority >= 1.0F, "max_priority must be finite, at least 1");
   check_exponent("alpha", contents.alpha);
   check_exponent("beta", contents.beta);
-  for (std::size_t k = 0; k < size; ++k) {
+  for (std::size_t k = 0; k < size; ++k) {  // messages are made where there is something to say: a million rows are common
     const std::int64_t length = contents.lengths[k];
-    expect(length >= 1 && static_cast<std::size_t>(length) <= config_.max_len,
-           "lengths must be in 1.." + std::to_string(config_.max_len) + ", got " + std::to_string(length));
+    if (length < 1 || static_cast<std::size_t>(length) > config_.max_len) {
+      refuse("lengths must be in 1.." + std::to_string(config_.max_len) + ", got " + std::to_string(length));
+    }
     for (std::size_t j = 0; j < static_cast<std::size_t>(length) + 2; ++j) {
       const std::int32_t frame = contents.table[k * (config_.max_len + 2) + j];
-      expect(frame >= 0 && static_cast<std::size_t>(frame) < num_frames,
-             "table must refer to frames 0.." + std::to_string(num_frames) + " exclusive, got " + std::to_string(frame));
+      if (frame < 0 || static_cast<std::size_t>(frame) >= num_frames) {
+        refuse("table must refer to frames 0.." + std::to_string(num_frames) + " exclusive, got " + std::to_string(frame));
+      }
     }
-    expect(std::isfinite(contents.rewards[k]), "rewards must be finite");
-    expect(contents.terminals[k] <= 1, "terminals must be 0 or 1, got " + std::to_string(contents.terminals[k]));
-    expect(contents.ends[k] <= 1, "ends must be 0 or 1, got " + std::to_string(contents.ends[k]));
+    if (!std::isfinite(contents.rewards[k])) refuse("rewards must be finite");
+    if (contents.terminals[k] > 1) refuse("terminals must be 0 or 1, got " + std::to_string(contents.terminals[k]));
+    if (contents.ends[k] > 1) refuse("ends must be 0 or 1, got " + std::to_string(contents.ends[k]));
     const float priority = contents.priorities[k];
-    expect(priority == 0.0F || (priority >= std::numeric_limits<float>::min() && priority <= contents.max_priority),
-           "priorities must be 0 or normal numbers up to max_priority, got " + std::to_string(priority));
+    if (priority != 0.0F && !(priority >= std::numeric_limits<float>::min() && priority <= contents.max_priority)) {
+      refuse("priorities must be 0 or normal numbers up to max_priority, got " + std::to_string(priority));
+    }
   }
 }
 
@@ -122,14 +129,17 @@ void Buffer::load(const Contents& contents) {
   fresh.max_priority = contents.max_priority;
   fresh.arena.reserve(num_frames);
   std::vector<FrameId> ids(num_frames);
-  for (std::size_t k = 0; k < num_frames; ++k) {
-    ids[k] = fresh.arena.store(contents.frames.data() + k * config_.frame_bytes);
-  }
+  for (std::size_t k = 0; k < num_frames; ++k) ids[k] = fresh.arena.store(&contents.frames[k * config_.frame_bytes]);
+  fresh.arena.fence();
+  std::vector<float> leaves(static_cast<std::size_t>(std::min<std::uint64_t>(fresh.next_id, config_.capacity)));
+  std::vector<float> by_age(size);
+  leaves_of(contents.priorities.data(), by_age.data(), size, contents.alpha);
   std::size_t where = slot(fresh.oldest_id);
   for (std::size_t k = 0; k < size; ++k) {
     Row& row = fresh.row(where);
     row.position = contents.positions[k];
     row.reward = contents.rewards[k];
+    row.priority = contents.priorities[k];
     row.length = static_cast<std::uint32_t>(contents.lengths[k]) & 0x3fffffffU;
     row.terminal = contents.terminals[k] != 0 ? 1U : 0U;
     row.end = contents.ends[k] != 0 ? 1U : 0U;
@@ -138,14 +148,11 @@ void Buffer::load(const Contents& contents) {
       fresh.arena.retain(row.frames()[j]);
     }
     if (row.length < config_.max_len) ++fresh.num_short;
-    fresh.priorities[where] = contents.priorities[k];
-    float leaf = 0.0F;
-    leaves_of(&contents.priorities[k], &leaf, 1, contents.alpha);
-    fresh.tree.set(where, leaf);
+    leaves[where] = by_age[k];
     where = next_slot(where);
   }
   for (const FrameId id : ids) fresh.arena.release(id);  // transitions hold them now; a frame that none uses goes free
-  fresh.tree.refresh();
+  fresh.tree.assign(leaves.data(), leaves.size());
 
   store_ = std::move(fresh);
   sampled_ = contents.sampled;

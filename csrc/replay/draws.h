@@ -2,31 +2,26 @@
 //
 //   bits_k = mix(key + (k + 1) * 0x9e3779b97f4a7c15), key = mix(seed + 0x9e3779b97f4a7c15);   u_k = floor(bits_k / 2^11) / 2^53
 // Source: SplitMix64, Steele, Lea, Flood 2014, doi:10.1145/2714064.2660195.
+// Functions are static: each instruction set compiles its own, and code of one set must not be linked into another.
 #pragma once
 
 #include <cstdint>
 
 namespace rlv2v {
 
-class Draws {
- public:
-  explicit Draws(std::uint64_t seed) noexcept : key_(mix(seed + kGolden)) {}
+constexpr std::uint64_t kGolden = 0x9e3779b97f4a7c15ULL;
 
-  // In [0, 1), on a grid of 2^-53.
-  double uniform(std::uint64_t k) const noexcept {
-    return static_cast<double>(mix(key_ + (k + 1) * kGolden) >> 11) * 0x1.0p-53;
-  }
+static inline std::uint64_t mixed(std::uint64_t z) noexcept {
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ULL;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebULL;
+  return z ^ (z >> 31);
+}
 
- private:
-  static constexpr std::uint64_t kGolden = 0x9e3779b97f4a7c15ULL;
+static inline std::uint64_t draws_key(std::uint64_t seed) noexcept { return mixed(seed + kGolden); }
 
-  static std::uint64_t mix(std::uint64_t z) noexcept {
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ULL;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebULL;
-    return z ^ (z >> 31);
-  }
-
-  std::uint64_t key_;
-};
+// In [0, 1), on a grid of 2^-53.
+static inline double uniform_draw(std::uint64_t key, std::uint64_t k) noexcept {
+  return static_cast<double>(mixed(key + (k + 1) * kGolden) >> 11) * 0x1.0p-53;
+}
 
 }  // namespace rlv2v

@@ -8,6 +8,7 @@ namespace rlv2v {
 namespace {
 
 constexpr std::size_t kBlockBytes = std::size_t{1} << 21;
+constexpr std::size_t kStreamFrom = 4096;  // bytes of a frame that is not worth a place in the caches
 constexpr std::size_t kPageBytes = std::size_t{1} << 16;  // a multiple of the page size of every common system
 
 // By a quarter at least, so that many small growths cost linear time.
@@ -19,7 +20,9 @@ void grow(std::vector<T>& values, std::size_t size) {
 }  // namespace
 
 FrameArena::FrameArena(std::size_t frame_bytes, std::size_t max_frames, const std::string& path)
-    : frame_bytes_(frame_bytes), max_frames_(std::min(max_frames, kMostFrames)) {
+    : frame_bytes_(frame_bytes),
+      max_frames_(std::min(max_frames, kMostFrames)),
+      streamed_(frame_bytes >= kStreamFrom && frame_bytes % 64 == 0) {
   if (frame_bytes == 0) throw std::invalid_argument("frame arena: expected frames of at least 1 byte, got 0");
   while ((frame_bytes << (block_shift_ + 1)) <= kBlockBytes) ++block_shift_;
   if (!path.empty()) file_ = std::make_unique<ScratchFile>(path);
@@ -30,13 +33,14 @@ std::size_t FrameArena::bytes_used() const noexcept {
 }
 
 void FrameArena::reserve(std::size_t count) {
-  while (free_.size() < count) {
+  while (num_ready_ < count) {
     const std::size_t first = counts_.size();
     const std::size_t added = std::min(std::size_t{1} << block_shift_, max_frames_ - first);
     // All that can throw comes first. A page of the block is touched when a frame comes to it.
     grow(free_, first + added);
     grow(counts_, first + added);
     grow(blocks_, blocks_.size() + 1);
+    std::vector<FrameId> ready(num_ready_ + added);
     if (file_) {
       const std::size_t bytes = (added * frame_bytes_ + kPageBytes - 1) / kPageBytes * kPageBytes;
       blocks_.emplace_back(*file_, file_->grow(bytes), bytes);
@@ -44,8 +48,12 @@ void FrameArena::reserve(std::size_t count) {
       blocks_.emplace_back(added * frame_bytes_);
     }
     counts_.resize(first + added, 0);
-    // Lowest id on top of the stack, so that a block fills from its start.
-    for (std::size_t id = first + added; id-- > first;) free_.push_back(static_cast<FrameId>(id));
+    for (std::size_t k = 0; k < num_ready_; ++k) ready[k] = free_[after(first_free_, k)];
+    for (std::size_t k = 0; k < added; ++k) ready[num_ready_ + k] = static_cast<FrameId>(first + k);
+    free_.resize(first + added);
+    std::copy(ready.begin(), ready.end(), free_.begin());
+    first_free_ = 0;
+    num_ready_ = ready.size();
   }
 }
 

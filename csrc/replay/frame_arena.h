@@ -1,6 +1,7 @@
 // Frame arena: each uint8 frame is stored once and counted by its references; a frame without one is free for reuse.
 //
-// Memory grows in blocks of about two mebibytes, up to max_frames, and is kept for reuse: addresses never move.
+// Memory grows in blocks of about two mebibytes, up to max_frames, and is kept for reuse: addresses never move. The frame that
+// is free for longest is used first, so that the frames of a clip stay side by side, as readers like them.
 #pragma once
 
 #include <cstddef>
@@ -10,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "replay/kernels.h"
 #include "replay/pages.h"
 
 namespace rlv2v {
@@ -38,9 +40,9 @@ class FrameArena {
 
   std::size_t frame_bytes() const noexcept { return frame_bytes_; }
   std::size_t max_frames() const noexcept { return max_frames_; }
-  std::size_t num_alive() const noexcept { return counts_.size() - free_.size(); }
+  std::size_t num_alive() const noexcept { return counts_.size() - num_ready_; }
   // Frames that can be stored without more memory.
-  std::size_t num_ready() const noexcept { return free_.size(); }
+  std::size_t num_ready() const noexcept { return num_ready_; }
   // Frames that can be stored before the bound is met.
   std::size_t num_free() const noexcept { return max_frames_ - num_alive(); }
   std::size_t bytes_used() const noexcept;
@@ -53,17 +55,26 @@ class FrameArena {
   // Throws std::bad_alloc or std::system_error (a full disk), with nothing lost.
   void reserve(std::size_t count);
 
-  // Copies one frame in, with one reference. Precondition: num_ready() > 0.
+  // Copies one frame in, with one reference; a large one past the caches, so that fence() must follow before other threads
+  // read it. Precondition: num_ready() > 0.
   FrameId store(const std::uint8_t* frame) noexcept {
-    const FrameId id = free_.back();
-    free_.pop_back();
+    const FrameId id = free_[first_free_];
+    first_free_ = after(first_free_, 1);
+    --num_ready_;
     counts_[id] = 1;
-    copy_bytes(address(id), frame, frame_bytes_);
+    if (streamed_) {
+      kernels().stream(address(id), frame, frame_bytes_);
+    } else {
+      copy_bytes(address(id), frame, frame_bytes_);
+    }
     return id;
+  }
+  void fence() const noexcept {
+    if (streamed_) kernels().fence();
   }
   void retain(FrameId id) noexcept { ++counts_[id]; }
   void release(FrameId id) noexcept {
-    if (--counts_[id] == 0) free_.push_back(id);
+    if (--counts_[id] == 0) free_[after(first_free_, num_ready_++)] = id;
   }
 
  private:
@@ -71,13 +82,20 @@ class FrameArena {
     return blocks_[id >> block_shift_].data() + (id & ((FrameId{1} << block_shift_) - 1)) * frame_bytes_;
   }
 
+  std::size_t after(std::size_t at, std::size_t steps) const noexcept {
+    return at + steps < free_.size() ? at + steps : at + steps - free_.size();
+  }
+
   std::size_t frame_bytes_;
   std::size_t max_frames_;
+  bool streamed_;
   unsigned block_shift_ = 0;  // a block holds 2^block_shift_ frames
   std::unique_ptr<ScratchFile> file_;
   std::vector<Pages> blocks_;
   std::vector<std::uint32_t> counts_;  // references of every frame that has memory
-  std::vector<FrameId> free_;          // those with none
+  std::vector<FrameId> free_;          // as many entries, a ring: those with none, in the order in which they lost it
+  std::size_t first_free_ = 0;
+  std::size_t num_ready_ = 0;
 };
 
 }  // namespace rlv2v

@@ -1,6 +1,10 @@
 // The buffer's inner loops, once for each instruction set; all give the same bits, and the CPU decides which runs.
 //
 // No multiply-add is fused and every sum has one order, so that a saved buffer draws the same samples on another machine.
+//   scan of 8:  p = s;  p_k += p_{k-1};  p_k += p_{k-2};  p_k += p_{k-4}   (each step from the values before it)
+//   scan of 16: the scan of the first 8, then that of the last 8 with the first's total added to each
+// Source: Kogge and Stone 1973, doi:10.1109/TC.1973.5009159. A total is its scan's last sum. Rounding can make such a scan
+// fall by a unit of the last place where a summand is 0, so searches ask for a positive summand besides.
 #pragma once
 
 #include <cstddef>
@@ -9,18 +13,8 @@
 
 namespace rlv2v {
 
-constexpr std::size_t kFanout = 8;      // children of an inner node: f64 prefix sums, one cache line
+constexpr std::size_t kFanout = 8;      // f64 sums under an inner node of the tree, one cache line
 constexpr std::size_t kLeafGroup = 16;  // f32 leaves under the lowest inner level, one cache line
-
-// An inner node of the sum tree, three cache lines: what a descent reads, what an update reads, and the rest.
-struct alignas(64) Node {
-  double prefix[kFanout];       // running sums of the children
-  double sum[kFanout];          // the children's sums
-  std::uint32_t high[kFanout];  // 2^32 - bits of the least positive leaf below each child; 0: none
-  std::uint32_t stamp;          // the last update that touched this node
-  std::uint32_t touched;        // which children it changed, by bit
-  std::uint32_t padding[6];
-};
 
 struct Kernels {
   const char* name;
@@ -31,15 +25,30 @@ struct Kernels {
   // out[k] = (low / leaves[k])^exponent for 0 < low <= leaves[k]: importance weights, in (0, 1], 1 where leaf = low.
   void (*weigh)(const float* leaves, float* out, std::size_t count, double low, double exponent);
 
-  // One level down for a batch: node[k] becomes its child that holds point[k], and point[k] what remains in that child.
-  // A child without weight is never chosen. Asks for the first line of the children, which lie below_bytes apart.
-  void (*descend)(const Node* nodes, const void* below, std::size_t below_bytes, std::uint32_t* node, double* point,
-                  std::size_t count);
+  // out[k] = draw first + k of the generator with this key, in [0, 1); see draws.h.
+  void (*uniform)(std::uint64_t key, std::uint64_t first, double* out, std::size_t count);
 
-  // Copies bytes past the caches, which a large batch would only sweep clean. to and bytes: multiples of 64.
+  // One level down for a batch: node[k] becomes its child that holds point[k], and point[k] what remains in that child. A
+  // child without weight is never chosen; past the total it is the last with one. Asks for the first line of the children,
+  // which lie below_bytes apart. sums: kFanout a node, on cache lines; those of a node visited are not all 0.
+  void (*descend)(const double* sums, const void* below, std::size_t below_bytes, std::uint32_t* node, double* point,
+                  std::size_t count);
+  // The same from groups of kLeafGroup leaves: index[k], a group, becomes its leaf that holds point[k], value[k] its weight.
+  void (*pick)(const float* leaves, const double* point, std::uint32_t* index, float* value, std::size_t count);
+
+  // For each of the groups listed: sums[group] = total of its leaves, highs[group] = 2^32 - bits of the least positive one,
+  // 0 when there is none.
+  void (*sum_leaves)(const float* leaves, const std::uint32_t* groups, std::size_t count, double* sums, std::uint32_t* highs);
+  // For each of the nodes listed: sums[node] = total of its children below, highs[node] = the highest of theirs.
+  void (*sum_nodes)(const double* sums_below, const std::uint32_t* highs_below, const std::uint32_t* nodes, std::size_t count,
+                    double* sums, std::uint32_t* highs);
+
+  // Copies bytes past the caches, which a large batch would only sweep clean; other threads see them after fence().
+  // to and bytes: multiples of 64.
   void (*stream)(std::uint8_t* to, const std::uint8_t* from, std::size_t bytes);
   // The same to two places, reading once.
   void (*stream_two)(std::uint8_t* to, std::uint8_t* also_to, const std::uint8_t* from, std::size_t bytes);
+  void (*fence)();
 };
 
 // Those that this CPU can run, the plainest first; the last is used.

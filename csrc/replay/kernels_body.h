@@ -7,6 +7,7 @@
 
 #include <cstring>
 
+#include "replay/draws.h"
 #include "replay/kernels.h"
 
 namespace rlv2v {
@@ -49,16 +50,20 @@ struct Vector {
 // out[k] = map(x[k]) in f64 for all k, the last vector padded with ones.
 template <std::size_t Width, class Map>
 inline void each(const float* x, float* out, std::size_t count, const Map& map) {
-  for (std::size_t first = 0; first < count; first += Width) {
-    const std::size_t here = count - first < Width ? count - first : Width;
-    double values[Width];
-    for (std::size_t k = 0; k < Width; ++k) values[k] = k < here ? static_cast<double>(x[first + k]) : 1.0;
-    typename Vector<Width>::Real vector;
-    std::memcpy(&vector, values, sizeof vector);
-    vector = map(vector);
-    std::memcpy(values, &vector, sizeof vector);
-    for (std::size_t k = 0; k < here; ++k) out[first + k] = static_cast<float>(values[k]);
+  typedef float Single __attribute__((vector_size(Width * sizeof(float))));
+  using Real = typename Vector<Width>::Real;
+  std::size_t first = 0;
+  for (; first + Width <= count; first += Width) {
+    Single single;
+    std::memcpy(&single, x + first, sizeof single);
+    single = __builtin_convertvector(map(__builtin_convertvector(single, Real)), Single);
+    std::memcpy(out + first, &single, sizeof single);
   }
+  if (first == count) return;
+  Single single = Single{} + 1.0F;
+  std::memcpy(&single, x + first, (count - first) * sizeof(float));
+  single = __builtin_convertvector(map(__builtin_convertvector(single, Real)), Single);
+  std::memcpy(out + first, &single, (count - first) * sizeof(float));
 }
 
 template <std::size_t Width>
@@ -78,6 +83,10 @@ void weigh(const float* leaves, float* out, std::size_t count, double low, doubl
   using Real = typename V::Real;
   const Real least = V::log2(Real{} + low);
   each<Width>(leaves, out, count, [least, exponent](Real leaf) { return V::exp2(exponent * (least - V::log2(leaf))); });
+}
+
+void uniform(std::uint64_t key, std::uint64_t first, double* out, std::size_t count) {
+  for (std::size_t k = 0; k < count; ++k) out[k] = uniform_draw(key, first + k);
 }
 
 }  // namespace

@@ -43,6 +43,14 @@ class Pages {
     return *this;
   }
 
+  // Memory that somebody else owns and that outlives this; only to read.
+  static Pages borrowed(const void* data, std::size_t bytes) noexcept {
+    Pages pages;
+    pages.data_ = static_cast<unsigned char*>(const_cast<void*>(data));
+    pages.bytes_ = bytes;
+    return pages;
+  }
+
   unsigned char* data() const noexcept { return data_; }
   std::size_t bytes() const noexcept { return bytes_; }
 
@@ -66,6 +74,8 @@ class PageArray {
  public:
   PageArray() = default;
   explicit PageArray(std::size_t count) : pages_(count * sizeof(T)), count_(count) {}
+  // Only to read; see Pages::borrowed.
+  PageArray(const T* values, std::size_t count) : pages_(Pages::borrowed(values, count * sizeof(T))), count_(count) {}
   T* data() const noexcept { return reinterpret_cast<T*>(pages_.data()); }
   T& operator[](std::size_t index) const noexcept { return data()[index]; }
   std::size_t size() const noexcept { return count_; }

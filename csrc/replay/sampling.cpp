@@ -30,8 +30,10 @@ bool Buffer::sample(std::size_t n, const SampleOut& out, bool may_share) {
 }
 
 void Buffer::draw(std::size_t n, std::uint64_t first_draw, bool shared, const SampleOut& out) const noexcept {
-  const Draws draws(config_.seed);
+  const Kernels& run = kernels();
+  const std::uint64_t key = draws_key(config_.seed);
   const double total = store_.tree.total();
+  const double part = total / static_cast<double>(n);
   const auto low = static_cast<double>(store_.tree.least_positive());
   const std::size_t oldest_slot = slot(store_.oldest_id);
   const std::size_t bytes = config_.frame_bytes;
@@ -40,32 +42,33 @@ void Buffer::draw(std::size_t n, std::uint64_t first_draw, bool shared, const Sa
   double points[kChunk];
   std::uint32_t slots[kChunk];
   float leaves[kChunk];
+  const Row* lasts[kChunk];
   for (std::size_t first = 0; first < n; first += kChunk) {
     const std::size_t count = std::min(kChunk, n - first);
+    run.uniform(key, first_draw + first, points, count);
     for (std::size_t k = 0; k < count; ++k) {
-      const double u = draws.uniform(first_draw + first + k);
-      points[k] = config_.stratified ? total * ((static_cast<double>(first + k) + u) / static_cast<double>(n)) : total * u;
+      points[k] = config_.stratified ? part * (static_cast<double>(first + k) + points[k]) : total * points[k];
     }
     store_.tree.find(points, slots, leaves, count);
     for (std::size_t k = 0; k < count; ++k) __builtin_prefetch(&store_.row(slots[k]));
-    kernels().weigh(leaves, out.weights + first, count, low, config_.beta);
-    if (bytes <= kSmallFrame) {
-      for (std::size_t k = 0; k < count; ++k) {
-        const Row& row = store_.row(slots[k]);
-        for (std::size_t j = 0; j < row.num_frames(); ++j) __builtin_prefetch(store_.arena.data(row.frames()[j]));
-      }
-    }
+    run.weigh(leaves, out.weights + first, count, low, config_.beta);
     for (std::size_t k = 0; k < count; ++k) {
       const std::size_t where = slots[k];
       const std::size_t age = where >= oldest_slot ? where - oldest_slot : where + config_.capacity - oldest_slot;
-      write(first + k, where, store_.oldest_id + age, {streamed, shared}, out);
+      lasts[k] = &write_numbers(first + k, where, store_.oldest_id + age, out);
+      if (bytes > kSmallFrame) continue;
+      const Row& row = store_.row(where);
+      for (std::size_t j = 0; j < row.num_frames(); ++j) __builtin_prefetch(store_.arena.data(row.frames()[j]));
+    }
+    for (std::size_t k = 0; k < count; ++k) {
+      write_frames(first + k, store_.row(slots[k]), *lasts[k], {streamed, shared}, out);
     }
   }
+  if (streamed) run.fence();
 }
 
-void Buffer::write(std::size_t k, std::size_t where, std::uint64_t id, How how, const SampleOut& out) const noexcept {
-  const std::size_t bytes = config_.frame_bytes;
-  const std::size_t len = config_.max_len;
+// Everything but the frames; returns the row of the last of the n steps.
+const Buffer::Row& Buffer::write_numbers(std::size_t k, std::size_t where, std::uint64_t id, const SampleOut& out) const noexcept {
   const Row& row = store_.row(where);
   const Row* last = &row;
   double reward = static_cast<double>(row.reward);
@@ -78,38 +81,6 @@ void Buffer::write(std::size_t k, std::size_t where, std::uint64_t id, How how, 
     discount *= config_.gamma;
     ++next;
   }
-
-  const Kernels& run = kernels();
-  const auto copy = [&](std::uint8_t* to, FrameId frame) {
-    if (how.streamed) {
-      run.stream(to, store_.arena.data(frame), bytes);
-    } else {
-      copy_bytes(to, store_.arena.data(frame), bytes);
-    }
-  };
-  const auto clear = [&](std::uint8_t* frames, std::size_t from, std::size_t to) {
-    if (from < to) std::memset(frames + from * bytes, 0, (to - from) * bytes);
-  };
-  std::uint8_t* state = out.states + k * len * bytes;
-  std::uint8_t* next_state = out.next_states + k * (len + 1) * bytes;
-  const FrameId* frames = row.frames();
-  const FrameId* next_frames = last->frames();
-  copy(out.actions + k * bytes, frames[0]);
-  copy(out.true_frames + k * bytes, frames[1]);
-  const bool together = how.streamed && !how.shared && last == &row;
-  for (std::size_t j = 0; j < row.length && !how.shared; ++j) {
-    if (together) {
-      run.stream_two(state + j * bytes, next_state + j * bytes, store_.arena.data(frames[2 + j]), bytes);
-    } else {
-      copy(state + j * bytes, frames[2 + j]);
-    }
-  }
-  if (!together) {
-    for (std::size_t j = 0; j < last->length; ++j) copy(next_state + j * bytes, next_frames[2 + j]);
-  }
-  copy(next_state + last->length * bytes, next_frames[0]);
-  if (!how.shared) clear(state, row.length, len);
-  clear(next_state, last->length + std::size_t{1}, len + 1);
   out.lengths[k] = row.length;
   out.rewards[k] = static_cast<float>(reward);
   out.next_lengths[k] = std::int64_t{last->length} + 1;
@@ -117,6 +88,42 @@ void Buffer::write(std::size_t k, std::size_t where, std::uint64_t id, How how, 
   out.positions[k] = row.position;
   out.terminals[k] = last->terminal != 0;
   out.ids[k] = static_cast<std::int64_t>(id);
+  return *last;
+}
+
+void Buffer::write_frames(std::size_t k, const Row& row, const Row& last, How how, const SampleOut& out) const noexcept {
+  const Kernels& run = kernels();
+  const std::size_t bytes = config_.frame_bytes;
+  const std::size_t len = config_.max_len;
+  const auto copy = [&](std::uint8_t* to, FrameId frame) {
+    if (how.streamed) {
+      run.stream(to, store_.arena.data(frame), bytes);
+    } else {
+      copy_bytes(to, store_.arena.data(frame), bytes);
+    }
+  };
+  const FrameId* frames = row.frames();
+  const FrameId* next_frames = last.frames();
+  std::uint8_t* state = out.states + k * len * bytes;
+  std::uint8_t* next_state = out.next_states + k * (len + 1) * bytes;
+  const bool together = how.streamed && !how.shared && &last == &row;  // as the arena has them: state, action, true frame
+  for (std::size_t j = 0; j < row.length && !how.shared; ++j) {
+    if (together) {
+      run.stream_two(state + j * bytes, next_state + j * bytes, store_.arena.data(frames[2 + j]), bytes);
+    } else {
+      copy(state + j * bytes, frames[2 + j]);
+    }
+  }
+  for (std::size_t j = 0; j < last.length && !together; ++j) copy(next_state + j * bytes, next_frames[2 + j]);
+  copy(next_state + last.length * bytes, next_frames[0]);
+  if (!how.shared) copy(out.actions + k * bytes, frames[0]);
+  copy(out.true_frames + k * bytes, frames[1]);
+  if (how.shared) return;
+  const auto clear = [&](std::uint8_t* of_row, std::size_t from, std::size_t to) {
+    if (from < to) std::memset(of_row + from * bytes, 0, (to - from) * bytes);
+  };
+  clear(state, row.length, len);
+  clear(next_state, last.length + std::size_t{1}, len + 1);
 }
 
 }  // namespace rlv2v

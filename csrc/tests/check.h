@@ -1,8 +1,11 @@
-// CHECK(condition): reports and exits with 1 when it does not hold, in every build type.
+// What the tests share. CHECK(condition) reports and exits with 1 when it does not hold, in every build type.
 #pragma once
 
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+
+#include "replay/draws.h"
 
 #define CHECK(condition)                                                              \
   do {                                                                                \
@@ -22,3 +25,9 @@ bool throws(const Call& call) {
   }
   return false;
 }
+
+struct Draws {
+  explicit Draws(std::uint64_t seed) : key(rlv2v::draws_key(seed)) {}
+  double uniform(std::uint64_t k) const { return rlv2v::uniform_draw(key, k); }
+  std::uint64_t key;
+};

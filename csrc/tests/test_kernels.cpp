@@ -8,7 +8,6 @@
 
 #include "check.h"
 #include "replay/checksum.h"
-#include "replay/draws.h"
 #include "replay/kernels.h"
 #include "replay/pages.h"
 
@@ -17,7 +16,7 @@ namespace {
 constexpr std::size_t kCount = 10007;  // no multiple of any vector
 
 std::vector<float> positive_floats() {
-  const rlv2v::Draws draws(3);
+  const Draws draws(3);
   std::vector<float> values(kCount);
   for (std::size_t k = 0; k < kCount; ++k) values[k] = static_cast<float>(std::exp2(draws.uniform(k) * 253.0 - 126.0));
   values[0] = std::numeric_limits<float>::min();
@@ -59,31 +58,101 @@ void powers_agree(const rlv2v::Kernels& plain, const rlv2v::Kernels& fast) {
   }
 }
 
-void descents_agree(const rlv2v::Kernels& plain, const rlv2v::Kernels& fast) {
-  const rlv2v::Draws draws(4);
-  const rlv2v::PageArray<rlv2v::Node> nodes(100);
-  for (std::size_t k = 0; k < 100; ++k) {
-    double before = 0.0;
-    for (std::size_t j = 0; j < rlv2v::kFanout; ++j) {
-      const double weight = draws.uniform(k * 8 + j) - 0.5;
-      before += j == k % 8 ? 1.0 : std::max(weight, 0.0);  // half of them are zero
-      nodes[k].prefix[j] = before;
-    }
+// Half of the summands are zero, but never all of a node or group. Fractions, so that sums round.
+template <class Real>
+void summands(const rlv2v::PageArray<Real>& into, std::size_t per_node) {
+  const Draws draws(4);
+  for (std::size_t k = 0; k < into.size(); ++k) {
+    const bool zero = draws.uniform(2 * k) < 0.5 && k % per_node != k / per_node % per_node;
+    into[k] = static_cast<Real>(zero ? 0.0 : draws.uniform(2 * k + 1) + 1e-3);
   }
-  std::vector<std::uint32_t> ours(kCount), theirs(kCount);
-  std::vector<double> our_points(kCount), their_points(kCount);
+}
+
+// chosen: a summand above 0, the sum before it at most the point, and after it more, up to rounding.
+template <class Real>
+void check_choice(const Real* of_node, std::size_t size, std::size_t chosen, double point) {
+  double before = 0.0;
+  double total = 0.0;
+  for (std::size_t k = 0; k < size; ++k) {
+    if (k < chosen) before += static_cast<double>(of_node[k]);
+    total += static_cast<double>(of_node[k]);
+  }
+  CHECK(of_node[chosen] > 0 && before <= std::max(point, 0.0) + 1e-13);
+  const double after = before + static_cast<double>(of_node[chosen]);
+  CHECK(after > point - 1e-13 || (point > total - 1e-13 && after > total - 1e-13));
+}
+
+void searches_agree(const rlv2v::Kernels& plain, const rlv2v::Kernels& fast) {
+  constexpr std::size_t kNodes = 100;
+  const Draws draws(5);
+  const rlv2v::PageArray<double> sums(kNodes * rlv2v::kFanout);
+  const rlv2v::PageArray<float> leaves(kNodes * rlv2v::kLeafGroup);
+  summands(sums, rlv2v::kFanout);
+  summands(leaves, rlv2v::kLeafGroup);
+  std::vector<std::uint32_t> start(kCount);
+  std::vector<double> points(kCount);
   for (std::size_t k = 0; k < kCount; ++k) {
-    ours[k] = theirs[k] = static_cast<std::uint32_t>(k % 100);
-    our_points[k] = their_points[k] = draws.uniform(1000 + k) * 3.0;
+    start[k] = static_cast<std::uint32_t>(k % kNodes);
+    points[k] = k % 50 == 0 ? -1e-17 : draws.uniform(k) * 10.0;  // some past the total; some just below 0, as rounding makes
   }
-  plain.descend(nodes.data(), nodes.data(), sizeof(rlv2v::Node), ours.data(), our_points.data(), kCount);
-  fast.descend(nodes.data(), nodes.data(), sizeof(rlv2v::Node), theirs.data(), their_points.data(), kCount);
+  auto ours = start;
+  auto theirs = start;
+  auto our_points = points;
+  auto their_points = points;
+  plain.descend(sums.data(), sums.data(), 64, ours.data(), our_points.data(), kCount);
+  fast.descend(sums.data(), sums.data(), 64, theirs.data(), their_points.data(), kCount);
   CHECK(ours == theirs && our_points == their_points);
   for (std::size_t k = 0; k < kCount; ++k) {
-    const double* prefix = nodes[k % 100].prefix;
-    const std::size_t child = ours[k] % 8;
-    CHECK(prefix[child] > (child > 0 ? prefix[child - 1] : 0.0));
+    CHECK(ours[k] / rlv2v::kFanout == start[k]);
+    check_choice(&sums[start[k] * rlv2v::kFanout], rlv2v::kFanout, ours[k] % rlv2v::kFanout, points[k]);
   }
+  ours = theirs = start;
+  std::vector<float> our_values(kCount), their_values(kCount);
+  plain.pick(leaves.data(), points.data(), ours.data(), our_values.data(), kCount);
+  fast.pick(leaves.data(), points.data(), theirs.data(), their_values.data(), kCount);
+  CHECK(ours == theirs && same(our_values, their_values));
+  for (std::size_t k = 0; k < kCount; ++k) {
+    CHECK(ours[k] / rlv2v::kLeafGroup == start[k] && our_values[k] == leaves[ours[k]]);
+    check_choice(&leaves[start[k] * rlv2v::kLeafGroup], rlv2v::kLeafGroup, ours[k] % rlv2v::kLeafGroup, points[k]);
+  }
+}
+
+void sums_agree(const rlv2v::Kernels& plain, const rlv2v::Kernels& fast) {
+  constexpr std::size_t kGroups = 64;
+  const rlv2v::PageArray<float> leaves(kGroups * rlv2v::kLeafGroup);
+  summands(leaves, rlv2v::kLeafGroup);
+  std::fill(&leaves[0], &leaves[rlv2v::kLeafGroup], 0.0F);
+  std::vector<std::uint32_t> all(kGroups);
+  for (std::uint32_t k = 0; k < kGroups; ++k) all[k] = k;
+  const rlv2v::PageArray<double> sums(kGroups), same_sums(kGroups), totals(kGroups / 8), same_totals(kGroups / 8);
+  const rlv2v::PageArray<std::uint32_t> highs(kGroups), same_highs(kGroups), tops(kGroups / 8), same_tops(kGroups / 8);
+  plain.sum_leaves(leaves.data(), all.data(), kGroups, sums.data(), highs.data());
+  fast.sum_leaves(leaves.data(), all.data(), kGroups, same_sums.data(), same_highs.data());
+  plain.sum_nodes(sums.data(), highs.data(), all.data(), kGroups / 8, totals.data(), tops.data());
+  fast.sum_nodes(sums.data(), highs.data(), all.data(), kGroups / 8, same_totals.data(), same_tops.data());
+  CHECK(std::memcmp(sums.data(), same_sums.data(), sums.bytes()) == 0);
+  CHECK(std::memcmp(highs.data(), same_highs.data(), highs.bytes()) == 0);
+  CHECK(std::memcmp(totals.data(), same_totals.data(), totals.bytes()) == 0);
+  CHECK(std::memcmp(tops.data(), same_tops.data(), tops.bytes()) == 0);
+  CHECK(sums[0] == 0.0 && highs[0] == 0);
+  for (std::size_t k = 1; k < kGroups; ++k) {
+    double sum = 0.0;
+    float least = std::numeric_limits<float>::max();
+    for (std::size_t j = k * rlv2v::kLeafGroup; j < (k + 1) * rlv2v::kLeafGroup; ++j) {
+      sum += static_cast<double>(leaves[j]);
+      if (leaves[j] > 0.0F) least = std::min(least, leaves[j]);
+    }
+    std::uint32_t bits = 0;
+    std::memcpy(&bits, &least, sizeof bits);
+    CHECK(std::fabs(sums[k] / sum - 1.0) < 1e-14 && highs[k] == 0U - bits);
+    CHECK(tops[k / 8] >= highs[k] && totals[k / 8] >= sums[k]);
+  }
+}
+
+void draws_agree(const rlv2v::Kernels& run) {
+  std::vector<double> values(kCount);
+  run.uniform(rlv2v::draws_key(9), 77, values.data(), kCount);
+  for (std::size_t k = 0; k < kCount; ++k) CHECK(values[k] == rlv2v::uniform_draw(rlv2v::draws_key(9), 77 + k));
 }
 
 void copies_agree(const rlv2v::Kernels& run) {
@@ -94,6 +163,7 @@ void copies_agree(const rlv2v::Kernels& run) {
   run.stream(to, from + 3, 192);
   CHECK(std::memcmp(to, from + 3, 192) == 0 && to[192] == 0);
   run.stream_two(to, also, from + 5, 256);
+  run.fence();
   CHECK(std::memcmp(to, from + 5, 256) == 0 && std::memcmp(also, from + 5, 256) == 0);
 }
 
@@ -110,7 +180,9 @@ int main() {
   const auto& sets = rlv2v::available_kernels();
   for (const rlv2v::Kernels* set : sets) {
     powers_agree(*sets.front(), *set);
-    descents_agree(*sets.front(), *set);
+    searches_agree(*sets.front(), *set);
+    sums_agree(*sets.front(), *set);
+    draws_agree(*set);
     copies_agree(*set);
   }
   checksums_are_xxh64();
