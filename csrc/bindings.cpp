@@ -1,4 +1,4 @@
-// rlv2v._native: the only file that knows Python. It turns arrays into pointers and checks their type and shape; what
+// rlv2v._native: this file and arrays.h alone know Python. It turns arrays into pointers and checks their type and shape; what
 // the numbers mean is checked by the core. The core runs without the interpreter lock and never asks for it.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "arrays.h"
 #include "replay/buffer.h"
 #include "replay/checksum.h"
 
@@ -19,61 +20,13 @@ namespace py = pybind11;
 namespace {
 
 using rlv2v::Buffer;
-using Shape = std::vector<py::ssize_t>;
+using rlv2v::adopt;
+using rlv2v::checked;
+using rlv2v::column;
+using rlv2v::describe;
+using rlv2v::Shape;
 using Free = py::call_guard<py::gil_scoped_release>;
 constexpr std::size_t kIds = 10;  // where a batch has its ids
-
-std::string describe(const Shape& shape) {
-  std::string text = "(";
-  for (std::size_t k = 0; k < shape.size(); ++k) {
-    if (k > 0) text += ", ";
-    text += shape[k] < 0 ? "n" : std::to_string(shape[k]);
-  }
-  return text + (shape.size() == 1 ? ",)" : ")");
-}
-
-// The array as C-contiguous T of the shape (-1: any length), copied only when its memory is laid out otherwise.
-template <class T>
-py::array_t<T, py::array::c_style> checked(const py::handle& value, const char* name, const Shape& shape) {
-  if (py::array_t<T, py::array::c_style>::check_(value)) {  // as it is in nearly every call, for a few nanoseconds
-    const auto array = py::reinterpret_borrow<py::array_t<T, py::array::c_style>>(value);
-    bool fits = static_cast<std::size_t>(array.ndim()) == shape.size();
-    for (std::size_t k = 0; fits && k < shape.size(); ++k) {
-      fits = shape[k] < 0 || array.shape(static_cast<py::ssize_t>(k)) == shape[k];
-    }
-    if (fits) return array;
-  }
-  const auto expected = [&] {
-    return "replay: " + std::string(name) + " must be " + py::str(py::dtype::of<T>()).cast<std::string>() + " " +
-           describe(shape) + ", got ";
-  };
-  if (!py::isinstance<py::array>(value)) {
-    throw py::value_error(expected() + py::type::of(value).attr("__name__").template cast<std::string>());
-  }
-  const auto array = py::reinterpret_borrow<py::array>(value);
-  const Shape got(array.shape(), array.shape() + array.ndim());
-  bool fits = array.dtype().equal(py::dtype::of<T>()) && got.size() == shape.size();
-  for (std::size_t k = 0; fits && k < shape.size(); ++k) fits = shape[k] < 0 || got[k] == shape[k];
-  if (!fits) throw py::value_error(expected() + py::str(array.dtype()).cast<std::string>() + " " + describe(got));
-  auto contiguous = py::array_t<T, py::array::c_style>::ensure(array);
-  if (!contiguous) throw std::bad_alloc();
-  return contiguous;
-}
-
-template <class T>
-py::array_t<T> adopt(rlv2v::PageArray<T>&& values, const Shape& shape) {
-  auto* kept = new rlv2v::PageArray<T>(std::move(values));
-  const py::capsule owner(kept, [](void* pointer) { delete static_cast<rlv2v::PageArray<T>*>(pointer); });
-  return py::array_t<T>(shape, kept->data(), owner);
-}
-
-// A column of a saved state; `kept` holds its memory.
-template <class T>
-rlv2v::PageArray<T> column(const py::dict& state, const char* name, const Shape& shape, py::list& kept) {
-  const auto array = checked<T>(state[name], name, shape);
-  kept.append(array);
-  return {array.data(), static_cast<std::size_t>(array.size())};
-}
 
 // Arrays of one sample: where the core writes, and the Python batch that owns the memory.
 struct Slot {

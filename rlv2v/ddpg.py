@@ -20,6 +20,8 @@ from rlv2v.model import Judge, Translator
 from rlv2v.model.layers import map_state
 from rlv2v.replay import PrioritizedReplay, ReplayBatch
 
+DOMAINS = ("x", "y")
+
 
 class Policies(NamedTuple):
     """The networks that choose the next frame in a domain A with B as the other: P_A, G_B, P_B, G_A."""
@@ -301,20 +303,21 @@ class Agent:
         return loss
 
 
-def build_agents(nets: Nets, targets: Nets, config: Config) -> dict[str, Agent]:
-    """The agents of both domains, each with a replay buffer of its own."""
+def build_agents(nets: Nets, targets: Nets, config: Config, rank: int = 0) -> dict[str, Agent]:
+    """The agents of both domains, each with a replay buffer of its own: draws come from (seed, rank, domain)."""
 
-    def replay() -> PrioritizedReplay:
+    def replay(domain: str) -> PrioritizedReplay:
+        address = np.random.SeedSequence([config.seed, rank, DOMAINS.index(domain)])
         return PrioritizedReplay(
             config.replay_capacity,
             (config.size, config.size, 3),
             config.frames - 1,
             alpha=config.replay_alpha,
             beta=config.replay_beta,
-            seed=config.seed,
+            seed=int(address.generate_state(1, np.uint64)[0]),
         )
 
-    return {domain: Agent(domain, nets, targets, replay(), config) for domain in ("x", "y")}
+    return {domain: Agent(domain, nets, targets, replay(domain), config) for domain in DOMAINS}
 
 
 def annealed(start: float, end: float, progress: float) -> float:

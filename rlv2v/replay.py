@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 
 from rlv2v import _native
 from rlv2v.errors import UserError
+from rlv2v.replay_arrays import F32, F64, I64, as_array, as_column, as_flag, as_ids, as_memory, integer
 from rlv2v.replay_file import read_state, write_state
 
 _FORMAT = 2
@@ -38,9 +38,9 @@ _ARRAYS = {
 _INTS = ("oldest_id", "sampled", "stale", "seed")
 _FLOATS = ("alpha", "beta", "max_priority")
 _STATS = ("size", "frames", "clips", "added", "evicted", "sampled", "stale", "max_priority", "bytes_used")
-_F32, _F64, _I64, _BOOL = (np.dtype(kind) for kind in (np.float32, np.float64, np.int64, np.bool_))
-_KINDS = {"i": "integers", "f": "real numbers", "b": "booleans"}
 _NO_BOUND = 2**63 - 1
+# How many refer to a storage: torch's own, but private. Without it no memory is used twice, and all else is the same.
+_COUNT_USERS = getattr(torch._C, "_storage_Use_Count", None)
 
 
 class ReplayBatch(NamedTuple):
@@ -132,10 +132,10 @@ class PrioritizedReplay:
         ring: int = 4,
         pin_memory: bool | None = None,
     ) -> None:
-        self.capacity = _integer("capacity", capacity, 1)
-        self.frame_shape = tuple(_integer("frame_shape", size, 1) for size in frame_shape)
-        self.max_len = _integer("max_len", max_len, 1)
-        self.n_step, self.gamma = _integer("n_step", n_step, 1), float(gamma)
+        self.capacity = integer("capacity", capacity, 1)
+        self.frame_shape = tuple(integer("frame_shape", size, 1) for size in frame_shape)
+        self.max_len = integer("max_len", max_len, 1)
+        self.n_step, self.gamma = integer("n_step", n_step, 1), float(gamma)
         if storage not in ("memory", "mmap") or (storage == "mmap") != (path is not None):
             raise ValueError(f"replay: expected storage memory, or mmap with its path, got {storage!r}, path {path!r}")
         pinned = torch.cuda.is_initialized() if pin_memory is None else bool(pin_memory)
@@ -146,15 +146,15 @@ class PrioritizedReplay:
             float(alpha),
             float(beta),
             bool(stratified),
-            _integer("seed", seed, 0, 2**64 - 1),
-            _NO_BOUND if max_bytes is None else _integer("max_bytes", max_bytes, 1),
+            integer("seed", seed, 0, 2**64 - 1),
+            _NO_BOUND if max_bytes is None else integer("max_bytes", max_bytes, 1),
             self.n_step,
             self.gamma,
             "" if path is None else str(path),
-            _integer("ring", ring, 0),
+            integer("ring", ring, 0) if _COUNT_USERS else 0,
             functools.partial(_new_batch, self.frame_shape, self.max_len, pinned),
-            torch._C._storage_Use_Count,
-            _ids,
+            _COUNT_USERS or (lambda storage: 0),
+            as_ids,
         )
 
     def __len__(self) -> int:
@@ -191,7 +191,7 @@ class PrioritizedReplay:
 
     def put_clip(self, frames: npt.ArrayLike | torch.Tensor) -> Clip:
         """Stores frames uint8 (T, *F) once; states and frames may then refer to them through the handle."""
-        array = _array(frames)
+        array = as_array(frames)
         return Clip(self._native, self._native.put_clip(array), len(array))
 
     def add(
@@ -219,15 +219,15 @@ class PrioritizedReplay:
         frames: tuple[Any, Any, Any] = (state, action, true_frame)
         whole = type(state) is type(action) is type(true_frame) is np.ndarray
         if whole and type(reward) is np.ndarray and type(position) is np.ndarray and reward.ndim == 1:
-            if reward.dtype is not _F32 or position.dtype is not _I64:
-                reward = _column("reward", reward, _F32, None)
-                position = _column("position", position, _I64, len(reward))
-            flags = _flag("terminal", terminal, len(reward)), _flag("end", end, len(reward))
+            if reward.dtype is not F32 or position.dtype is not I64:
+                reward = as_column("reward", reward, F32, None)
+                position = as_column("position", position, I64, len(reward))
+            flags = as_flag("terminal", terminal, len(reward)), as_flag("end", end, len(reward))
             first = self._native.add(*frames[:2], reward, frames[2], position, *flags)
             return np.arange(first, first + len(reward))
-        rewards = _array(reward)
+        rewards = as_array(reward)
         one = rewards.ndim == 0
-        rewards = _column("reward", rewards, _F32, 1 if one else None)
+        rewards = as_column("reward", rewards, F32, 1 if one else None)
         count = len(rewards)
         part = self._one if one else self._many
         first = self._native.add(
@@ -235,9 +235,9 @@ class PrioritizedReplay:
             part(action, "action", 2, count),
             rewards,
             part(true_frame, "true_frame", 2, count),
-            _column("position", position, _I64, count),
-            _flag("terminal", terminal, count),
-            _flag("end", end, count),
+            as_column("position", position, I64, count),
+            as_flag("terminal", terminal, count),
+            as_flag("end", end, count),
         )
         return first if one else np.arange(first, first + count)
 
@@ -251,12 +251,12 @@ class PrioritizedReplay:
         out: tensors or arrays of ReplayBatch's shapes and types, on the CPU, C-contiguous.
         """
         if type(n) is not int or not 0 < n <= _NO_BOUND:
-            n = _integer("n", n, 1)
+            n = integer("n", n, 1)
         if out is None:
             return self._native.sample(n)
         if len(out) != len(ReplayBatch._fields):
             raise ValueError(f"replay: out must have the {len(ReplayBatch._fields)} parts of a batch, got {len(out)}")
-        self._native.sample_into(n, tuple(map(_memory, out)))
+        self._native.sample_into(n, tuple(map(as_memory, out)))
         return out
 
     def update_priorities(self, ids: npt.ArrayLike | torch.Tensor, priorities: npt.ArrayLike | torch.Tensor) -> int:
@@ -264,10 +264,10 @@ class PrioritizedReplay:
 
         Returns how many ids were stale (evicted since): those are ignored, and counted in `stats`.
         """
-        values = _array(priorities)
-        if values.dtype is not _F32 or values.ndim != 1:
-            ids = _ids(ids)
-            values = _column("priorities", values, _F64, len(ids))
+        values = as_array(priorities)
+        if values.dtype is not F32 or values.ndim != 1:
+            ids = as_ids(ids)
+            values = as_column("priorities", values, F64, len(ids))
         return self._native.update_priorities(ids, values)
 
     def state_dict(self) -> dict[str, Any]:
@@ -288,7 +288,7 @@ class PrioritizedReplay:
                 raise UserError(f"replay state: {name} must be {value}, as in this buffer, got {state.get(name)!r}")
         try:
             contents: dict[str, Any] = {name: state[name].numpy() for name in _ARRAYS}
-            contents.update({name: _integer(name, state[name], 0, 2**64 - 1) for name in _INTS})
+            contents.update({name: integer(name, state[name], 0, 2**64 - 1) for name in _INTS})
             contents.update({name: float(state[name]) for name in _FLOATS})
             contents["stratified"] = bool(state["stratified"])
             self._native.load(contents)
@@ -320,16 +320,16 @@ class PrioritizedReplay:
     def _many(self, value: Any, name: str, parts: int, count: int) -> Any:
         """n frames or states as the core takes them: one array, one clip with starts (and lengths), or a list."""
         if isinstance(value, tuple) and value and isinstance(value[0], Clip):
-            return (self._key(value, name, parts), *[_column(name, part, _I64, count) for part in value[1:]])
+            return (self._key(value, name, parts), *[as_column(name, part, I64, count) for part in value[1:]])
         if isinstance(value, (np.ndarray, torch.Tensor)):
-            return _array(value)
+            return as_array(value)
         return [self._reference(row, name, parts) for row in value]
 
     def _reference(self, value: Any, name: str, parts: int) -> Any:
         """A frame or state as the core takes it: an array, or (clip key, index) or (clip key, start, length)."""
         if not (isinstance(value, tuple) and value and isinstance(value[0], Clip)):
-            return _array(value)
-        return (self._key(value, name, parts), *[_integer(name, part, -(2**63)) for part in value[1:]])
+            return as_array(value)
+        return (self._key(value, name, parts), *[integer(name, part, -(2**63)) for part in value[1:]])
 
     def _key(self, value: tuple[Any, ...], name: str, parts: int) -> int:
         if len(value) != parts:
@@ -339,56 +339,6 @@ class PrioritizedReplay:
         if clip._owner is not self._native:
             raise ValueError(f"replay: {name} must refer to a clip of this buffer, got one of another")
         return clip._key
-
-
-def _integer(name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"replay: {name} must be an integer, got {type(value).__name__}") from None
-    if not least <= number <= most:
-        raise ValueError(f"replay: {name} must be in {least}..{most}, got {number}")
-    return number
-
-
-def _array(value: Any) -> npt.NDArray[Any]:
-    """value as numpy sees it: the same memory wherever there is a buffer protocol or DLPack on the CPU."""
-    if isinstance(value, np.ndarray):
-        return value
-    if isinstance(value, torch.Tensor):
-        return value.numpy(force=True)
-    return np.from_dlpack(value) if hasattr(value, "__dlpack__") else np.asarray(value)
-
-
-def _ids(value: Any) -> npt.NDArray[np.int64]:
-    return _column("ids", value, _I64, None)
-
-
-def _memory(value: Any) -> npt.NDArray[Any]:
-    """The memory that an output names."""
-    if isinstance(value, torch.Tensor) and value.device.type != "cpu":
-        raise ValueError(f"replay: out must be on the CPU, got a tensor on {value.device}")
-    return _array(value)
-
-
-def _column(name: str, value: Any, dtype: np.dtype[Any], count: int | None) -> npt.NDArray[Any]:
-    """value as dtype (n,), its kind checked: integers may stand for reals, nothing else is converted."""
-    array = _array(value)
-    if array.dtype is dtype and array.ndim == 1 and (count is None or len(array) == count):
-        return array
-    kind = dtype.kind
-    if array.size and array.dtype.kind not in {"i": "iu", "f": "fiu", "b": "b"}[kind]:
-        raise ValueError(f"replay: {name} must be {_KINDS[kind]}, got {array.dtype}")
-    if array.ndim == 0:
-        array = np.full(1 if count is None else count, array)
-    if array.ndim != 1 or count not in (None, len(array)):
-        raise ValueError(f"replay: {name} must have shape ({'n' if count is None else count},), got {array.shape}")
-    with np.errstate(over="ignore"):  # to infinity, which the core refuses by name
-        return array.astype(dtype)
-
-
-def _flag(name: str, value: Any, count: int) -> npt.NDArray[np.bool_] | None:
-    return None if value is False else _column(name, value, _BOOL, count)
 
 
 def _new_batch(

@@ -14,7 +14,17 @@ from rlv2v import ddpg
 from rlv2v.checkpoint import build_nets
 from rlv2v.config import Config
 from rlv2v.data import to_model, to_uint8
-from rlv2v.ddpg import Agent, Policies, Recall, Transitions, append, candidates, critic_loss, critic_targets
+from rlv2v.ddpg import (
+    Agent,
+    Policies,
+    Recall,
+    Transitions,
+    append,
+    build_agents,
+    candidates,
+    critic_loss,
+    critic_targets,
+)
 from rlv2v.losses import Nets
 from rlv2v.replay import PrioritizedReplay
 
@@ -269,6 +279,19 @@ def test_the_actor_moves_every_policy_and_not_the_critic() -> None:
     for net in agent.policies:
         assert any(p.grad is not None and p.grad.any() for p in net.parameters())
     assert all(p.grad is None and p.requires_grad for p in agent.q.parameters())
+
+
+def test_every_rank_and_domain_draws_from_a_seed_of_its_own() -> None:
+    config = Config.of("default", **SMALL)
+    nets = nets_of(config)
+    seeds = [
+        agent.replay.state_dict()["seed"]
+        for rank in range(3)
+        for agent in build_agents(nets, copy.deepcopy(nets), config, rank).values()
+    ]
+    assert len(set(seeds)) == 6
+    again = build_agents(nets, copy.deepcopy(nets), config, rank=1)
+    assert [agent.replay.state_dict()["seed"] for agent in again.values()] == seeds[2:4]
 
 
 def test_an_empty_recall_weighs_everything_alike() -> None:

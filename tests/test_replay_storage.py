@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,107 @@ def test_full_states_are_a_view_of_the_next_states() -> None:
         out = ReplayBatch(*(torch.empty(part.shape, dtype=part.dtype) for part in batch))
         assert all(torch.equal(a, b) for a, b in zip(batch, twin.sample(6, out=out), strict=True))
         assert (batch.states.data_ptr() == batch.next_states.data_ptr()) is shared
+        assert (batch.actions.data_ptr() == batch.next_states[0, 2].data_ptr()) is shared
         held = batch.states
         del batch
         assert replay.sample(6).states.data_ptr() not in (held.data_ptr(), 0)
         twin.sample(6)
+
+
+@pytest.mark.parametrize("lengths", [(4,), (1, 4, 3)], ids=["full", "some short"])
+def test_large_frames_and_batches_that_pass_the_caches_by_are_right(lengths: tuple[int, ...]) -> None:
+    """Frames of 12 KiB and a batch of 34 MB, far above where streaming begins; memory is used anew twice."""
+    frame, n = (64, 64, 3), 256
+    replay = PrioritizedReplay(50, frame, 4)
+    video = np.random.default_rng(0).integers(0, 256, (150, *frame), np.uint8)
+    for k in range(140):
+        p = lengths[k % len(lengths)]
+        replay.add(state=video[k : k + p], action=video[k + 5], reward=k, true_frame=video[k + 6], position=k)
+    batch = replay.sample(n)
+    for row, k in enumerate(batch.positions.tolist()):
+        p = lengths[k % len(lengths)]
+        assert np.array_equal(batch.states[row, :p], video[k : k + p]) and not batch.states[row, p:].any()
+        assert np.array_equal(batch.next_states[row, :p], video[k : k + p])
+        assert np.array_equal(batch.next_states[row, p], video[k + 5]) and not batch.next_states[row, p + 1 :].any()
+        assert np.array_equal(batch.actions[row], video[k + 5])
+        assert np.array_equal(batch.true_frames[row], video[k + 6])
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_ids_of_a_batch_are_those_of_its_own_memory(full: bool) -> None:
+    """The core recognises a batch's tensor of ids; any other form of the same ids must do the same."""
+    forms: list[Callable[[torch.Tensor], Any]] = [
+        lambda ids: ids,
+        lambda ids: ids.numpy(),
+        lambda ids: ids.clone(),
+        lambda ids: ids[:],
+        lambda ids: ids.tolist(),
+    ]
+    states = []
+    for form in forms:
+        replay = PrioritizedReplay(16, FRAME, 2, seed=2)
+        for k in range(20):
+            zero = np.zeros((2 if full else 1 + k % 2, *FRAME), np.uint8)
+            replay.add(state=zero, action=zero[0], reward=k, true_frame=zero[0], position=k)
+        kept = [replay.sample(6) for _ in range(6)]  # more than the ring keeps
+        for batch in (kept[-1], kept[0], kept[3]):
+            replay.update_priorities(form(batch.ids), np.linspace(0.1, 0.9, 6))
+        states.append(replay.state_dict()["priorities"])
+    assert len(set(states[0].tolist())) > 3 and states[0].min() < 1
+    assert all(torch.equal(states[0], other) for other in states[1:])
+
+
+def test_ids_written_by_the_caller_count() -> None:
+    replay = filled()
+    batch = replay.sample(2)
+    batch.ids[:] = torch.tensor([5, 0])
+    assert replay.update_priorities(batch.ids, [0.5, 0.5]) == 1  # 0 is gone
+    assert replay.state_dict()["priorities"].tolist() == [1, 0.5, 1, 1, 1, 1, 1, 1]
+
+
+def test_without_torchs_count_of_users_no_memory_serves_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlv2v.replay._COUNT_USERS", None)
+    replay = filled()
+    first = replay.sample(4)
+    kept = first.states.clone()
+    replay.sample(4)
+    assert torch.equal(first.states, kept)
+    assert replay.update_priorities(first.ids, np.ones(4, np.float32)) == 0
+
+
+FORK = """
+import gc, os, sys
+import numpy as np
+from rlv2v.replay import PrioritizedReplay
+replay = PrioritizedReplay(10, (64, 64, 3), 4, storage="mmap", path=sys.argv[1])
+frames = np.zeros((4, 64, 64, 3), np.uint8)
+clip = replay.put_clip(frames)
+add = lambda: replay.add(state=frames, action=frames[0], reward=0.0, true_frame=frames[1], position=0)
+add()
+child = os.fork()
+if child == 0:
+    for call in (add, lambda: replay.sample(1), lambda: replay.update_priorities([0], [1.0]), lambda: replay.stats):
+        try:
+            call()
+        except RuntimeError as error:
+            assert "one process owns a buffer" in str(error), error
+        else:
+            os._exit(1)
+    clip.release()
+    own = PrioritizedReplay(10, (64, 64, 3), 4)
+    own.add(state=frames, action=frames[0], reward=0.0, true_frame=frames[1], position=0)
+    os._exit(0 if own.sample(1).ids.tolist() == [0] else 2)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+add()
+assert replay.stats["clips"] == 1 and replay._native.consistent()
+print("owned")
+"""
+
+
+def test_a_forked_child_is_refused_and_the_owner_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FORK, str(tmp_path / "frames")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.stdout.strip(), done.returncode) == ("owned", 0), done.stderr
 
 
 def test_samples_go_into_the_callers_arrays() -> None:

@@ -116,7 +116,7 @@ void Buffer::place(const Window& window, FrameId* out) noexcept {
 }
 
 ClipId Buffer::put_clip(const std::uint8_t* frames, std::size_t num_frames) {
-  const WriteLock lock(lock_);
+  const WriteLock locked(lock());
   if (num_frames < 1) refuse("a clip must have at least 1 frame, got 0");
   check_memory(num_frames);
   store_.arena.reserve(std::min(num_frames, store_.arena.num_free()));
@@ -131,7 +131,8 @@ ClipId Buffer::put_clip(const std::uint8_t* frames, std::size_t num_frames) {
 }
 
 void Buffer::release_clip(ClipId id) noexcept {
-  const WriteLock lock(lock_);
+  if (!owner_.here()) return;  // a handle may die in a forked child, where the clip is not
+  const WriteLock locked(lock());
   const auto found = store_.clips.find(id);
   if (found == store_.clips.end()) return;
   for (const FrameId frame : found->second) store_.arena.release(frame);
@@ -142,7 +143,7 @@ void Buffer::release_clip(ClipId id) noexcept {
 // ---- transitions -----------------------------------------------------------------------------------------------
 
 std::uint64_t Buffer::add(const std::vector<Transition>& batch) {
-  const WriteLock lock(lock_);
+  const WriteLock locked(lock());
   std::size_t frames = 0;
   for (const Transition& transition : batch) {
     check_window(transition.state, "state", config_.max_len);
@@ -192,7 +193,7 @@ void Buffer::evict_oldest() noexcept {
 
 template <class Real>
 std::size_t Buffer::update_priorities(const std::int64_t* ids, const Real* priorities, std::size_t count) {
-  const WriteLock lock(lock_);
+  const WriteLock locked(lock());
   constexpr auto kMost = static_cast<Real>(std::numeric_limits<float>::max());
   for (std::size_t k = 0; k < count; ++k) {
     if (ids[k] < 0 || static_cast<std::uint64_t>(ids[k]) >= store_.next_id) {
@@ -247,17 +248,17 @@ std::size_t Buffer::num_slots() const noexcept {
 }
 
 double Buffer::alpha() const {
-  const ReadLock lock(lock_);
+  const ReadLock locked(lock());
   return config_.alpha;
 }
 
 double Buffer::beta() const {
-  const ReadLock lock(lock_);
+  const ReadLock locked(lock());
   return config_.beta;
 }
 
 void Buffer::set_alpha(double alpha) {
-  const WriteLock lock(lock_);
+  const WriteLock locked(lock());
   check_exponent("alpha", alpha);
   if (alpha == config_.alpha) return;
   std::vector<float> leaves(num_slots(), 0.0F);
@@ -269,13 +270,13 @@ void Buffer::set_alpha(double alpha) {
 }
 
 void Buffer::set_beta(double beta) {
-  const WriteLock lock(lock_);
+  const WriteLock locked(lock());
   check_exponent("beta", beta);
   config_.beta = beta;
 }
 
 BufferStats Buffer::stats() const {
-  const ReadLock lock(lock_);
+  const ReadLock locked(lock());
   std::size_t bytes = store_.arena.bytes_used() + store_.tree.bytes_used();
   bytes += num_slots() * store_.stride + store_.num_clip_frames * sizeof(FrameId);
   return {static_cast<std::size_t>(store_.next_id - store_.oldest_id),
@@ -290,7 +291,7 @@ BufferStats Buffer::stats() const {
 }
 
 bool Buffer::consistent() const {
-  const ReadLock lock(lock_);
+  const ReadLock locked(lock());
   std::unordered_map<FrameId, std::uint32_t> held;
   std::size_t num_short = 0;
   for (std::uint64_t id = store_.oldest_id; id < store_.next_id; ++id) {

@@ -7,7 +7,7 @@
 //
 //   n steps: r = sum_{k<m} gamma^k r_{i+k}, s' and terminal of transition i+m-1, discount gamma^m
 // Source: Sutton 1988, doi:10.1007/BF00115009. m <= n, less where a terminal, an episode's end or the newest id comes first.
-// Every public method locks: samplers share, writers exclude. Users' mistakes throw std::invalid_argument or
+// Every public method locks: samplers share, writers exclude. In a forked child they throw std::runtime_error. Users' mistakes throw std::invalid_argument or
 // std::out_of_range, a full memory or disk std::bad_alloc or std::system_error, with nothing changed.
 #pragma once
 
@@ -20,6 +20,7 @@
 
 #include "replay/fair_lock.h"
 #include "replay/frame_arena.h"
+#include "replay/owner.h"
 #include "replay/pages.h"
 #include "replay/sum_tree.h"
 
@@ -198,6 +199,13 @@ class Buffer {
   void write_frames(std::size_t k, const Row& row, const Row& last, How how, const SampleOut& out) const noexcept;
   void check_contents(const Contents& contents) const;
 
+  // The lock, after a look at whose process this is.
+  FairLock& lock() const {
+    owner_.check();
+    return lock_;
+  }
+
+  Owner owner_;
   mutable FairLock lock_;
   BufferConfig config_;
   Store store_;

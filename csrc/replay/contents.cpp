@@ -26,7 +26,7 @@ void expect_size(const char* name, std::size_t got, std::size_t expected) {
 }  // namespace
 
 Contents Buffer::save() const {
-  const ReadLock lock(lock_);
+  const ReadLock locked(lock());
   const auto size = static_cast<std::size_t>(store_.next_id - store_.oldest_id);
   const std::size_t columns = config_.max_len + 2;
   const std::size_t bytes = config_.frame_bytes;
@@ -116,7 +116,7 @@ void Buffer::check_contents(const Contents& contents) const {
 }
 
 void Buffer::load(const Contents& contents) {
-  const WriteLock lock(lock_);
+  const WriteLock locked(lock());
   check_contents(contents);
   const std::size_t size = contents.lengths.size();
   const std::size_t num_frames = contents.frames.size() / config_.frame_bytes;

@@ -18,7 +18,7 @@ bool aligned(const void* pointer) { return reinterpret_cast<std::uintptr_t>(poin
 }  // namespace
 
 bool Buffer::sample(std::size_t n, const SampleOut& out, bool may_share) {
-  const ReadLock lock(lock_);
+  const ReadLock locked(lock());
   if (n < 1) throw std::invalid_argument("replay: sample must draw at least 1 transition, got 0");
   if (store_.next_id == store_.oldest_id) {
     throw std::invalid_argument("replay: sample needs at least 1 transition, the buffer is empty");

@@ -1,0 +1,64 @@
+"""What users give the replay buffer, as numpy arrays of the right type and shape, or an error that names it."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+F32, F64, I64, BOOL = (np.dtype(kind) for kind in (np.float32, np.float64, np.int64, np.bool_))
+_KINDS = {"i": "integers", "f": "real numbers", "b": "booleans"}
+
+
+def integer(name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"replay: {name} must be an integer, got {type(value).__name__}") from None
+    if not least <= number <= most:
+        raise ValueError(f"replay: {name} must be in {least}..{most}, got {number}")
+    return number
+
+
+def as_array(value: Any) -> npt.NDArray[Any]:
+    """value as numpy sees it: the same memory wherever there is a buffer protocol or DLPack on the CPU."""
+    if isinstance(value, np.ndarray):
+        return value
+    if isinstance(value, torch.Tensor):
+        return value.numpy(force=True)
+    return np.from_dlpack(value) if hasattr(value, "__dlpack__") else np.asarray(value)
+
+
+def as_ids(value: Any) -> npt.NDArray[np.int64]:
+    """value as int64 (n,)."""
+    return as_column("ids", value, I64, None)
+
+
+def as_memory(value: Any) -> npt.NDArray[Any]:
+    """The memory that an output names."""
+    if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+        raise ValueError(f"replay: out must be on the CPU, got a tensor on {value.device}")
+    return as_array(value)
+
+
+def as_column(name: str, value: Any, dtype: np.dtype[Any], count: int | None) -> npt.NDArray[Any]:
+    """value as dtype (n,), its kind checked: integers may stand for reals, nothing else is converted."""
+    array = as_array(value)
+    if array.dtype is dtype and array.ndim == 1 and (count is None or len(array) == count):
+        return array
+    kind = dtype.kind
+    if array.size and array.dtype.kind not in {"i": "iu", "f": "fiu", "b": "b"}[kind]:
+        raise ValueError(f"replay: {name} must be {_KINDS[kind]}, got {array.dtype}")
+    if array.ndim == 0:
+        array = np.full(1 if count is None else count, array)
+    if array.ndim != 1 or count not in (None, len(array)):
+        raise ValueError(f"replay: {name} must have shape ({'n' if count is None else count},), got {array.shape}")
+    with np.errstate(over="ignore"):  # to infinity, which the core refuses by name
+        return array.astype(dtype)
+
+
+def as_flag(name: str, value: Any, count: int) -> npt.NDArray[np.bool_] | None:
+    return None if value is False else as_column(name, value, BOOL, count)
