@@ -1,8 +1,10 @@
 // The buffer: frames right after many wraparounds, references counted, memory bounded, mistakes refused with nothing changed.
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <memory>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -198,6 +200,32 @@ void loading_restores_and_refuses() {
   CHECK(other.stats().added == 8);
 }
 
+// Frames of a mebibyte come two a block, so that memory grows while some of it waits for reuse.
+void the_arena_grows_around_what_it_holds() {
+  constexpr std::size_t kFrame = std::size_t{1} << 20;
+  rlv2v::FrameArena arena(kFrame, 64, "");
+  std::vector<std::uint8_t> frame(kFrame);
+  std::vector<std::pair<rlv2v::FrameId, std::uint8_t>> held;
+  std::uint8_t value = 0;
+  for (std::size_t round = 0; round < 40; ++round) {
+    const std::size_t wanted = 1 + round % 5;
+    arena.reserve(wanted);
+    for (std::size_t k = 0; k < wanted && arena.num_ready() > round % 2; ++k) {
+      std::fill(frame.begin(), frame.end(), ++value);
+      held.emplace_back(arena.store(frame.data()), value);
+    }
+    for (std::size_t k = 0; k < 1 + round % 4 && held.size() > 1; ++k) {
+      arena.release(held[k % 2].first);
+      held.erase(held.begin() + static_cast<std::ptrdiff_t>(k % 2));
+    }
+    CHECK(arena.num_alive() == held.size());
+    for (const auto& one : held) {
+      CHECK(arena.references(one.first) == 1 && arena.data(one.first)[0] == one.second && arena.data(one.first)[kFrame - 1] == one.second);
+    }
+  }
+  CHECK(arena.num_ids() > 4);
+}
+
 }  // namespace
 
 int main() {
@@ -207,5 +235,6 @@ int main() {
   mistakes_change_nothing();
   steps_stop_where_the_episode_does();
   loading_restores_and_refuses();
+  the_arena_grows_around_what_it_holds();
   return 0;
 }

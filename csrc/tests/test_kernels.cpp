@@ -93,7 +93,10 @@ void searches_agree(const rlv2v::Kernels& plain, const rlv2v::Kernels& fast) {
   std::vector<double> points(kCount);
   for (std::size_t k = 0; k < kCount; ++k) {
     start[k] = static_cast<std::uint32_t>(k % kNodes);
-    points[k] = k % 50 == 0 ? -1e-17 : draws.uniform(k) * 10.0;  // some past the total; some just below 0, as rounding makes
+    points[k] = draws.uniform(k) * 10.0;                       // some past the total,
+    if (k % 50 == 0) points[k] = -1e-17;                       // some just below 0, as rounding makes,
+    if (k % 50 == 1) points[k] = sums[start[k] * 8];           // and some at the very end of a span
+    if (k % 50 == 2) points[k] = static_cast<double>(leaves[start[k] * 16]);
   }
   auto ours = start;
   auto theirs = start;
