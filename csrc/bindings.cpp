@@ -226,13 +226,18 @@ class PyBuffer {
                 reinterpret_cast<std::int64_t*>(at[8]), reinterpret_cast<bool*>(at[9]),
                 reinterpret_cast<std::int64_t*>(at[10]), reinterpret_cast<float*>(at[11])};
     made = py::tuple();  // its references are not to be counted
-    slot.users = count_users_(slot.storage).cast<py::ssize_t>();
+    slot.users = users_of(slot);
     for_tensors(slot, [&slot](PyObject* tensor) {
       slot.references.push_back(Py_REFCNT(tensor));
       return true;
     });
-    if (ring_.size() == ring_size_ && ring_size_ > 0) ring_.erase(ring_.begin());
-    if (ring_size_ > 0) ring_.push_back(slot);
+    if (ring_size_ == 0) return slot;
+    Slot dropped;  // dies after the ring is whole again
+    if (ring_.size() == ring_size_) {
+      dropped = std::move(ring_.front());
+      ring_.erase(ring_.begin());
+    }
+    ring_.push_back(slot);
     return slot;
   }
 
@@ -251,7 +256,14 @@ class PyBuffer {
     if (slot.batch.ref_count() > 1 || slot.sharing.ref_count() > 1) return false;
     std::size_t at = 0;
     if (!for_tensors(slot, [&](PyObject* tensor) { return Py_REFCNT(tensor) == slot.references[at++]; })) return false;
-    return count_users_(slot.storage).cast<py::ssize_t>() <= slot.users;
+    return users_of(slot) <= slot.users;
+  }
+
+  // Called without a tuple of arguments: its allocation could collect garbage, and so run anybody's code amid the ring.
+  py::ssize_t users_of(const Slot& slot) const {
+    PyObject* count = PyObject_CallOneArg(count_users_.ptr(), slot.storage.ptr());
+    if (count == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(count).cast<py::ssize_t>();
   }
 
   std::size_t frame_bytes() const {
