@@ -60,7 +60,14 @@ def build(name: str, capacity: int, payload: Payload, video: bool) -> Peer:
     num_wrong = peer.wrong(peer.sample()).sum()
     if num_wrong:
         raise UserError(f"{name}: {num_wrong} of {DRAWN} rows are wrong before anything was timed")
+    rest(peer)
     return peer
+
+
+def rest(peer: Peer) -> None:
+    """Until a buffer that draws ahead is done with it: its threads are not to disturb whoever is timed next."""
+    if peer.share > 1:
+        time.sleep(0.3)
 
 
 def random_priorities(rng: np.random.Generator) -> Any:
@@ -92,8 +99,7 @@ def turns(peers: dict[str, Peer], blocks: int, size: int, cold: bool) -> tuple[T
                     for call, us in zip(CALLS, (sample_us, update_us, add_us), strict=True):
                         times[name][call].append(us)
             batches[name] = batch
-            if peer.share > 1:
-                time.sleep(0.3)  # what it draws ahead on threads of its own is not to disturb the others
+            rest(peer)
     return times, batches
 
 
