@@ -84,7 +84,7 @@ class Stacked:
         return rows.rew, rows.obs, rows.obs_next
 
 
-def shared_frames(name: str, trials: int = 12) -> Outcome:
+def shared_frames(name: str, trials: int = 24) -> Outcome:
     """Rows of overlapping states, looked at after every step once the ring has wrapped around.
 
     An episode begins with its first frame repeated, as frame stacks do; what follows a last step is not looked at.

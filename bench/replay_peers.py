@@ -233,6 +233,7 @@ class Reverb(Peer):
     """
 
     share = 5
+    ahead = 8
     module = "reverb"
 
     def make(self, checkpoint: Path | None = None) -> None:

@@ -40,6 +40,8 @@ class Peer(ABC):
 
     share = 1
     """Of how many turns it gets one: more than 1 where a turn takes milliseconds."""
+    ahead = 0
+    """Batches that it may have drawn before they are asked for."""
     module = ""
     """What must import."""
 
