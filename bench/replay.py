@@ -4,7 +4,8 @@
 
 First what each buffer does in trouble (replay_faults). Then one process, one thread, all buffers in turn, a block of
 turns of one after a block of another. A turn is a learner's: add 64, sample 256 with weights, update those 256, each
-timed alone (so that a tree that puts its work off pays for it in the next call). The first fifth of a block warms the
+timed alone (so that a tree that puts its work off pays for it in the next call); `add 1` adds one row, as a learner
+that takes one step at a time. The first fifth of a block warms the
 caches and is not timed; `cold` sweeps the caches before every call instead. Limit of a video sample: a plain copy of as
 many bytes; more than 100% of it is possible where shared frames are read from the caches. Peers come with
 `pip install -e '.[bench]'`, torchrl and reverb where they import.
@@ -34,7 +35,7 @@ from rlv2v.errors import UserError
 from rlv2v.replay import PrioritizedReplay
 
 BLOCK = 50
-CALLS = ("sample", "update", "add")
+CALLS = ("sample", "update", "add", "add 1")
 Times = dict[str, dict[str, list[float]]]
 Row = dict[str, Any]
 
@@ -75,7 +76,10 @@ def random_priorities(rng: np.random.Generator) -> Any:
 
 
 def turns(peers: dict[str, Peer], blocks: int, size: int, cold: bool) -> tuple[Times, dict[str, Any]]:
-    """Microseconds of add, sample and update of each buffer in blocks of `size` turns, and its last batch."""
+    """Microseconds of each call of each buffer in blocks of `size` turns, and its last batch.
+
+    A row is added alone (`add 1`) with tiny payload only: windows of video come with their clip.
+    """
     times: Times = {name: {call: [] for call in CALLS} for name in peers}
     memory, rng, batches = np.zeros(2**26, np.uint8), np.random.default_rng(1), dict[str, Any]()
 
@@ -94,11 +98,13 @@ def turns(peers: dict[str, Peer], blocks: int, size: int, cold: bool) -> tuple[T
                 peer.sample()  # drawn while nobody looked
             for turn in range(count):
                 rows, priorities = peer.prepare(ADDED), random_priorities(rng)
+                one = None if peer.video else peer.prepare_one()
                 add_us, _ = timed(peer.add, rows)
+                add_one_us = 0.0 if one is None else timed(peer.add_one, one)[0]
                 sample_us, batch = timed(peer.sample)  # the last batch is held until this one is there
                 update_us, _ = timed(peer.update, peer.read(batch)[0], priorities)
                 if cold or turn >= count // 5:
-                    for call, us in zip(CALLS, (sample_us, update_us, add_us), strict=True):
+                    for call, us in zip(CALLS, (sample_us, update_us, add_us, add_one_us), strict=True):
                         times[name][call].append(us)
             batches[name] = batch
             rest(peer)
@@ -122,7 +128,7 @@ def timing_rows(case: str, peers: dict[str, Peer], times: Times, batches: dict[s
     num_bytes = {name: peer.batch_bytes(batches[name]) for name, peer in peers.items()}
     rate = copy_rate(max(num_bytes.values())) if limit else 0.0
     num_wrong = {name: int(peer.wrong(batches[name]).sum()) for name, peer in peers.items()}
-    for call in CALLS:
+    for call in CALLS[: 3 if limit else 4]:
         medians = {name: statistics.median(times[name][call]) for name in peers}
         for name, p50 in medians.items():
             p20, _, p80 = statistics.quantiles(times[name][call], n=10)[1::3]
@@ -212,7 +218,7 @@ def save_row(replay: PrioritizedReplay) -> Row:
     """Milliseconds to save and load, and whether the next 100 samples are the same."""
     with tempfile.TemporaryDirectory() as folder:
         path, saves = Path(folder) / "replay", []
-        for _ in range(5):
+        for _ in range(9):
             began = time.perf_counter()
             replay.save(path)
             saves.append((time.perf_counter() - began) * 1e3)

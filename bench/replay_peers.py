@@ -47,6 +47,14 @@ class Ours(Peer):
         clip.release()
         return clip
 
+    def row(self, first: int) -> Any:
+        frame = self.payload.rows(first, 1)
+        return frame, frame[0], first
+
+    def add_one(self, row: Any) -> object:
+        state, frame, k = row
+        return self.replay.add(state=state, action=frame, reward=float(k), true_frame=frame, position=k)
+
     def sample(self, count: int = DRAWN) -> ReplayBatch:
         return self.replay.sample(count)
 
@@ -136,6 +144,14 @@ class Tianshou(Peer):
         act, rew = self.payload.rows(first, count), np.arange(first, first + count).astype(np.float32)
         ends = {"terminated": never, "truncated": never, "done": never}
         return self.data.ReplayBuffer.from_data(obs=obs, act=act, rew=rew, obs_next=obs, **ends)
+
+    def row(self, first: int) -> Any:
+        obs, act, never = self.payload.rows(first, 1)[0], self.payload.rows(first, 1)[0], np.bool_(False)
+        row = {"obs": obs, "act": act, "rew": np.float32(first), "obs_next": obs, "info": {}}
+        return self.data.Batch(**row, terminated=never, truncated=never)
+
+    def add_one(self, row: Any) -> object:
+        return self.buffer.add(row)
 
     def fill(self) -> None:
         """`update` counts rows in Python: a few make the arrays, the others are written into them."""

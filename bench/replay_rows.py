@@ -62,6 +62,14 @@ class Peer(ABC):
     def add(self, rows: Any) -> object:
         """Adds them at the largest priority."""
 
+    def row(self, first: int) -> Any:
+        """One row of the stream in the form that `add_one` takes."""
+        return self.rows(first, 1)
+
+    def add_one(self, row: Any) -> object:
+        """Adds it, as a learner that takes one step at a time."""
+        return self.add(row)
+
     @abstractmethod
     def sample(self, count: int = DRAWN) -> Any:
         """That many rows, with weights."""
@@ -95,6 +103,11 @@ class Peer(ABC):
         rows = self.rows(self.next_row, count)
         self.next_row += count
         return rows
+
+    def prepare_one(self) -> Any:
+        """The next row of the stream."""
+        self.next_row += 1
+        return self.row(self.next_row - 1)
 
     def fill(self) -> None:
         """All of the capacity."""
