@@ -98,13 +98,13 @@ def turns(peers: dict[str, Peer], blocks: int, size: int, cold: bool) -> tuple[T
                 peer.sample()  # drawn while nobody looked
             for turn in range(count):
                 rows, priorities = peer.prepare(ADDED), random_priorities(rng)
-                one = None if peer.video else peer.prepare_one()
-                add_us, _ = timed(peer.add, rows)
-                add_one_us = 0.0 if one is None else timed(peer.add_one, one)[0]
-                sample_us, batch = timed(peer.sample)  # the last batch is held until this one is there
-                update_us, _ = timed(peer.update, peer.read(batch)[0], priorities)
+                spent = {"add": timed(peer.add, rows)[0]}
+                if not peer.video:
+                    spent["add 1"], _ = timed(peer.add_one, peer.prepare_one())
+                spent["sample"], batch = timed(peer.sample)  # the last batch is held until this one is there
+                spent["update"], _ = timed(peer.update, peer.read(batch)[0], priorities)
                 if cold or turn >= count // 5:
-                    for call, us in zip(CALLS, (sample_us, update_us, add_us, add_one_us), strict=True):
+                    for call, us in spent.items():
                         times[name][call].append(us)
             batches[name] = batch
             rest(peer)
@@ -128,7 +128,7 @@ def timing_rows(case: str, peers: dict[str, Peer], times: Times, batches: dict[s
     num_bytes = {name: peer.batch_bytes(batches[name]) for name, peer in peers.items()}
     rate = copy_rate(max(num_bytes.values())) if limit else 0.0
     num_wrong = {name: int(peer.wrong(batches[name]).sum()) for name, peer in peers.items()}
-    for call in CALLS[: 3 if limit else 4]:
+    for call in [call for call in CALLS if all(times[name][call] for name in peers)]:
         medians = {name: statistics.median(times[name][call]) for name in peers}
         for name, p50 in medians.items():
             p20, _, p80 = statistics.quantiles(times[name][call], n=10)[1::3]

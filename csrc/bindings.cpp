@@ -1,10 +1,12 @@
-// rlv2v._native: this file and arrays.h alone know Python. It turns arrays into pointers and checks their type and shape; what
+// rlv2v._native: this file, arrays.h and ring.h alone know Python. It turns arrays into pointers and checks their type and shape; what
 // the numbers mean is checked by the core. The core runs without the interpreter lock and never asks for it.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <new>
 #include <string>
 #include <system_error>
@@ -14,6 +16,7 @@
 #include "arrays.h"
 #include "replay/buffer.h"
 #include "replay/checksum.h"
+#include "ring.h"
 
 namespace py = pybind11;
 
@@ -26,31 +29,22 @@ using rlv2v::column;
 using rlv2v::describe;
 using rlv2v::Shape;
 using Free = py::call_guard<py::gil_scoped_release>;
-constexpr std::size_t kIds = 10;  // where a batch has its ids
 
-// Arrays of one sample: where the core writes, and the Python batch that owns the memory.
-struct Slot {
-  py::tuple batch;     // of tensors over one storage
-  py::tuple sharing;   // the same with the states and actions as views of the next states
-  py::object storage;  // that storage's address, as torch counts its users
-  std::size_t rows;
-  py::ssize_t users;                   // of the storage, by these tuples alone
-  std::vector<Py_ssize_t> references;  // to each tensor of either tuple, by these tuples alone
-  rlv2v::SampleOut out;
-};
+// To f32, infinite where it does not fit, which the core refuses.
+float narrowed(double value) {
+  constexpr double kMost = std::numeric_limits<float>::max();
+  return std::abs(value) > kMost ? std::numeric_limits<float>::infinity() : static_cast<float>(value);
+}
 
 class PyBuffer {
  public:
-  // make_batch(n) -> (tuple of tensors, the same with shared states, addresses, storage); count_users(storage) -> int;
-  // to_ids(anything) -> int64 (n,).
+  // ring, make_batch, count_users: see Ring. to_ids(anything) -> int64 (n,).
   PyBuffer(std::size_t capacity, Shape frame_shape, std::size_t max_len, double alpha, double beta, bool stratified,
            std::uint64_t seed, std::size_t max_bytes, std::size_t n_step, double gamma, const std::string& path,
            std::size_t ring, py::object make_batch, py::object count_users,
            py::object to_ids)
       : frame_shape_(std::move(frame_shape)),
-        ring_size_(ring),
-        make_batch_(std::move(make_batch)),
-        count_users_(std::move(count_users)),
+        ring_(ring, std::move(make_batch), std::move(count_users)),
         to_ids_(std::move(to_ids)),
         buffer_({capacity, frame_bytes(), max_len, max_bytes / frame_bytes(), alpha, beta, stratified, seed, n_step, gamma, path}) {}
 
@@ -87,8 +81,18 @@ class PyBuffer {
     return buffer_.add(batch);
   }
 
+  std::uint64_t add_one(const py::object& state, const py::object& action, double reward, const py::object& true_frame,
+                        std::int64_t position, bool terminal, bool end) {
+    std::vector<py::object> kept;
+    const std::vector<rlv2v::Transition> batch{{window(state, "state", true, kept), window(action, "action", false, kept),
+                                                window(true_frame, "true_frame", false, kept), narrowed(reward),
+                                                position, terminal, end}};
+    const py::gil_scoped_release free;
+    return buffer_.add(batch);
+  }
+
   py::object sample(std::size_t n) {
-    const Slot slot = free_slot(n);  // a copy: the reference tells other threads that it is in use
+    const rlv2v::Slot slot = ring_.free_slot(n);  // a copy: the reference tells other threads that it is in use
     bool shared = false;
     {
       const py::gil_scoped_release free;
@@ -118,9 +122,7 @@ class PyBuffer {
 
   // ids: an array, or a tensor of ids that sample gave out.
   std::size_t update_priorities(const py::object& ids, const py::object& priorities) {
-    for (const Slot& slot : ring_) {  // the usual case: the tensor of a batch that the ring knows, and so its memory
-      if (ids.is(slot.batch[kIds]) || ids.is(slot.sharing[kIds])) return update(slot.out.ids, slot.rows, priorities);
-    }
+    if (const rlv2v::Slot* slot = ring_.with_ids(ids)) return update(slot->out.ids, slot->rows, priorities);  // the usual case
     const auto array = checked<std::int64_t>(to_ids_(ids), "ids", {-1});
     return update(array.data(), static_cast<std::size_t>(array.size()), priorities);
   }
@@ -211,61 +213,6 @@ class PyBuffer {
     return array.mutable_data();
   }
 
-  // A slot of n rows that nothing outside the ring refers to; a new one where all are in use.
-  Slot free_slot(std::size_t n) {
-    for (const Slot& slot : ring_) {
-      if (slot.rows == n && is_free(slot)) return slot;
-    }
-    auto made = make_batch_(n).cast<py::tuple>();
-    Slot slot{made[0].cast<py::tuple>(), made[1].cast<py::tuple>(), made[3], n, 0, {}, {}};
-    const auto at = made[2].cast<std::vector<std::uintptr_t>>();
-    slot.out = {reinterpret_cast<std::uint8_t*>(at[0]), reinterpret_cast<std::int64_t*>(at[1]),
-                reinterpret_cast<std::uint8_t*>(at[2]), reinterpret_cast<float*>(at[3]),
-                reinterpret_cast<std::uint8_t*>(at[4]), reinterpret_cast<std::int64_t*>(at[5]),
-                reinterpret_cast<float*>(at[6]),        reinterpret_cast<std::uint8_t*>(at[7]),
-                reinterpret_cast<std::int64_t*>(at[8]), reinterpret_cast<bool*>(at[9]),
-                reinterpret_cast<std::int64_t*>(at[10]), reinterpret_cast<float*>(at[11])};
-    made = py::tuple();  // its references are not to be counted
-    slot.users = users_of(slot);
-    for_tensors(slot, [&slot](PyObject* tensor) {
-      slot.references.push_back(Py_REFCNT(tensor));
-      return true;
-    });
-    if (ring_size_ == 0) return slot;
-    Slot dropped;  // dies after the ring is whole again
-    if (ring_.size() == ring_size_) {
-      dropped = std::move(ring_.front());
-      ring_.erase(ring_.begin());
-    }
-    ring_.push_back(slot);
-    return slot;
-  }
-
-  // False as soon as the call is.
-  template <class Call>
-  static bool for_tensors(const Slot& slot, const Call& call) {
-    for (PyObject* tuple : {slot.batch.ptr(), slot.sharing.ptr()}) {
-      for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(tuple); ++k) {
-        if (!call(PyTuple_GET_ITEM(tuple, k))) return false;
-      }
-    }
-    return true;
-  }
-
-  bool is_free(const Slot& slot) const {
-    if (slot.batch.ref_count() > 1 || slot.sharing.ref_count() > 1) return false;
-    std::size_t at = 0;
-    if (!for_tensors(slot, [&](PyObject* tensor) { return Py_REFCNT(tensor) == slot.references[at++]; })) return false;
-    return users_of(slot) <= slot.users;
-  }
-
-  // Called without a tuple of arguments: its allocation could collect garbage, and so run anybody's code amid the ring.
-  py::ssize_t users_of(const Slot& slot) const {
-    PyObject* count = PyObject_CallOneArg(count_users_.ptr(), slot.storage.ptr());
-    if (count == nullptr) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(count).cast<py::ssize_t>();
-  }
-
   std::size_t frame_bytes() const {
     std::size_t bytes = 1;
     for (const py::ssize_t size : frame_shape_) {
@@ -339,11 +286,8 @@ class PyBuffer {
   }
 
   Shape frame_shape_;
-  std::size_t ring_size_;
-  py::object make_batch_;
-  py::object count_users_;
+  rlv2v::Ring ring_;  // guarded by the interpreter lock
   py::object to_ids_;
-  std::vector<Slot> ring_;  // guarded by the interpreter lock
   Buffer buffer_;
 };
 
@@ -387,6 +331,8 @@ PYBIND11_MODULE(_native, m) {
       .def("release_clip", [](PyBuffer& self, std::uint64_t clip) { self.core().release_clip(clip); }, py::arg("clip"), Free())
       .def("add", &PyBuffer::add, py::arg("states"), py::arg("actions"), py::arg("rewards"), py::arg("true_frames"),
            py::arg("positions"), py::arg("terminals"), py::arg("ends"))
+      .def("add_one", &PyBuffer::add_one, py::arg("state"), py::arg("action"), py::arg("reward"), py::arg("true_frame"),
+           py::arg("position"), py::arg("terminal"), py::arg("end"))
       .def("sample", &PyBuffer::sample, py::arg("n"))
       .def("sample_into", &PyBuffer::sample_into, py::arg("n"), py::arg("arrays"))
       .def("update_priorities", &PyBuffer::update_priorities, py::arg("ids"), py::arg("priorities"))

@@ -21,7 +21,19 @@ import torch
 
 from rlv2v import _native
 from rlv2v.errors import UserError
-from rlv2v.replay_arrays import F32, F64, I64, as_array, as_column, as_flag, as_ids, as_memory, integer
+from rlv2v.replay_arrays import (
+    BOOL,
+    F32,
+    F64,
+    I64,
+    as_array,
+    as_column,
+    as_flag,
+    as_ids,
+    as_memory,
+    as_number,
+    integer,
+)
 from rlv2v.replay_file import read_state, write_state
 
 _FORMAT = 2
@@ -225,21 +237,28 @@ class PrioritizedReplay:
             flags = as_flag("terminal", terminal, len(reward)), as_flag("end", end, len(reward))
             first = self._native.add(*frames[:2], reward, frames[2], position, *flags)
             return np.arange(first, first + len(reward))
-        rewards = as_array(reward)
-        one = rewards.ndim == 0
-        rewards = as_column("reward", rewards, F32, 1 if one else None)
+        if type(reward) is float or as_array(reward).ndim == 0:
+            return self._native.add_one(
+                self._reference(state, "state", 3),
+                self._reference(action, "action", 2),
+                as_number("reward", reward, F32),
+                self._reference(true_frame, "true_frame", 2),
+                as_number("position", position, I64),
+                as_number("terminal", terminal, BOOL),
+                as_number("end", end, BOOL),
+            )
+        rewards = as_column("reward", reward, F32, None)
         count = len(rewards)
-        part = self._one if one else self._many
         first = self._native.add(
-            part(state, "state", 3, count),
-            part(action, "action", 2, count),
+            self._many(state, "state", 3, count),
+            self._many(action, "action", 2, count),
             rewards,
-            part(true_frame, "true_frame", 2, count),
+            self._many(true_frame, "true_frame", 2, count),
             as_column("position", position, I64, count),
             as_flag("terminal", terminal, count),
             as_flag("end", end, count),
         )
-        return first if one else np.arange(first, first + count)
+        return np.arange(first, first + count)
 
     def sample(self, n: int, out: ReplayBatch | None = None) -> ReplayBatch:
         """Draws n transitions, with replacement, into memory that is reused, or into the arrays of `out`.
@@ -313,9 +332,6 @@ class PrioritizedReplay:
             "n_step": self.n_step,
             "gamma": self.gamma,
         }
-
-    def _one(self, value: Any, name: str, parts: int, count: int) -> list[Any]:
-        return [self._reference(value, name, parts)]
 
     def _many(self, value: Any, name: str, parts: int, count: int) -> Any:
         """n frames or states as the core takes them: one array, one clip with starts (and lengths), or a list."""

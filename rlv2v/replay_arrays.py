@@ -11,6 +11,11 @@ import torch
 
 F32, F64, I64, BOOL = (np.dtype(kind) for kind in (np.float32, np.float64, np.int64, np.bool_))
 _KINDS = {"i": "integers", "f": "real numbers", "b": "booleans"}
+_PLAIN: dict[str, tuple[type, ...]] = {
+    "i": (int, np.int64),
+    "f": (float, np.float32, np.float64),
+    "b": (bool, np.bool_),
+}
 
 
 def integer(name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:
@@ -58,6 +63,13 @@ def as_column(name: str, value: Any, dtype: np.dtype[Any], count: int | None) ->
         raise ValueError(f"replay: {name} must have shape ({'n' if count is None else count},), got {array.shape}")
     with np.errstate(over="ignore"):  # to infinity, which the core refuses by name
         return array.astype(dtype)
+
+
+def as_number(name: str, value: Any, dtype: np.dtype[Any]) -> Any:
+    """value as one number, its kind checked as in a column of dtype."""
+    if type(value) in _PLAIN[dtype.kind] and (dtype is not I64 or -(2**63) <= value < 2**63):
+        return value
+    return as_column(name, value, dtype, 1)[0].item()
 
 
 def as_flag(name: str, value: Any, count: int) -> npt.NDArray[np.bool_] | None:
