@@ -5,10 +5,9 @@
 First what each buffer does in trouble (replay_faults). Then one process, one thread, all buffers in turn, a block of
 turns of one after a block of another. A turn is a learner's: add 64, sample 256 with weights, update those 256, each
 timed alone (so that a tree that puts its work off pays for it in the next call); `add 1` adds one row, as a learner
-that takes one step at a time. The first fifth of a block warms the
-caches and is not timed; `cold` sweeps the caches before every call instead. Limit of a video sample: a plain copy of as
-many bytes; more than 100% of it is possible where shared frames are read from the caches. Peers come with
-`pip install -e '.[bench]'`, torchrl and reverb where they import.
+that takes one step at a time. The first fifth of a block warms the caches and is not timed; `cold` sweeps the caches
+before every call instead. A video sample is also given in percent of numpy's copy of as many bytes, which a copy past
+the caches can exceed. Peers come with `pip install -e '.[bench]'`, torchrl and reverb where they import.
 """
 
 from __future__ import annotations
@@ -122,22 +121,22 @@ def copy_rate(num_bytes: int) -> float:
     return size / statistics.median(times)
 
 
-def timing_rows(case: str, peers: dict[str, Peer], times: Times, batches: dict[str, Any], limit: bool) -> list[Row]:
-    """Rows of one case; prints its lines of the table. limit: samples in percent of a copy of as many bytes."""
+def timing_rows(case: str, peers: dict[str, Peer], times: Times, batches: dict[str, Any], video: bool) -> list[Row]:
+    """Rows of one case; prints its lines of the table. video: samples in percent of a memcpy of as many bytes."""
     rows = []
     num_bytes = {name: peer.batch_bytes(batches[name]) for name, peer in peers.items()}
-    rate = copy_rate(max(num_bytes.values())) if limit else 0.0
+    rate = copy_rate(max(num_bytes.values())) if video else 0.0
     num_wrong = {name: int(peer.wrong(batches[name]).sum()) for name, peer in peers.items()}
     for call in [call for call in CALLS if all(times[name][call] for name in peers)]:
         medians = {name: statistics.median(times[name][call]) for name in peers}
         for name, p50 in medians.items():
             p20, _, p80 = statistics.quantiles(times[name][call], n=10)[1::3]
-            alone = limit and call == "sample" and not peers[name].ahead  # else part of the work is not in the call
+            alone = video and call == "sample" and not peers[name].ahead  # else part of the work is not in the call
             percent = round(100 * num_bytes[name] / rate / p50, 1) if alone else None
             fault = f"{num_wrong[name]} of {DRAWN} rows" if num_wrong[name] else None
             row: Row = {"case": case, "backend": name, "pass": call, "dtype": "uint8", "turns": len(times[name][call])}
             row |= {"median_us": round(p50, 2), "p20_us": round(p20, 2), "p80_us": round(p80, 2)}
-            row |= {"percent_of_limit": percent, "valid": fault is None, "wrong_data": fault}
+            row |= {"percent_of_memcpy": percent, "valid": fault is None, "wrong_data": fault}
             rows.append(
                 row | {"speedup_over": {peer: round(us / p50, 2) for peer, us in medians.items() if peer != name}}
             )
@@ -161,29 +160,34 @@ def peer_memory_rows(case: str, peers: dict[str, Peer]) -> list[Row]:
 
 
 def memory_rows(capacity: int) -> list[Row]:
-    """Memory of a video buffer filled once; windows on videos of 528 frames, action: the next frame or a new one."""
-    rows, frame_bytes = [], int(np.prod(FRAME))
-    for case, new_action in (("overlapping states", False), ("a new action frame each", True)):
-        replay = PrioritizedReplay(capacity, FRAME, STATE)
-        starts = np.arange(512)
-        for _ in range(capacity // 512):
-            clip = replay.put_clip(np.zeros((512 + STATE, *FRAME), np.uint8))
+    """Memory of a video buffer filled once, 512 windows a video: each one frame on, with the next frame as action or a
+    frame of its own; or each where the last one's action was, so that no two share a frame but that.
+    """
+    rows, frame_bytes, windows = [], int(np.prod(FRAME)), 512
+    for case, stride, new_action, size in (
+        ("overlapping states", 1, False, capacity),
+        ("overlapping states, a new action frame each", 1, True, capacity),
+        ("states apart", STATE, False, max(windows, capacity // 4)),
+    ):
+        replay = PrioritizedReplay(size, FRAME, STATE)
+        starts = np.arange(windows) * stride
+        for _ in range(size // windows):
+            clip = replay.put_clip(np.zeros((starts[-1] + STATE + 1, *FRAME), np.uint8))
             following = (clip, starts + STATE)
             replay.add(
-                state=(clip, starts, np.full(512, STATE)),
-                action=np.zeros((512, *FRAME), np.uint8) if new_action else following,
-                reward=np.zeros(512, np.float32),
+                state=(clip, starts, np.full(windows, STATE)),
+                action=np.zeros((windows, *FRAME), np.uint8) if new_action else following,
+                reward=np.zeros(windows, np.float32),
                 true_frame=following,
                 position=starts,
             )
             clip.release()
-        each, frames = replay.bytes_used / capacity, replay.stats["frames"] / capacity
-        beside = each - frames * frame_bytes
+        each, frames = replay.bytes_used / size, replay.stats["frames"] / size
         row: Row = {"case": f"memory, {case}", "backend": "rlv2v", "bytes_per_transition": round(each)}
-        rows.append(row | {"frames_per_transition": round(frames, 4), "bytes_beside_frames": round(beside, 1)})
-        rows[-1]["distinct_frames_referred_to"] = STATE + 1 + new_action
-        held = f"{frames:.3f} frames + {beside:.0f} bytes; refers to {STATE + 1 + new_action}"
-        print(f"memory, {case}: {each / 1e3:.2f} KB a transition = {held}")
+        row |= {"frames_per_transition": round(frames, 4), "frames_referred_to": STATE + 1 + new_action}
+        rows.append(row | {"bytes_beside_frames": round(each - frames * frame_bytes, 1)})
+        held = f"{frames:.3f} frames + {each - frames * frame_bytes:.0f} bytes"
+        print(f"memory, {case}: {each / 1e3:.2f} KB a transition = {held}; refers to {STATE + 1 + new_action} frames")
     return rows
 
 
@@ -261,12 +265,12 @@ def main(args: Args) -> None:
     rows = print_faults(names, [check for check in CHECKS if not (args.quick and check == "distribution")])
 
     blocks, scale = (1, 10) if args.quick else (6, 1)
-    print("case | call | buffer | us p50 p20 p80 | x ours | of a copy | wrong data")
+    print("case | call | buffer | us p50 p20 p80 | x ours | of memcpy | wrong data")
     payload = Payload((16,), 1)
     peers = {name: build(name, 1_000_000 // scale, payload, False) for name in names}
     for case, cold in (("tiny", False), ("tiny, cold", True)):
         timed = turns(peers, blocks, 10 * min(blocks, 2) if cold else BLOCK, cold)
-        rows += timing_rows(case, peers, *timed, limit=False)
+        rows += timing_rows(case, peers, *timed, video=False)
     rows += peer_memory_rows("tiny", peers)
     ours = peers["rlv2v"]
     assert isinstance(ours, Ours)
@@ -277,7 +281,7 @@ def main(args: Args) -> None:
     payload, capacity = Payload(FRAME, STATE), 512 if args.quick else 4096
     peers = {name: build(name, capacity, payload, True) for name in names}
     timed = turns(peers, blocks, BLOCK // 5, False)
-    rows += timing_rows("video", peers, *timed, limit=True)
+    rows += timing_rows("video", peers, *timed, video=True)
     rows += peer_memory_rows("video", peers)
     ours = peers["rlv2v"]
     assert isinstance(ours, Ours)

@@ -67,9 +67,9 @@ class Ours(Peer):
     def parts(self, batch: ReplayBatch) -> list[tuple[Array, Array]]:
         last = np.array([self.payload.state if self.video else 0])
         window = np.arange(self.payload.state + 1) if self.video else np.zeros(2, np.int64)
-        parts = [(batch.next_states, window), (batch.actions, last), (batch.true_frames, last)]
-        if batch.states.data_ptr() != batch.next_states.data_ptr():  # else a view of the next states
-            parts.append((batch.states, window[:-1]))
+        parts = [(batch.next_states, window), (batch.true_frames, last)]
+        if batch.states.data_ptr() != batch.next_states.data_ptr():  # else views of the next states, actions too
+            parts += [(batch.states, window[:-1]), (batch.actions, last)]
         return [(array.numpy(), offsets) for array, offsets in parts]
 
     def wrong(self, batch: ReplayBatch) -> Array:

@@ -48,9 +48,9 @@ def test_turns_are_timed_but_for_the_warm_up(video: bool, cold: bool) -> None:
     turns = {name: {len(times[name][call]) for call in calls} for name in peers}
     assert turns == ({"rlv2v": {20}, "cpprb": {10}} if cold else {"rlv2v": {16}, "cpprb": {8}})
     assert peers["rlv2v"].next_row == 512 + 20 * (64 if video else 65)
-    rows = module("replay").timing_rows("a case", peers, times, batches, limit=video)
+    rows = module("replay").timing_rows("a case", peers, times, batches, video=video)
     assert len(rows) == 2 * len(calls) and all(row["valid"] and row["wrong_data"] is None for row in rows)
-    assert all((row["percent_of_limit"] is not None) == (video and row["pass"] == "sample") for row in rows)
+    assert all((row["percent_of_memcpy"] is not None) == (video and row["pass"] == "sample") for row in rows)
     batches["cpprb"].rewards[5] += 1
     assert [row["wrong_data"] for row in module("replay").timing_rows("", peers, times, batches, False)] == [
         None, "1 of 256 rows"
@@ -87,7 +87,7 @@ def test_threads_memory_and_save(monkeypatch: pytest.MonkeyPatch) -> None:
     replay = module("replay")
     rate, beside = replay.thread_rows("tiny", ours(), 20, 2, 0.1)
     assert rate["ratio"] > 0 and beside["torn_rows"] == 0 and beside["valid"]
-    for row, frames in zip(replay.memory_rows(512), (528 / 512, 528 / 512 + 1), strict=True):
+    for row, frames in zip(replay.memory_rows(512), (528 / 512, 528 / 512 + 1, 8193 / 512), strict=True):
         assert row["frames_per_transition"] == round(frames, 4)
         whole = frames * 64 * 64 * 3 + row["bytes_beside_frames"]
         assert abs(row["bytes_per_transition"] - whole) < 1
