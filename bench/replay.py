@@ -29,6 +29,7 @@ from replay_faults import CHECKS, fault_rows, torn_rows
 from replay_peers import MAKERS, Ours, available
 from replay_rows import ADDED, DRAWN, FRAME, STATE, Payload, Peer
 
+from rlv2v import _native
 from rlv2v.cli import run_command
 from rlv2v.errors import UserError
 from rlv2v.replay import PrioritizedReplay
@@ -191,29 +192,39 @@ def memory_rows(capacity: int) -> list[Row]:
     return rows
 
 
-def thread_rows(case: str, peer: Ours, rounds: int, repeats: int = 5, seconds: float = 1.0) -> list[Row]:
-    """Rate of two sampling threads over one's, `rounds` samples each, in alternation; torn rows beside a writer."""
+def thread_rows(case: str, peer: Ours, rounds: int, repeats: int = 15, seconds: float = 1.0) -> list[Row]:
+    """Rate of two sampling threads over one's, `rounds` samples each, in alternation with what the cores give two
+    threads that hash what fits the caches; then torn rows beside a writer.
+    """
+    hashed = np.zeros(2**19, np.uint8)
 
-    def work() -> None:
-        for _ in range(rounds):
+    def sampling(count: int) -> None:
+        for _ in range(count):
             batch = peer.sample()  # held until the next is there, as a learner does
         del batch
 
-    def run(threads: int) -> float:
+    def hashing(count: int) -> None:
+        for _ in range(count):
+            _native.checksum(hashed)
+
+    def rate(work: Callable[[int], None], threads: int, count: int) -> float:
         began = time.perf_counter()
         with ThreadPoolExecutor(threads) as pool:
-            for done in [pool.submit(work) for _ in range(threads)]:
+            for done in [pool.submit(work, count) for _ in range(threads)]:
                 done.result()
-        return threads * rounds / (time.perf_counter() - began)
+        return threads * count / (time.perf_counter() - began)
 
-    rates = [(run(1), run(2)) for _ in range(repeats)]
-    ratio = statistics.median(two / one for one, two in rates)
-    print(f"2 threads sampling, {case}: {ratio:.2f} x the rate of one (median of {repeats})")
+    ratios: dict[str, list[float]] = {"sampling": [], "hashing": []}
+    for _ in range(repeats):
+        for work, count in ((sampling, rounds), (hashing, 500)):
+            ratios[work.__name__].append(rate(work, 2, count) / rate(work, 1, count))
+    ratio, limit = (statistics.median(found) for found in ratios.values())
+    print(f"2 threads sampling, {case}: {ratio:.2f} x the rate of one, hashing {limit:.2f} x (medians of {repeats})")
     torn, checked = torn_rows(peer, seconds)
     print(f"2 samplers + 1 writer (add, update), {case}: {torn} torn rows of {checked}", flush=True)
     beside: Row = {"case": f"2 samplers + 1 writer (add, update), {case}", "backend": "rlv2v", "torn_rows": torn}
     return [
-        {"case": f"2 threads, {case}", "backend": "rlv2v", "ratio": round(ratio, 3)},
+        {"case": f"2 threads, {case}", "backend": "rlv2v", "ratio": round(ratio, 3), "limit": round(limit, 3)},
         beside | {"rows_checked": checked, "valid": torn == 0},
     ]
 
@@ -275,7 +286,7 @@ def main(args: Args) -> None:
     ours = peers["rlv2v"]
     assert isinstance(ours, Ours)
     del peers, timed  # before two threads share the cores
-    rows += [save_row(ours.replay), *thread_rows("tiny", ours, 3000 // scale)]
+    rows += [save_row(ours.replay), *thread_rows("tiny", ours, 2000 // scale)]
     del ours
 
     payload, capacity = Payload(FRAME, STATE), 512 if args.quick else 4096
