@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ class CMakeBuild(build_ext):
             f"-S{ROOT}",
             f"-B{build}",
             "-GNinja",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",  # an earlier build's may be of an environment that is gone
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DPython_EXECUTABLE={sys.executable}",
