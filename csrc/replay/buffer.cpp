@@ -105,7 +105,6 @@ void Buffer::place(const Window& window, FrameId* out) noexcept {
     for (std::size_t k = 0; k < window.length; ++k) {
       out[k] = store_.arena.store(window.frames + k * config_.frame_bytes);
     }
-    store_.arena.fence();
     return;
   }
   const std::vector<FrameId>& clip = store_.clips.find(window.clip)->second;
@@ -125,6 +124,7 @@ ClipId Buffer::put_clip(const std::uint8_t* frames, std::size_t num_frames) {
   while (store_.arena.num_ready() < num_frames) evict_oldest();
   store_.tree.refresh();
   place({kNoClip, 0, num_frames, frames}, clip.data());
+  store_.arena.fence();
   kept = std::move(clip);
   store_.num_clip_frames += num_frames;
   return next_clip_++;
@@ -178,6 +178,7 @@ std::uint64_t Buffer::add(const std::vector<Transition>& batch) {
     ++store_.next_id;
     where = next_slot(where);
   }
+  store_.arena.fence();
   store_.tree.refresh();
   return first;
 }
@@ -262,8 +263,13 @@ void Buffer::set_alpha(double alpha) {
   check_exponent("alpha", alpha);
   if (alpha == config_.alpha) return;
   std::vector<float> leaves(num_slots(), 0.0F);
-  for (std::uint64_t id = store_.oldest_id; id < store_.next_id; ++id) {
-    leaves_of(&store_.row(slot(id)).priority, &leaves[slot(id)], 1, alpha);
+  float priorities[kChunk];
+  float values[kChunk];
+  for (std::uint64_t first = store_.oldest_id; first < store_.next_id; first += kChunk) {
+    const auto count = static_cast<std::size_t>(std::min<std::uint64_t>(kChunk, store_.next_id - first));
+    for (std::size_t k = 0; k < count; ++k) priorities[k] = store_.row(slot(first + k)).priority;
+    leaves_of(priorities, values, count, alpha);
+    for (std::size_t k = 0; k < count; ++k) leaves[slot(first + k)] = values[k];
   }
   store_.tree.assign(leaves.data(), leaves.size());
   config_.alpha = alpha;

@@ -7,8 +7,9 @@
 //
 //   n steps: r = sum_{k<m} gamma^k r_{i+k}, s' and terminal of transition i+m-1, discount gamma^m
 // Source: Sutton 1988, doi:10.1007/BF00115009. m <= n, less where a terminal, an episode's end or the newest id comes first.
-// Every public method locks: samplers share, writers exclude. In a forked child they throw std::runtime_error. Users' mistakes throw std::invalid_argument or
-// std::out_of_range, a full memory or disk std::bad_alloc or std::system_error, with nothing changed.
+// Every public method locks: samplers share, writers exclude. In a forked child it throws std::runtime_error. Users'
+// mistakes throw std::invalid_argument or std::out_of_range, a full memory or disk std::bad_alloc or std::system_error, with
+// nothing changed.
 #pragma once
 
 #include <atomic>

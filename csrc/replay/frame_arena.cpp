@@ -40,7 +40,7 @@ void FrameArena::reserve(std::size_t count) {
     grow(free_, first + added);
     grow(counts_, first + added);
     grow(blocks_, blocks_.size() + 1);
-    std::vector<FrameId> ready(num_ready_ + added);
+    std::vector<FrameId> ready(first_free_ == 0 ? 0 : num_ready_);
     if (file_) {
       const std::size_t bytes = (added * frame_bytes_ + kPageBytes - 1) / kPageBytes * kPageBytes;
       blocks_.emplace_back(*file_, file_->grow(bytes), bytes);
@@ -48,12 +48,11 @@ void FrameArena::reserve(std::size_t count) {
       blocks_.emplace_back(added * frame_bytes_);
     }
     counts_.resize(first + added, 0);
-    for (std::size_t k = 0; k < num_ready_; ++k) ready[k] = free_[after(first_free_, k)];
-    for (std::size_t k = 0; k < added; ++k) ready[num_ready_ + k] = static_cast<FrameId>(first + k);
-    free_.resize(first + added);
-    std::copy(ready.begin(), ready.end(), free_.begin());
+    for (std::size_t k = 0; k < ready.size(); ++k) ready[k] = free_[after(first_free_, k)];
+    std::copy(ready.begin(), ready.end(), free_.begin());  // few, where memory grows; the ring begins at 0 from here on
     first_free_ = 0;
-    num_ready_ = ready.size();
+    free_.resize(first + added);
+    for (std::size_t k = 0; k < added; ++k) free_[num_ready_++] = static_cast<FrameId>(first + k);
   }
 }
 
