@@ -4,6 +4,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <new>
 #include <string>
 #include <utility>
@@ -60,12 +61,13 @@ py::array_t<T> adopt(PageArray<T>&& values, const Shape& shape) {
   return py::array_t<T>(shape, kept->data(), owner);
 }
 
-// A column of a saved state; `kept` holds its memory.
+// A column of a saved state, copied: what the core has checked must not change under it.
 template <class T>
-PageArray<T> column(const py::dict& state, const char* name, const Shape& shape, py::list& kept) {
+PageArray<T> copied(const py::dict& state, const char* name, const Shape& shape) {
   const auto array = checked<T>(state[name], name, shape);
-  kept.append(array);
-  return {array.data(), static_cast<std::size_t>(array.size())};
+  PageArray<T> values(static_cast<std::size_t>(array.size()));
+  std::copy(array.data(), array.data() + array.size(), values.data());
+  return values;
 }
 
 }  // namespace rlv2v

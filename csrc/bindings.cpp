@@ -1,5 +1,5 @@
-// rlv2v._native: this file, arrays.h and ring.h alone know Python. It turns arrays into pointers and checks their type and shape; what
-// the numbers mean is checked by the core. The core runs without the interpreter lock and never asks for it.
+// rlv2v._native: this file, arrays.h and ring.h alone know Python. They turn arrays into pointers and check their type and
+// shape; what the numbers mean is checked by the core. The core runs without the interpreter lock and never asks for it.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -25,7 +25,7 @@ namespace {
 using rlv2v::Buffer;
 using rlv2v::adopt;
 using rlv2v::checked;
-using rlv2v::column;
+using rlv2v::copied;
 using rlv2v::describe;
 using rlv2v::Shape;
 using Free = py::call_guard<py::gil_scoped_release>;
@@ -41,8 +41,7 @@ class PyBuffer {
   // ring, make_batch, count_users: see Ring. to_ids(anything) -> int64 (n,).
   PyBuffer(std::size_t capacity, Shape frame_shape, std::size_t max_len, double alpha, double beta, bool stratified,
            std::uint64_t seed, std::size_t max_bytes, std::size_t n_step, double gamma, const std::string& path,
-           std::size_t ring, py::object make_batch, py::object count_users,
-           py::object to_ids)
+           std::size_t ring, py::object make_batch, py::object count_users, py::object to_ids)
       : frame_shape_(std::move(frame_shape)),
         ring_(ring, std::move(make_batch), std::move(count_users)),
         to_ids_(std::move(to_ids)),
@@ -157,15 +156,15 @@ class PyBuffer {
 
   void load(const py::dict& state) {
     rlv2v::Contents contents{};
-    py::list kept;
-    contents.frames = column<std::uint8_t>(state, "frames", batch_shape(-1), kept);
-    contents.table = column<std::int32_t>(state, "table", {-1, static_cast<py::ssize_t>(buffer_.max_len()) + 2}, kept);
-    contents.lengths = column<std::int64_t>(state, "lengths", {-1}, kept);
-    contents.rewards = column<float>(state, "rewards", {-1}, kept);
-    contents.positions = column<std::int64_t>(state, "positions", {-1}, kept);
-    contents.terminals = column<std::uint8_t>(state, "terminals", {-1}, kept);
-    contents.ends = column<std::uint8_t>(state, "ends", {-1}, kept);
-    contents.priorities = column<float>(state, "priorities", {-1}, kept);
+    const auto frames = checked<std::uint8_t>(state["frames"], "frames", batch_shape(-1));  // most of it, and any byte will do
+    contents.frames = {frames.data(), static_cast<std::size_t>(frames.size())};
+    contents.table = copied<std::int32_t>(state, "table", {-1, static_cast<py::ssize_t>(buffer_.max_len()) + 2});
+    contents.lengths = copied<std::int64_t>(state, "lengths", {-1});
+    contents.rewards = copied<float>(state, "rewards", {-1});
+    contents.positions = copied<std::int64_t>(state, "positions", {-1});
+    contents.terminals = copied<std::uint8_t>(state, "terminals", {-1});
+    contents.ends = copied<std::uint8_t>(state, "ends", {-1});
+    contents.priorities = copied<float>(state, "priorities", {-1});
     contents.oldest_id = state["oldest_id"].cast<std::uint64_t>();
     contents.sampled = state["sampled"].cast<std::uint64_t>();
     contents.stale = state["stale"].cast<std::uint64_t>();

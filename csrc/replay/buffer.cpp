@@ -196,47 +196,46 @@ template <class Real>
 std::size_t Buffer::update_priorities(const std::int64_t* ids, const Real* priorities, std::size_t count) {
   const WriteLock locked(lock());
   constexpr auto kMost = static_cast<Real>(std::numeric_limits<float>::max());
-  for (std::size_t k = 0; k < count; ++k) {
-    if (ids[k] < 0 || static_cast<std::uint64_t>(ids[k]) >= store_.next_id) {
-      throw std::out_of_range("replay: id must be one that add returned, 0.." + std::to_string(store_.next_id) +
-                              " exclusive, got " + std::to_string(ids[k]));
-    }
-    if (!(priorities[k] >= 0 && priorities[k] <= kMost)) {
-      refuse("priority must be finite in float32 and not negative, got " + std::to_string(priorities[k]));
-    }
-  }
+  // Each value is read once: a thread of the caller's that writes it meanwhile cannot undo the check.
+  std::vector<std::size_t> slots(count);
+  std::vector<float> values(count);
   const std::size_t oldest_slot = slot(store_.oldest_id);
-  std::size_t stale = 0;
-  std::size_t slots[kChunk];
-  float values[kChunk];
-  float leaves[kChunk];
-  for (std::size_t first = 0; first < count; first += kChunk) {
-    std::size_t live = 0;
-    for (std::size_t k = first; k < std::min(count, first + kChunk); ++k) {
-      const auto id = static_cast<std::uint64_t>(ids[k]);
-      if (id < store_.oldest_id) {
-        ++stale;
-        continue;
-      }
-      const std::size_t where = oldest_slot + static_cast<std::size_t>(id - store_.oldest_id);
-      slots[live] = where < config_.capacity ? where : where - config_.capacity;
-      store_.tree.prefetch(slots[live]);
-      __builtin_prefetch(&store_.row(slots[live]), 1);
-      // A positive priority stays reachable: below the normal range of f32 it counts as the least normal number.
-      const float least = priorities[k] > 0 ? std::numeric_limits<float>::min() : 0.0F;
-      values[live] = std::max(static_cast<float>(priorities[k]), least);
-      store_.max_priority = std::max(store_.max_priority, values[live]);
-      ++live;
+  std::size_t live = 0;
+  float most = store_.max_priority;
+  for (std::size_t k = 0; k < count; ++k) {
+    const std::int64_t id = ids[k];
+    const Real priority = priorities[k];
+    if (id < 0 || static_cast<std::uint64_t>(id) >= store_.next_id) {
+      throw std::out_of_range("replay: id must be one that add returned, 0.." + std::to_string(store_.next_id) +
+                              " exclusive, got " + std::to_string(id));
     }
-    leaves_of(values, leaves, live, config_.alpha);
-    for (std::size_t k = 0; k < live; ++k) {
-      store_.row(slots[k]).priority = values[k];
-      store_.tree.set(slots[k], leaves[k]);
+    if (!(priority >= 0 && priority <= kMost)) {
+      refuse("priority must be finite in float32 and not negative, got " + std::to_string(priority));
+    }
+    if (static_cast<std::uint64_t>(id) < store_.oldest_id) continue;
+    const std::size_t where = oldest_slot + static_cast<std::size_t>(static_cast<std::uint64_t>(id) - store_.oldest_id);
+    slots[live] = where < config_.capacity ? where : where - config_.capacity;
+    store_.tree.prefetch(slots[live]);
+    __builtin_prefetch(&store_.row(slots[live]), 1);
+    // A positive priority stays reachable: below the normal range of f32 it counts as the least normal number.
+    const float least = priority > 0 ? std::numeric_limits<float>::min() : 0.0F;
+    values[live] = std::max(static_cast<float>(priority), least);
+    most = std::max(most, values[live]);
+    ++live;
+  }
+  store_.max_priority = most;
+  float leaves[kChunk];
+  for (std::size_t first = 0; first < live; first += kChunk) {
+    const std::size_t here = std::min(kChunk, live - first);
+    leaves_of(values.data() + first, leaves, here, config_.alpha);
+    for (std::size_t k = 0; k < here; ++k) {
+      store_.row(slots[first + k]).priority = values[first + k];
+      store_.tree.set(slots[first + k], leaves[k]);
     }
   }
   store_.tree.refresh();
-  store_.stale += stale;
-  return stale;
+  store_.stale += count - live;
+  return count - live;
 }
 
 template std::size_t Buffer::update_priorities(const std::int64_t*, const float*, std::size_t);
