@@ -130,12 +130,12 @@ def before_the_end(
         same = next((i for i, pair in enumerate(zip(times, shown, strict=False)) if pair[0] != pair[1]), num)
         if same < len(shown) == len(set(shown)):
             return max(same - 1, 0), f"frame {same} cannot be decoded"
-    steps = np.diff(known(times))
-    if container.format.name == "avi" and len(packets) < stream.frames and steps.size and np.ptp(steps):
-        hole = int(np.argmax(steps > steps.min())) + 1
-        return hole, f"frames are missing after frame {hole}"
-    if len(packets) < stream.frames:
-        damage = f"the file ends after {len(packets)} of {stream.frames} frames"
+    read = len(packets)
+    if container.format.name == "avi" and packets and packets[-1][1] is not None:
+        # AVI counts ticks: a frame may take several of them, and the last one is as long as the longest
+        read = packets[-1][1] + max((int(s) for s in np.diff(known([d for _, d in packets]))), default=1)
+    if read < stream.frames:
+        damage = f"the file ends after {read} of {stream.frames} frames"
     elif missing:
         damage = f"the file ends {missing:.1f} s before the length that it declares"
     elif not has_end(container.format.name, path):
