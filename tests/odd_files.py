@@ -201,7 +201,6 @@ def damaged_files(folder: Path) -> dict[str, Expected]:
     sources = {
         "h264.mp4": ("libx264", {"bf": "0"}),
         "h264_b.mp4": ("libx264", {"bf": "2"}),
-        "h264.mkv": ("libx264", {"bf": "2"}),
         "vp9.mp4": ("libvpx-vp9", {"lag-in-frames": "0", "auto-alt-ref": "0", "deadline": "realtime"}),
         "vp9.webm": ("libvpx-vp9", {"lag-in-frames": "0", "auto-alt-ref": "0", "deadline": "realtime"}),
         "mpeg4.mp4": ("mpeg4", {}),
@@ -217,6 +216,17 @@ def damaged_files(folder: Path) -> dict[str, Expected]:
             flip(source, folder / f"flipped_{name}", 13)
             expected[f"flipped_{name}"] = Expected("truncated", "after frame|cannot be decoded", (8, 13))
         source.unlink()
+    expected["flipped_mpeg4.mp4"] = Expected("truncated", "frame 13 is damaged$", (12, 12))
+    encode(folder / "whole.mkv", bf="2")
+    for packet in range(11, 16):  # one ends before a frame that is shown before those that are there
+        cut(folder / "whole.mkv", folder / f"cut{packet}_h264.mkv", packet)
+        expected[f"cut{packet}_h264.mkv"] = Expected("truncated", "s before the length that it declares$", (8, packet))
+    (folder / "whole.mkv").unlink()
+    encode(folder / "lost.mp4", "libvpx-vp9", **{"lag-in-frames": "0", "auto-alt-ref": "0", "deadline": "realtime"})
+    data = bytearray((folder / "lost.mp4").read_bytes())
+    data[packets(folder / "lost.mp4")[15][0]] &= ~2  # a key frame that is not to be shown: no error
+    (folder / "lost.mp4").write_bytes(data)
+    expected["lost.mp4"] = Expected("truncated", "^frame 15 cannot be decoded$", (14, 14))
     encode(folder / "whole.gif", "gif", "rgb8")
     cut(folder / "whole.gif", folder / "cut.gif", 13)
     (folder / "whole.gif").unlink()
@@ -234,6 +244,7 @@ def useless_files(folder: Path) -> dict[str, Expected]:
     encode(folder / "whole.mp4")
     data = (folder / "whole.mp4").read_bytes()
     (folder / "whole.mp4").unlink()
+    (folder / "codec.mp4").write_bytes(data.replace(b"avc1", b"zzzz"))
     (folder / "no_moov.mp4").write_bytes(data[: data.index(b"moov")])
     (folder / "zero.mp4").write_bytes(b"")
     (folder / "text.mp4").write_text("not a video\n" * 99)
@@ -259,6 +270,7 @@ def useless_files(folder: Path) -> dict[str, Expected]:
     (folder / "device.mp4").symlink_to("/dev/zero")
     no_video, no_file = "cannot be opened as a video", "^neither a file nor a folder$"
     reasons = {
+        "codec.mp4": "^PyAV does not know its codec",
         "no_moov.mp4": no_video,
         "zero.mp4": "^the file is empty",
         "text.mp4": no_video,

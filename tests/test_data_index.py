@@ -18,7 +18,7 @@ import pytest
 from rlv2v.data import index, video
 from rlv2v.data.index import Source, index_folder, open_dataset
 from rlv2v.data.readers import PyAVReader
-from rlv2v.data.usable import Stopped
+from rlv2v.data.usable import Stopped, varies
 from rlv2v.data.video import write_clip, write_image
 from rlv2v.errors import UserError
 
@@ -360,3 +360,8 @@ def test_nothing_usable_is_exit_code_2_with_the_list(tmp_path: Path) -> None:
     assert done.returncode == 2, done.stderr
     assert "README.txt: a text file" in done.stderr and "a.mp4: the file is empty" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_rounded_times_do_not_vary() -> None:
+    assert not varies([0, 33, 67, 100, 133]) and not varies([0, 3, 7, 10]) and not varies([0]) and not varies([])
+    assert varies([0, 33, 67, 133]) and varies([0, 3, 6, 12])

@@ -99,7 +99,7 @@ def decode_all(path: Path, stop: threading.Event) -> tuple[Source, str]:
         same_colour = pixels == "gbrp" or (pixels in ("yuv420p", "yuv444p") and limited_601)
         dali = codec == "vp9" and same_colour and not turned and len(sizes) == 1
     found = Source(path, "video", codec, count, fps, width, height, 0, dali and not damage, "ok", "")
-    return replace(found, variable=varies(known(times))), damage
+    return replace(found, variable=varies(known(times[:count]))), damage
 
 
 def refuse(path: Path, container: av.container.InputContainer) -> None:
