@@ -169,7 +169,7 @@ def whole_files(folder: Path) -> dict[str, Expected]:
     encode(folder / "1x1.mp4", pix_fmt="yuv444p", frames=[stamped(n, 1, 1) for n in range(10)])
     encode(folder / "63x47.mp4", pix_fmt="yuv444p", frames=[stamped(n, 63, 47) for n in range(NUM)])
     encode(folder / "63x47.webm", "libvpx-vp9", frames=[stamped(n, 63, 47) for n in range(NUM)], **vp9)
-    for degrees in (90, 180):  # a frame is turned back when it is shown
+    for degrees in (90, 180, 270):  # a frame is turned back when it is shown
         coded = [np.rot90(stamped(n), -degrees // 90) for n in range(NUM)]
         encode(folder / f"rotated{degrees}.mp4", frames=coded, rotation=degrees)
     two_sizes(folder / "sizes.ts")
@@ -227,6 +227,11 @@ def damaged_files(folder: Path) -> dict[str, Expected]:
     data[packets(folder / "lost.mp4")[15][0]] &= ~2  # a key frame that is not to be shown: no error
     (folder / "lost.mp4").write_bytes(data)
     expected["lost.mp4"] = Expected("truncated", "^frame 15 cannot be decoded$", (14, 14))
+    encode(folder / "whole.mp4", "libvpx-vp9", faststart=True, **{"lag-in-frames": "0", "auto-alt-ref": "0"})
+    place, size = packets(folder / "whole.mp4")[13]
+    (folder / "one_byte.mp4").write_bytes((folder / "whole.mp4").read_bytes()[: place + size - 1])
+    (folder / "whole.mp4").unlink()  # the decoder does not miss the byte
+    expected["one_byte.mp4"] = Expected("truncated", "cut off or damaged there$", (12, 12))
     encode(folder / "whole.gif", "gif", "rgb8")
     cut(folder / "whole.gif", folder / "cut.gif", 13)
     (folder / "whole.gif").unlink()

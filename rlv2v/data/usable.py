@@ -94,7 +94,8 @@ def decode_all(path: Path, stop: threading.Event) -> tuple[Source, str]:
             count = max(len(times) - 1, 0)
         if first is None or count == 0:
             raise UserError(f"{one_line(path)}: no frame can be decoded{': ' + damage if damage else ''}")
-        height, width = video.upright(first, first.width, first.height).shape[:2]
+        lying = round(first.rotation / 90) % 2 == 1
+        width, height = (first.height, first.width) if lying else (first.width, first.height)
         limited_601 = first.colorspace in BT601 and first.color_range != ColorRange.JPEG
         same_colour = pixels == "gbrp" or (pixels in ("yuv420p", "yuv444p") and limited_601)
         dali = codec == "vp9" and same_colour and not turned and len(sizes) == 1
