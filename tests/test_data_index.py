@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import av
@@ -13,6 +18,7 @@ import pytest
 from rlv2v.data import index, video
 from rlv2v.data.index import Source, index_folder, open_dataset
 from rlv2v.data.readers import PyAVReader
+from rlv2v.data.usable import Stopped, varies
 from rlv2v.data.video import write_clip, write_image
 from rlv2v.errors import UserError
 
@@ -80,14 +86,14 @@ def folder(tmp_path: Path) -> Path:
 
 EXCLUDED = {
     "short.mp4": "5 frames, shorter than the clip length 8",
-    "zero.mp4": "cannot be opened as a video",
+    "zero.mp4": "the file is empty",
     "text.mp4": "cannot be opened as a video",
     "sound.m4a": "no video stream",
     "tail.mp4": "cannot be opened as a video",
     "dir.mp4": "a folder without images",
-    "loop.mp4": "symbolic links",
+    "loop.mp4": "Too many levels of symbolic links",
     "pipe.mp4": "neither a file nor a folder",
-    "line\nbreak.mp4": "cannot be opened as a video",
+    "line\nbreak.mp4": "the file is empty",
 }
 
 
@@ -109,6 +115,14 @@ def test_every_source_has_its_status_and_reason(folder: Path) -> None:
     assert set(found) == {"cut.mp4", "flipped.mp4", "hole"}
 
 
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the sources that are decoded from now on."""
+    seen: list[str] = []
+    inspect = index.inspect
+    monkeypatch.setattr(index, "inspect", lambda path, stop: (seen.append(path.name), inspect(path, stop))[1])
+    return seen
+
+
 def test_the_good_part_of_a_damaged_file_reads_like_the_whole_file(folder: Path) -> None:
     found, whole = by_name(index_folder(folder, frames=8)), list(video.read_frames(folder / "whole.mp4"))
     for name in ("cut.mp4", "flipped.mp4"):
@@ -120,12 +134,10 @@ def test_the_good_part_of_a_damaged_file_reads_like_the_whole_file(folder: Path)
 
 def test_unchanged_files_are_not_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = index_folder(folder, frames=8)
-    seen: list[str] = []
-    inspect = index.inspect
-    monkeypatch.setattr(index, "inspect", lambda path: (seen.append(path.name), inspect(path))[1])
-    assert index_folder(folder, frames=8) == first
-    assert set(seen) == set(EXCLUDED) - {"short.mp4"}, "only what could not be used is tried again"
-    seen.clear()
+    seen = opened(monkeypatch)
+    written = (folder / index.MANIFEST).stat().st_mtime_ns
+    assert index_folder(folder, frames=8) == first and seen == [], "what is wrong with a file is remembered too"
+    assert (folder / index.MANIFEST).stat().st_mtime_ns == written
     assert by_name(index_folder(folder, frames=3))["short.mp4"].status == "ok", "the length is judged anew"
     write_clip(folder / "good.mp4", noise(11), 8)
     write_image(folder / "frames" / "20.png", noise(1)[0])
@@ -221,3 +233,135 @@ def test_unreadable_file_and_read_only_folder(tmp_path: Path) -> None:
         tmp_path.chmod(0o700)
     assert found["good.mp4"].status == "ok" and "Permission denied" in found["locked.mp4"].reason
     assert not (tmp_path / index.MANIFEST).exists()
+
+
+def test_a_touched_or_copied_file_is_known_by_its_content(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = index_folder(folder, frames=8)
+    for name in ("good.mp4", "raw.npy", "text.mp4", "frames/3.png"):
+        os.utime(folder / name, (1, 1))
+    seen = opened(monkeypatch)
+    assert index_folder(folder, frames=8) == first and seen == []
+    monkeypatch.setattr(index, "content_hash", lambda path: pytest.fail("the new times are kept"))
+    files = [p for p in index.entries(folder) if p.name not in ("zero.mp4", "line\nbreak.mp4", "loop.mp4", "pipe.mp4")]
+    monkeypatch.setattr(index, "entries", lambda folder, stills: files)
+    assert len(index_folder(folder, frames=8)) == len(files)
+
+
+def test_the_same_size_and_time_of_another_content_is_not_the_same_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index_folder(folder, frames=8)
+    good = folder / "good.mp4"
+    good.write_bytes(good.read_bytes()[:-1] + b"?")
+    (folder / "frames" / "4.png").rename(folder / "frames" / "40.png")  # another order: another clip
+    seen = opened(monkeypatch)
+    index_folder(folder, frames=8)
+    assert sorted(seen) == ["frames", "good.mp4"]
+
+
+def test_a_repaired_file_is_found_again(tmp_path: Path) -> None:
+    write_clip(tmp_path / "a.mp4", noise(9), 8)
+    whole = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "a.mp4").write_bytes(b"x" * len(whole))
+    os.utime(tmp_path / "a.mp4", (1, 1))
+    (tmp_path / "dead.mp4").symlink_to(tmp_path / "later" / "a.mp4")
+    assert [s.status for s in index_folder(tmp_path, frames=8)] == ["excluded", "excluded"]
+    (tmp_path / "a.mp4").write_bytes(whole)
+    (tmp_path / "later").mkdir()
+    (tmp_path / "later" / "a.mp4").write_bytes(whole)
+    found = by_name(index_folder(tmp_path, frames=8))
+    assert found["a.mp4"].status == "ok" and found["dead.mp4"].status == "ok"
+
+
+def test_damage_is_judged_anew_by_another_decoder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index_folder(folder, frames=8)
+    monkeypatch.setattr(index.av, "__version__", "0.0.1")
+    seen = opened(monkeypatch)
+    index_folder(folder, frames=8)
+    assert {"cut.mp4", "text.mp4", "hole"} <= set(seen) and not {"good.mp4", "frames"} & set(seen)
+
+
+def test_the_manifest_says_what_each_file_is_and_moves_with_its_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index_folder(folder, frames=8)
+    manifest = json.loads((folder / index.MANIFEST).read_text())
+    good = manifest["entries"]["good.mp4"]
+    size = (folder / "good.mp4").stat().st_size
+    assert good["key"] == [1, size, (folder / "good.mp4").stat().st_mtime_ns]
+    assert re.fullmatch("[0-9a-f]{16}", good["source"].pop("hash"))
+    assert good["source"] == {
+        "kind": "video",
+        "codec": "h264",
+        "num_frames": 20,
+        "fps": 8.0,
+        "width": 48,
+        "height": 32,
+        "num_bytes": size,
+        "dali": False,
+        "status": "ok",
+        "reason": "",
+        "variable": False,
+    }
+    assert set(manifest["entries"]) == {p.name for p in index.entries(folder)}
+    assert str(folder) not in json.dumps(manifest), "no path of this machine"
+    moved = folder.rename(folder.with_name("moved"))
+    seen = opened(monkeypatch)
+    assert all(s.path.parent == moved for s in index_folder(moved, frames=8)) and seen == []
+
+
+def test_hashes_follow_content_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(bytes(range(200)))
+    (tmp_path / "b").write_bytes(bytes(range(200)))
+    (tmp_path / "c").write_bytes(bytes(range(199)) + b"?")
+    for chunk in (4 * 2**20, 64):
+        monkeypatch.setattr(index, "CHUNK", chunk)
+        a, b, c = (index.content_hash(tmp_path / name) for name in "abc")
+        assert a == b != c
+
+
+def test_an_interrupted_index_keeps_what_it_has_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.mp4", "b.mp4", "c.mp4"):
+        write_clip(tmp_path / name, noise(9), 8)
+    inspect = index.inspect
+
+    def interrupted(path: Path, stop: threading.Event) -> Source:
+        if path.name == "c.mp4":
+            raise KeyboardInterrupt
+        return inspect(path, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "inspect", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            index_folder(tmp_path, frames=8, workers=1)
+    seen = opened(monkeypatch)
+    assert len(index_folder(tmp_path, frames=8)) == 3 and seen == ["c.mp4"]
+
+
+def test_a_stopped_decode_ends_at_once(folder: Path) -> None:
+    stop = threading.Event()
+    stop.set()
+    for name in ("good.mp4", "frames"):
+        with pytest.raises(Stopped):
+            index.inspect(folder / name, stop)
+
+
+def test_nothing_usable_is_exit_code_2_with_the_list(tmp_path: Path) -> None:
+    for name in ("trainX", "trainY"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.mp4").write_bytes(b"")
+        (tmp_path / name / "README.txt").write_text("hello world\n" * 99)
+    done = subprocess.run(
+        [sys.executable, "-m", "rlv2v.train", "--preset", "tiny", "--data", str(tmp_path), "--out", f"{tmp_path}/run"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "README.txt: a text file" in done.stderr and "a.mp4: the file is empty" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_rounded_times_do_not_vary() -> None:
+    assert not varies([0, 33, 67, 100, 133]) and not varies([0, 3, 7, 10]) and not varies([0]) and not varies([])
+    assert varies([0, 33, 67, 133]) and varies([0, 3, 6, 12])

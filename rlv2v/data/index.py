@@ -2,9 +2,10 @@
 
 A folder has `trainX trainY trainZ trainS` (CycleGAN's `trainA trainB` are read as X and Y; Z and S may be missing).
 Each entry of a set is one source: a video file, a folder of numbered images, a raw `.npy`; loose images are one source
-together, in `trainS` one each. A damaged video counts up to the frame that its decoder reports, less one, in which the
-damage may begin unseen: most codecs carry no checksum, and a few wrong bits can pass for picture. What was found usable
-is kept in `.rlv2v-manifest.json` inside the set's folder: unchanged files (name, size, time) are not decoded again.
+together, in `trainS` one each. What was found (see `rlv2v.data.usable`), also what is wrong with a file, is kept in
+`.rlv2v-manifest.json` inside the set's folder: a file with the same name, size and time is not opened again, one with
+another time but the same size and content is not decoded again. What could not be read (no permission, a dead link) is
+tried again each time, and what was found damaged is once PyAV has another version.
 """
 
 from __future__ import annotations
@@ -14,46 +15,41 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import av
-from av.video.reformatter import ColorRange
+import numpy as np
 from tqdm import tqdm
 
+from rlv2v._native import checksum
 from rlv2v.data import video
-from rlv2v.data.video import Kind, one_line
+from rlv2v.data.usable import Source, excluded, inspect
+from rlv2v.data.video import one_line
 from rlv2v.errors import UserError
 
+__all__ = ["Dataset", "Source", "entries", "index_folder", "open_dataset"]
 MANIFEST = ".rlv2v-manifest.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 LAYOUT = {"x": ("trainX", "trainA"), "y": ("trainY", "trainB"), "z": ("trainZ",), "s": ("trainS",)}
-BT601 = {2, 5, 6}
-"""AVColorSpace numbers that mean BT.601 or, untagged, are read as it."""
+CHUNK = 4 * 2**20
+"""Bytes that are hashed at a time."""
+MAX_WORKERS = 8
+"""Files decoded at a time, at most: each 4K decoder takes up to 400 MB."""
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Source:
-    """One video (or still image) of a set, as the one full decode found it."""
+class Entry:
+    """What the manifest keeps of a source."""
 
-    path: Path
-    kind: Kind
-    codec: str
-    num_frames: int
-    """Frames that decode without damage, from the first on."""
-    fps: float
-    width: int
-    """Of the upright frame, pixels."""
-    height: int
-    num_bytes: int
-    dali: bool
-    """Whether DALI's CPU decoder gives the same frames: VP9, upright, constant size, BT.601 limited range or RGB."""
-    status: Literal["ok", "truncated", "excluded"]
-    reason: str
-    """Why it is truncated or excluded; empty when ok."""
+    key: list[int]
+    """See `file_key`; empty where it cannot be read or changed meanwhile: no key that a file has."""
+    source: Source
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,7 @@ class Dataset:
     """Keys x, y, z, s; z and s may be empty."""
     excluded: list[Source]
     fingerprint: str
-    """SHA-256 over names, sizes and lengths: equal fingerprints draw equal clips."""
+    """SHA-256 over names, lengths and contents: equal fingerprints draw equal clips."""
 
 
 def entries(folder: Path, *, stills: bool = False) -> list[Path]:
@@ -77,85 +73,65 @@ def entries(folder: Path, *, stills: bool = False) -> list[Path]:
     return ([folder] if loose else []) + [p for p in found if p not in loose]
 
 
-def decode_all(path: Path) -> tuple[Source, str]:
-    """Decode a video file to the end; return what is usable of it and why it ends early (empty: it does not)."""
-    count = packets = 0
-    sizes, turned, damage = set(), False, ""
-    with video.open_video(path) as container:
-        stream = container.streams.video[0]
-        declared, codec = stream.frames, stream.codec_context.codec.canonical_name
-        fps = float(stream.average_rate or stream.guessed_rate or 25)
-        pixels = stream.codec_context.pix_fmt
-        first = None
-        try:
-            for packet in container.demux(stream):
-                packets += packet.size > 0
-                for frame in packet.decode():
-                    if frame.is_corrupt:
-                        raise UserError(f"frame {count} is damaged")
-                    first = first or frame
-                    sizes.add((frame.width, frame.height))
-                    turned |= frame.rotation != 0
-                    count += 1
-            if packets < declared:
-                damage = f"the file ends after {packets} of {declared} frames"
-        except (av.FFmpegError, OSError, UserError) as error:
-            damage = f"decoding stops after frame {count}: {one_line(getattr(error, 'strerror', None) or error)}"
-            count = max(count - 1, 0)
-        if first is None or count == 0:
-            raise UserError(f"{one_line(path)}: no frame can be decoded{': ' + damage if damage else ''}")
-        height, width = video.upright(first, first.width, first.height).shape[:2]
-        limited_601 = first.colorspace in BT601 and first.color_range != ColorRange.JPEG
-        same_colour = pixels == "gbrp" or (pixels in ("yuv420p", "yuv444p") and limited_601)
-        dali = codec == "vp9" and same_colour and not turned and len(sizes) == 1
-    return Source(path, "video", codec, count, fps, width, height, 0, dali and not damage, "ok", ""), damage
-
-
-def inspect(path: Path) -> Source:
-    """Decode a source of any kind to its end; never raises for what is wrong with the file, but says so in `status`."""
-    kind, damage = video.kind_of(path), ""
-    blank = Source(path, kind, "", 0, 0.0, 0, 0, 0, False, "excluded", "")
-    try:
-        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
-            return replace(blank, reason="neither a file nor a folder")
-        if kind == "video":
-            source, damage = decode_all(path)
-        else:
-            about = video.probe(path)
-            frames = video.open_raw(path) if kind == "raw" else None
-            count, damage = (len(frames), "") if frames is not None else count_images(path)
-            source = Source(
-                path, kind, about.codec, count, float(about.fps), about.width, about.height, 0, False, "ok", ""
-            )
-    except (UserError, OSError) as error:
-        return replace(blank, reason=one_line(error).removeprefix(f"{one_line(path)}: "))
-    return replace(source, num_bytes=file_key(path)[1], status="truncated" if damage else "ok", reason=damage)
-
-
-def count_images(path: Path) -> tuple[int, str]:
-    """How many images of a frame folder (or 1) can be read from the first on, and why no more."""
-    count = 0
-    try:
-        for _ in video.all_frames(path):
-            count += 1
-    except UserError as error:
-        return count, f"reading stops after frame {count}: {error}"
-    return count, ""
+def files_of(path: Path) -> list[Path]:
+    """The files that a source is made of."""
+    return video.images_in(path) if path.is_dir() else [path]
 
 
 def file_key(path: Path) -> list[int]:
-    """What tells a changed source from an unchanged one: [files, bytes, newest change in ns]; zeros if unreadable."""
+    """What tells a changed source from an unchanged one: [files, bytes, time], the time in ns.
+
+    Of a folder, the time is a checksum over name, size and time of each image. Raises `OSError` where a file is missing
+    or cannot be looked at, `UserError` for a pipe, socket or device.
+    """
+    files = files_of(path)
+    stats = [p.stat() for p in files]
+    for file, found in zip(files, stats, strict=True):
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{one_line(file)}: neither a file nor a folder")
+    size = sum(s.st_size for s in stats)
+    if not path.is_dir():
+        return [1, size, stats[0].st_mtime_ns]
+    rows = json.dumps([(f.name, s.st_size, s.st_mtime_ns) for f, s in zip(files, stats, strict=True)])
+    return [len(stats), size, checksum(np.frombuffer(rows.encode(), np.uint8))]
+
+
+def content_hash(path: Path) -> str:
+    """16 hex digits over all bytes of a source: XXH64 of the XXH64 of each 4 MiB, a folder's images in order.
+
+    Raises `OSError` for what cannot be read.
+    """
+    sums: list[int] = []
+    block = np.empty(CHUNK, np.uint8)
+    for file in files_of(path):
+        with file.open("rb") as opened:
+            while num := opened.readinto(block.data):
+                sums.append(checksum(block[:num]))
+    return f"{checksum(np.array(sums, np.uint64).view(np.uint8)):016x}"
+
+
+def examine(path: Path, known: Entry | None, stop: threading.Event) -> Entry:
+    """A source as it is now: as `known` where its key or its content is still the same, else decoded to its end."""
     try:
-        stats = [p.stat() for p in (video.images_in(path) if path.is_dir() else [path])]
-    except OSError:
-        return [0, 0, 0]
-    return [len(stats), sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)]
+        key = file_key(path)
+        if known and known.key == key:
+            return known
+        content = content_hash(path)
+        if known and known.key[:2] == key[:2] and known.source.hash == content:
+            return Entry(key, known.source)
+        if key[1] == 0 and not path.is_dir():
+            raise UserError("the file is empty (0 bytes)")
+        source = replace(inspect(path, stop), num_bytes=key[1])
+        return Entry(key if file_key(path) == key else [], replace(source, hash=content))
+    except (OSError, UserError) as error:
+        return Entry([], excluded(path, getattr(error, "strerror", None) or str(error)))
 
 
-def index_folder(folder: Path, *, frames: int, stills: bool = False) -> list[Source]:
+def index_folder(folder: Path, *, frames: int, stills: bool = False, workers: int | None = None) -> list[Source]:
     """All sources of one set's folder with their status; sources shorter than `frames` are excluded.
 
-    `stills` makes each loose image a source (style images). Raises `UserError` if the folder cannot be listed.
+    `stills` makes each loose image a source (style images). `workers` files are decoded at a time (None: one a core).
+    An interrupted index keeps what it has found. Raises `UserError` if the folder cannot be listed.
     """
     try:
         paths = entries(folder, stills=stills)
@@ -163,19 +139,38 @@ def index_folder(folder: Path, *, frames: int, stills: bool = False) -> list[Sou
         raise UserError(
             f"{one_line(folder)}: cannot be listed: {error.strerror}; expected a folder of videos"
         ) from error
-    known, usable, found = load_manifest(folder), {}, []
-    for path in tqdm(paths, desc=f"index {folder.name}", unit="file", delay=2, leave=False):
-        entry = known.get(path.name)
-        if entry is None or entry["key"] != file_key(path):
-            source = inspect(path)
-            entry = {"key": file_key(path), "source": {k: v for k, v in asdict(source).items() if k != "path"}}
-        source = Source(path=path, **entry["source"])
-        found.append(source)
-        if source.status != "excluded":
-            usable[path.name] = entry
-    if usable != known:
-        save_manifest(folder, usable)
-    return [too_short(s, frames) if s.status != "excluded" and s.num_frames < frames else s for s in found]
+    known = load_manifest(folder)
+    found: dict[str, Entry] = {}
+    try:
+        for path, entry in examine_all(paths, known, folder, workers):
+            found[name_in(folder, path)] = entry
+    finally:
+        if found != known:
+            save_manifest(folder, found if len(found) == len(paths) else known | found)
+    sources = [found[name_in(folder, path)].source for path in paths]
+    return [too_short(s, frames) if s.status != "excluded" and s.num_frames < frames else s for s in sources]
+
+
+def name_in(folder: Path, path: Path) -> str:
+    """The name of a source in its folder's manifest; "." is the folder itself, as one clip of loose images."""
+    return path.relative_to(folder).as_posix()
+
+
+def examine_all(
+    paths: Iterable[Path], known: Mapping[str, Entry], folder: Path, workers: int | None
+) -> Iterator[tuple[Path, Entry]]:
+    """Each source with what it is now, in the order in which they are done."""
+    stop = threading.Event()
+    pool = ThreadPoolExecutor(workers or min(MAX_WORKERS, os.cpu_count() or 1), thread_name_prefix="rlv2v-index")
+    try:
+        jobs = {pool.submit(examine, path, known.get(name_in(folder, path)), stop): path for path in paths}
+        progress = tqdm(
+            as_completed(jobs), f"index {one_line(folder.name)}", len(jobs), unit="file", delay=2, leave=False
+        )
+        yield from ((jobs[job], job.result()) for job in progress)
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
 
 
 def too_short(source: Source, frames: int) -> Source:
@@ -184,23 +179,30 @@ def too_short(source: Source, frames: int) -> Source:
     return replace(source, status="excluded", reason=f"{reason} ({source.reason})" if source.reason else reason)
 
 
-def load_manifest(folder: Path) -> dict[str, Any]:
-    """The entries of the folder's manifest by file name; empty when there is none that this version wrote."""
+def load_manifest(folder: Path) -> dict[str, Entry]:
+    """What the folder's manifest still says, by file name; empty when there is none that this version wrote."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        return dict(manifest["entries"]) if manifest["version"] == MANIFEST_VERSION else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        rows = manifest["entries"] if manifest["version"] == MANIFEST_VERSION else {}
+        found = {name: Entry(row["key"], Source(path=folder / name, **row["source"])) for name, row in rows.items()}
+        same_decoder = manifest.get("pyav") == av.__version__
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+    return {name: entry for name, entry in found.items() if same_decoder or entry.source.status == "ok"}
 
 
-def save_manifest(folder: Path, found: dict[str, Any]) -> None:
+def save_manifest(folder: Path, found: Mapping[str, Entry]) -> None:
     """Write the manifest beside and rename it into place; a folder that cannot be written to goes without."""
     partial = folder / f"{MANIFEST}.{os.getpid()}"
+    rows = {
+        name: {"key": entry.key, "source": {k: v for k, v in asdict(entry.source).items() if k != "path"}}
+        for name, entry in sorted(found.items())
+    }
     try:
-        partial.write_text(json.dumps({"version": MANIFEST_VERSION, "entries": found}, indent=1))
+        partial.write_text(json.dumps({"version": MANIFEST_VERSION, "pyav": av.__version__, "entries": rows}, indent=1))
         partial.replace(folder / MANIFEST)
     except OSError as error:
-        log.info("%s: no manifest kept: %s", folder, error.strerror)
+        log.info("%s: no manifest kept, the next start reads every file again: %s", one_line(folder), error.strerror)
 
 
 def open_dataset(root: Path, *, frames: int) -> Dataset:
@@ -238,6 +240,6 @@ def fingerprint_of(root: Path, sets: dict[str, list[Source]]) -> str:
     def rows() -> Iterator[list[Any]]:
         for name, sources in sorted(sets.items()):
             for s in sources:
-                yield [name, s.path.relative_to(root).as_posix(), s.codec, s.num_frames, s.width, s.height, s.num_bytes]
+                yield [name, s.path.relative_to(root).as_posix(), s.codec, s.num_frames, s.width, s.height, s.hash]
 
     return hashlib.sha256(json.dumps(list(rows())).encode()).hexdigest()
