@@ -111,10 +111,13 @@ def test_without_a_resize_the_graph_gives_the_bits_of_the_cpu_path(tmp_path: Pat
     ours.close()
 
 
-@pytest.mark.parametrize(("height", "width", "size", "least"), [(96, 128, 32, 38), (24, 40, 32, 38)])
+@pytest.mark.parametrize(("height", "width", "size", "least"), [(96, 128, 32, 45), (24, 40, 32, 45)])
 def test_resampling_is_close_to_the_cpu_path(tmp_path: Path, height: int, width: int, size: int, least: float) -> None:
-    """A triangle filter where OpenCV takes the area's mean: 39-45 dB on these clips when it shrinks 3 times."""
+    """A triangle filter where OpenCV takes the mean of the area: 48 dB and more here, 29 without antialiasing."""
     root = fill(tmp_path / "data", "raw", height, width)
+    for file in root.rglob("*.npy"):  # detail that only antialiasing takes out
+        clip = np.load(file) // 2
+        np.save(file, clip + 20 * (np.indices(clip.shape).sum(0) % 2).astype(np.uint8))
     ours, theirs = (
         loader(root, augment="dihedral", size=size),
         loader(root, augment="dihedral", size=size, backend="pyav"),
@@ -155,15 +158,6 @@ def test_the_next_list_is_ready_before_the_first_one_ends(tmp_path: Path, monkey
     following = ahead.result()
     take(source, 4)
     assert reader._run is following and following is not first
-
-
-def test_a_batch_outlives_its_graph(tmp_path: Path) -> None:
-    source = loader(fill(tmp_path / "data", "raw"))
-    (held,) = take(source, 1)
-    copies = [t.clone() for t in held]
-    take(source, 10)
-    source.close()
-    assert same([held], [copies])
 
 
 def sources_of(folder: Path, codec: str, num: int, height: int, width: int) -> list[Source]:
@@ -243,7 +237,7 @@ def test_routes(tmp_path: Path) -> None:
     for codec in CODECS:
         (tmp_path / codec).mkdir()
         encode(tmp_path / codec / "a.mp4", smooth(8, 128, 128), codec)
-        encode(tmp_path / codec / "b.mp4", smooth(8, 64, 64), codec)
+        encode(tmp_path / codec / "b.mp4", smooth(8, 64, 128), codec)
     write_clip(tmp_path / "h264" / "c.mp4", smooth(8, 128, 128), 8)  # BT.709
     write_clip(tmp_path / "vp9" / "c.mp4", smooth(8, 128, 128), 8, "vp9-lossless")  # planar RGB
     h264, vp9 = (index_folder(tmp_path / codec, frames=T) for codec in ("h264", "vp9"))
