@@ -314,7 +314,7 @@ def test_cache_is_bounded_and_changes_nothing(tmp_path: Path) -> None:
     )
     for _ in range(8):
         assert torch.equal(next(small).x, next(none).x)
-    kept = sum(frames.nbytes for frames in small._cache._frames.values())
+    kept = sum(frames.nbytes for frames in small._clips._cache._frames.values())
     assert 1 * 2**20 < kept <= 3 * 2**20
 
 

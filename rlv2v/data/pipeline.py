@@ -1,35 +1,33 @@
-"""Training batches from a dataset: which clip, frames and crop are drawn by address, never by a running generator.
+"""Training batches from a dataset, prepared while the last one is in use.
 
-Slot j of a set is clip `j mod n` of epoch `j div n`, in that epoch's random order. Step k of W ranks with batch B takes
-slots `k*W*B ...`, rank r the r-th B of them: an epoch shows every clip once over all ranks, and one rank with batch 2B
-draws what two ranks with B do. Order, start, crop and flips come from (seed, set, purpose, epoch or slot), so the whole
-state of a loader is its step. A source of N frames is `N div T` clips, each with a random start in its share of it.
+What a batch is made of is a function of its step (`rlv2v.data.draws`), so a loader's whole state is its step and the
+list of the files that broke. On the CPU each clip is read and resized by a thread (`ThreadReader`); on a GPU, or for
+`backend="dali"`, a DALI graph a set does both (`rlv2v.data.graph`). The draws are the same, the resampling nearly so.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
 
+from rlv2v.data.draws import SETS, Augment, Draw, Draws, Unreadable, restored
+from rlv2v.data.graph import GraphReader
 from rlv2v.data.index import Dataset, Source, index_folder
 from rlv2v.data.readers import AutoReader, open_reader
 from rlv2v.data.video import centre_crop, fit, fit_size, one_line, read_frames
 from rlv2v.errors import UserError
 
-Augment = Literal["none", "flip", "dihedral"]
 Backend = Literal["auto", "dali", "pyav"]
-SETS = ("x", "y", "z", "s")
-ORDER, CLIP = 0, 1
-"""Purposes of a draw, part of its address."""
+Device = Literal["cpu", "gpu"]
 log = logging.getLogger(__name__)
 
 
@@ -43,16 +41,17 @@ class Batch:
     s: torch.Tensor | None
 
 
-@dataclass(frozen=True)
-class Draw:
-    """One clip of a batch: frames `start .. start+T` of `source`, a crop, and one flip for all of its frames."""
+class SetReader(Protocol):
+    """The batches of one set."""
 
-    source: Source
-    start: int
-    crop: tuple[float, float]
-    """Top and left as a share of the room that there is, in [0, 1)."""
-    flips: tuple[bool, bool, bool]
-    """Left-right, up-down, transposed."""
+    def prepare(self, step: int) -> None:
+        """Start on the batch of `step` and of the one after it, by the draws as they are now."""
+
+    def take(self, step: int) -> torch.Tensor:
+        """The batch of `step`, uint8 (B,T,size,size,3). Raises `Unreadable`; may then be prepared and taken again."""
+
+    def close(self) -> None:
+        """Stop what runs in the background."""
 
 
 class Cache:
@@ -79,8 +78,85 @@ class Cache:
             self._reserved.add(source.path)
             return True
 
+    def release(self, num_bytes: int) -> None:
+        """Give back what was reserved for a source that could not be read; it is not tried again."""
+        with self._lock:
+            self._free += num_bytes
+
     def put(self, source: Source, frames: np.ndarray) -> None:
         self._frames[source.path] = frames
+
+
+class ClipReader:
+    """Clips by `rlv2v.data.readers`, one reader a thread, whole sources kept in `cache` while it has room."""
+
+    def __init__(self, backend: Backend, cache: Cache, size: int) -> None:
+        open_reader(backend)  # a missing backend is said now, not in a thread
+        self._backend, self._cache, self._size, self._local = backend, cache, size, threading.local()
+
+    def frames(self, source: Source, start: int, num: int) -> np.ndarray:
+        """Frames `start .. start+num` as the source has them, by this thread's reader."""
+        if not hasattr(self._local, "reader"):
+            self._local.reader = open_reader(self._backend)
+        reader: AutoReader = self._local.reader
+        return reader.read(source, start, num)
+
+    def _resized(self, source: Source, start: int, num: int) -> np.ndarray:
+        """Frames `start .. start+num`, short side `size`, from memory where the source is kept there."""
+        whole = self._cache.get(source)
+        if whole is None:
+            width, height = fit_size(source.width, source.height, self._size)
+            if not self._cache.reserve(source, source.num_frames * width * height * 3):
+                return fit(self.frames(source, start, num), self._size)
+            try:
+                whole = fit(self.frames(source, 0, source.num_frames), self._size)
+            except (UserError, OSError):  # whether a draw fails must not depend on which thread was to fill the cache
+                self._cache.release(source.num_frames * width * height * 3)
+                return fit(self.frames(source, start, num), self._size)
+            self._cache.put(source, whole)
+        return whole[start : start + num]
+
+    def clip(self, draw: Draw, num: int) -> np.ndarray:
+        """The frames of a draw, cropped and flipped, uint8 (num,size,size,3)."""
+        clip = self._resized(draw.source, draw.start, num)
+        top, left = draw.corner(self._size)
+        clip = clip[:, top : top + self._size, left : left + self._size]
+        left_right, up_down, transposed = draw.flips
+        clip = clip[:, :, ::-1] if left_right else clip
+        clip = clip[:, ::-1] if up_down else clip
+        return clip.swapaxes(1, 2) if transposed else clip
+
+
+class ThreadReader:
+    """Batches of clips that the threads of `pool` read, each clip a task of its own."""
+
+    def __init__(
+        self, draws: Callable[[int], tuple[Draw, ...]], read: Callable[[Draw], np.ndarray], pool: ThreadPoolExecutor
+    ) -> None:
+        self._draws, self._read, self._pool = draws, read, pool
+        self._pending: dict[int, dict[Draw, Future[np.ndarray]]] = {}
+
+    def prepare(self, step: int) -> None:
+        known, self._pending = self._pending, {}
+        for ahead in (step, step + 1):
+            before = known.get(ahead, {})
+            self._pending[ahead] = {
+                draw: before.get(draw) or self._pool.submit(self._read, draw) for draw in self._draws(ahead)
+            }
+
+    def take(self, step: int) -> torch.Tensor:
+        clips, faults = [], {}
+        for draw in self._draws(step):
+            try:
+                clips.append(self._pending[step][draw].result())
+            except (UserError, OSError) as error:
+                faults[draw.source] = one_line(error).removeprefix(f"{one_line(draw.source.path)}: ")
+        if faults:
+            raise Unreadable(faults)
+        return torch.from_numpy(np.stack(clips))
+
+    def close(self) -> None:
+        self._pending = {}
 
 
 class Loader:
@@ -89,8 +165,14 @@ class Loader:
     dataset: from `open_dataset`, opened for at least `frames` frames.  batch: clips a rank and step, by set, such as
     {"x": 2, "y": 1, "z": 2, "s": 2}; a set that is missing or 0 gives None.  frames, size: T and H = W.
     seed: same seed, same batches.  augment: `none`, `flip` (left-right), `dihedral` (also up-down and transposed); the
-    crop is random in all three.  threads: background readers, without influence on what is drawn.  backend: `auto` uses
-    DALI where it is installed, `dali` raises where it is not.  cache_mib: memory for whole sources, resized; 0 = none.
+    crop is random in all three.  threads: background readers, without influence on what is drawn.  cache_mib: memory
+    for whole sources, resized; 0 = none; a DALI graph keeps none.
+    device: where the batches are; on `gpu`, which is torch's current CUDA device, DALI decodes, resizes and crops.
+    backend: on the CPU `auto` decodes short VP9 by DALI where it is installed, `pyav` never, `dali` runs the GPU's
+    graph on the CPU. `dali` and `gpu` raise where DALI is missing.
+
+    A file that breaks during the run is warned about by name and left out, another clip of its set takes its place;
+    `UserError` lists the files when more than a fifth of a set is lost. Each rank has its own list of them.
     """
 
     def __init__(
@@ -106,6 +188,7 @@ class Loader:
         augment: Augment = "flip",
         threads: int = 1,
         backend: Backend = "auto",
+        device: Device = "cpu",
         cache_mib: int = 1024,
     ) -> None:
         if unknown := set(batch) - set(SETS):
@@ -124,123 +207,88 @@ class Loader:
             raise UserError(f"augment: expected {', '.join(get_args(Augment))}, got {augment}")
         if min(batch.values(), default=0) < 0:
             raise UserError(f"batch: expected 0 or more of each set, got {dict(batch)}")
-        self.dataset, self.frames, self.size, self.seed, self.augment = dataset, frames, size, seed, augment
-        self.rank, self.world_size, self.step = rank, world_size, 0
-        self.batch = {name: batch.get(name, 0) if dataset.sets[name] else 0 for name in SETS}
-        self.clips = {name: list(self._clips(name)) for name in SETS}
-        open_reader(backend)  # a missing backend is said now, not in a thread
-        self._backend, self._local, self._cache = backend, threading.local(), Cache(cache_mib * 2**20)
-        self._order = lru_cache(maxsize=2 * len(SETS))(self._shuffle)
+        self._graph = uses_graph(device, backend)
+        self.size, self.threads, self.device, self.step = size, threads, device, 0
+        self._clips = ClipReader("pyav" if self._graph else backend, Cache(cache_mib * 2**20), size)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rlv2v-loader")
-        self._pending: tuple[int, dict[str, list[Future[np.ndarray]]]] | None = None
-
-    def _clips(self, name: str) -> Iterator[tuple[Source, int, int]]:
-        """(source, k, K): share k of K of each source of a set."""
-        length = 1 if name == "s" else self.frames
-        for source in self.dataset.sets[name]:
-            if source.num_frames < length:
-                raise UserError(
-                    f"{one_line(source.path)}: {source.num_frames} frames, shorter than the clip length {length}"
-                )
-            num = source.num_frames // length
-            yield from ((source, k, num) for k in range(num))
-
-    def _rng(self, name: str, purpose: int, address: int) -> np.random.Generator:
-        return np.random.Generator(
-            np.random.Philox(np.random.SeedSequence([self.seed, SETS.index(name), purpose, address]))
+        self._new_draws = partial(
+            Draws, batch=batch, frames=frames, seed=seed, rank=rank, world_size=world_size, augment=augment
         )
+        self._open(dataset)
 
-    def _shuffle(self, name: str, epoch: int) -> np.ndarray:
-        return self._rng(name, ORDER, epoch).permutation(len(self.clips[name]))
+    def _open(self, dataset: Dataset) -> None:
+        """Draw from `dataset`; what was prepared before is dropped."""
+        self.plan = self._new_draws(dataset)
+        self._readers = {name: self._reader(name) for name in SETS if self.plan.batch[name]}
+
+    def _reader(self, name: str) -> SetReader:
+        draws, num = partial(self.plan.at, name), self.plan.length(name)
+        if not self._graph:
+            return ThreadReader(draws, partial(self._clips.clip, num=num), self._pool)
+        return GraphReader(
+            self.plan.dataset.sets[name],
+            draws,
+            partial(self.plan.compute, name),
+            lambda draw: self._pool.submit(self._clips.frames, draw.source, draw.start, num),
+            batch=self.plan.batch[name],
+            frames=num,
+            size=self.size,
+            device=self.device,
+            threads=self.threads,
+        )
 
     def draws(self, name: str, step: int) -> list[Draw]:
         """What this rank's batch of set `name` at `step` is made of."""
-        first = (step * self.world_size + self.rank) * self.batch[name]
-        return [self._draw(name, slot) for slot in range(first, first + self.batch[name])]
+        return list(self.plan.at(name, step))
 
-    def _draw(self, name: str, slot: int) -> Draw:
-        epoch, position = divmod(slot, len(self.clips[name]))
-        source, k, num = self.clips[name][self._order(name, epoch)[position]]
-        starts = source.num_frames - (1 if name == "s" else self.frames) + 1
-        rng = self._rng(name, CLIP, slot)
-        start = int(rng.integers(k * starts // num, (k + 1) * starts // num))
-        top, left = rng.random(2)
-        coins = rng.random(3) < 0.5
-        allowed = {"none": (False, False, False), "flip": (True, False, False), "dihedral": (True, True, True)}[
-            self.augment
-        ]
-        flips = tuple(bool(coin and may) for coin, may in zip(coins, allowed, strict=True))
-        return Draw(source, start, (float(top), float(left)), (flips[0], flips[1], flips[2]))
-
-    def _reader(self) -> AutoReader:
-        """This thread's reader."""
-        if not hasattr(self._local, "reader"):
-            self._local.reader = open_reader(self._backend)
-        reader: AutoReader = self._local.reader
-        return reader
-
-    def _resized(self, source: Source, start: int, num: int) -> np.ndarray:
-        """Frames `start .. start+num`, short side `size`, from memory where the source is kept there."""
-        whole = self._cache.get(source)
-        if whole is None:
-            width, height = fit_size(source.width, source.height, self.size)
-            if not self._cache.reserve(source, source.num_frames * width * height * 3):
-                return fit(self._reader().read(source, start, num), self.size)
-            whole = fit(self._reader().read(source, 0, source.num_frames), self.size)
-            self._cache.put(source, whole)
-        return whole[start : start + num]
-
-    def _load(self, draw: Draw, num: int) -> np.ndarray:
-        """The frames of a draw, cropped and flipped, uint8 (num,size,size,3)."""
-        clip = self._resized(draw.source, draw.start, num)
-        top, left = (int(u * (side - self.size + 1)) for u, side in zip(draw.crop, clip.shape[1:3], strict=True))
-        clip = clip[:, top : top + self.size, left : left + self.size]
-        left_right, up_down, transposed = draw.flips
-        clip = clip[:, :, ::-1] if left_right else clip
-        clip = clip[:, ::-1] if up_down else clip
-        return clip.swapaxes(1, 2) if transposed else clip
-
-    def _submit(self, step: int) -> dict[str, list[Future[np.ndarray]]]:
-        lengths = {name: 1 if name == "s" else self.frames for name in SETS}
-        return {
-            name: [self._pool.submit(self._load, d, lengths[name]) for d in self.draws(name, step)] for name in SETS
-        }
+    def _take(self, name: str) -> torch.Tensor:
+        """The batch of a set; files that break are denied until it is whole."""
+        while True:
+            try:
+                return self._readers[name].take(self.step)
+            except Unreadable as error:
+                self.plan.deny(name, self.step, error.faults)
+                self._readers[name].prepare(self.step)
 
     def __iter__(self) -> Loader:
         return self
 
     def __next__(self) -> Batch:
-        """The batch of this step. Raises `UserError` naming the file that can no longer be read."""
-        if self._pending is None or self._pending[0] != self.step:
-            self._pending = (self.step, self._submit(self.step))
-        futures = self._pending[1]
-        self._pending = (self.step + 1, self._submit(self.step + 1))
-        clips = {name: [f.result() for f in found] for name, found in futures.items()}
+        """The batch of this step. Raises `UserError` with the files when too many can no longer be read."""
+        for reader in self._readers.values():
+            reader.prepare(self.step)
+        clips = {name: self._take(name) for name in self._readers}
         self.step += 1
-        tensors = {name: torch.from_numpy(np.stack(found)) if found else None for name, found in clips.items()}
-        return Batch(tensors["x"], tensors["y"], tensors["z"], None if tensors["s"] is None else tensors["s"][:, 0])
+        stills = clips.get("s")
+        return Batch(clips.get("x"), clips.get("y"), clips.get("z"), None if stills is None else stills[:, 0])
 
     def state_dict(self) -> dict[str, Any]:
-        """The next step, and what must be equal for it to mean the same clips."""
+        """The next step, the files that broke, and what must be equal for the step to mean the same clips."""
+        plan = self.plan
         return {
             "step": self.step,
-            "fingerprint": self.dataset.fingerprint,
-            "seed": self.seed,
-            "frames": self.frames,
+            "denied": plan.state(),
+            "fingerprint": plan.dataset.fingerprint,
+            "seed": plan.seed,
+            "frames": plan.frames,
             "size": self.size,
-            "augment": self.augment,
-            "batch": {name: num * self.world_size for name, num in self.batch.items()},
+            "augment": plan.augment,
+            "batch": {name: num * plan.world_size for name, num in plan.batch.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on at the saved step; any rank may load any rank's state. Raises `UserError` naming what has changed."""
-        mine = self.state_dict()
-        if missing := mine.keys() - state.keys():
+        """Go on at the saved step; any rank may load any rank's state. Raises `UserError` naming what has changed.
+
+        The files that were denied by then stay so, whether the index still holds them or not.
+        """
+        if missing := self.state_dict().keys() - state.keys():
             raise UserError(
                 f"loader state: expected {', '.join(sorted(missing))}, which it lacks; it was not saved by a loader"
             )
+        dataset = restored(self.plan.dataset, state["denied"])
+        mine = {**self.state_dict(), "fingerprint": dataset.fingerprint}
         what = {"fingerprint": "the dataset (its files changed)", "batch": "the batch over all ranks"}
-        for name in mine.keys() - {"step"}:
+        for name in mine.keys() - {"step", "denied"}:
             if state[name] != mine[name]:
                 raise UserError(
                     f"resume: {what.get(name, name)} must stay as saved: expected {state[name]}, got {mine[name]}; "
@@ -248,11 +296,32 @@ class Loader:
                 )
         if not isinstance(state["step"], int) or state["step"] < 0:
             raise UserError(f"loader state: step must be 0 or more, got {state['step']}")
+        for reader in self._readers.values():
+            reader.close()
+        self._open(dataset)
+        self.plan.load(state["denied"])
         self.step = state["step"]
 
     def close(self) -> None:
         """Stop the background readers."""
+        for reader in self._readers.values():
+            reader.close()
         self._pool.shutdown(cancel_futures=True)
+
+
+def uses_graph(device: Device, backend: Backend) -> bool:
+    """Whether a DALI graph reads the sets; `UserError` where device and backend do not go together or are missing."""
+    if device not in get_args(Device):
+        raise UserError(f"device: expected {', '.join(get_args(Device))}, got {device}")
+    if device == "cpu":
+        open_reader(backend)
+        return backend == "dali"
+    if backend == "pyav":
+        raise UserError("device gpu: expected backend auto or dali, got pyav, which decodes on the CPU alone")
+    open_reader("dali")
+    if not torch.cuda.is_available():
+        raise UserError("device gpu: expected a CUDA GPU, found none that torch can use; use device cpu")
+    return True
 
 
 def evaluation_clips(folder: Path, *, frames: int | None, size: int) -> Iterator[tuple[str, np.ndarray]]:
