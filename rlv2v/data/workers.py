@@ -81,7 +81,7 @@ def in_pool(
     pool = ProcessPoolExecutor(min(jobs, max(1, len(tasks))), context, initializer=start_worker)
     done = False
     try:
-        futures = {pool.submit(function, task): num for num, task in enumerate(tasks)}
+        futures = {submit(pool, function, task): num for num, task in enumerate(tasks)}
         broken = []
         for future in as_completed(futures):
             if isinstance(future.exception(), BrokenProcessPool):
@@ -96,3 +96,13 @@ def in_pool(
             for child in set(multiprocessing.active_children()) - others:
                 child.terminate()
         pool.shutdown(cancel_futures=True)
+
+
+def submit(pool: ProcessPoolExecutor, function: Callable[[Task], Result], task: Task) -> Future[Result]:
+    """The task's future, failed at once where a process has died already."""
+    try:
+        return pool.submit(function, task)
+    except BrokenProcessPool as error:
+        failed: Future[Result] = Future()
+        failed.set_exception(error)
+        return failed
