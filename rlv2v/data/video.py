@@ -28,6 +28,7 @@ from rlv2v.errors import UserError
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
 MP4_AUDIO = {"aac", "mp3", "ac3", "eac3", "alac", "flac", "opus"}
 Kind = Literal["video", "frames", "raw", "image"]
+Codec = Literal["h264", "vp9", "vp9-lossless"]
 log = logging.getLogger(__name__)
 
 
@@ -219,6 +220,7 @@ class VideoWriter:
     """Write uint8 RGB (H,W,3) frames to `path`; a context manager, `path` appears only when it closes without error.
 
     codec: `h264` plays everywhere (yuv420p, BT.709; odd sizes need yuv444p, which Chromium, VLC and mpv play).
+    `vp9` (yuv420p, BT.601 limited range, even sizes only) is what DALI's CPU decoder and NVDEC read.
     `vp9-lossless` gives every RGB value back exactly, with PyAV and with DALI's CPU decoder. Key frames: every 12.
     audio_from: a file whose first audio track is copied along, up to the end of the video; without one, silent.
     Raises `UserError` for a missing folder, `ValueError` for frames of another size or dtype.
@@ -228,7 +230,7 @@ class VideoWriter:
         self,
         path: Path,
         fps: Fraction | float,
-        codec: Literal["h264", "vp9-lossless"] = "h264",
+        codec: Codec = "h264",
         audio_from: Path | None = None,
     ) -> None:
         if not path.parent.is_dir():
@@ -262,7 +264,7 @@ class VideoWriter:
         return container, (p for p in container.demux(container.streams.audio[0]) if p.dts is not None)
 
     def _start(self, height: int, width: int) -> None:
-        name = {"h264": "libx264", "vp9-lossless": "libvpx-vp9"}[self.codec]
+        name = {"h264": "libx264", "vp9": "libvpx-vp9", "vp9-lossless": "libvpx-vp9"}[self.codec]
         stream: Any = self._output.add_stream(name, rate=self.fps)
         context = stream.codec_context
         stream.width, stream.height = width, height
@@ -273,15 +275,18 @@ class VideoWriter:
             context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
             context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         else:
-            stream.pix_fmt = "gbrp"
+            stream.pix_fmt = "yuv420p" if self.codec == "vp9" else "gbrp"
             stream.options = {
-                "lossless": "1",
+                **({"crf": "16", "b": "0"} if self.codec == "vp9" else {"lossless": "1"}),
                 "cpu-used": "8",
                 "deadline": "realtime",
                 "lag-in-frames": "0",
                 "auto-alt-ref": "0",
             }
             context.thread_count = 1
+            if self.codec == "vp9":
+                context.bit_rate = 0
+                context.colorspace, context.color_range = Colorspace.ITU601, ColorRange.MPEG
         self._stream = stream
         self._audio_out = None
         if self._audio is not None:
@@ -298,11 +303,12 @@ class VideoWriter:
         if frame.shape != self.shape:
             raise ValueError(f"VideoWriter: frame {self.count} must be {self.shape}, got {frame.shape}")
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        if self.codec == "h264":
+        if self.codec != "vp9-lossless":
+            matrix = Colorspace.ITU709 if self.codec == "h264" else Colorspace.ITU601
             picture = picture.reformat(
-                format=self._stream.pix_fmt, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+                format=self._stream.pix_fmt, dst_colorspace=matrix, dst_color_range=ColorRange.MPEG
             )
-            picture.colorspace, picture.color_range = Colorspace.ITU709, ColorRange.MPEG
+            picture.colorspace, picture.color_range = matrix, ColorRange.MPEG
         picture.pts, picture.time_base = self.count, 1 / self.fps
         self._output.mux(self._stream.encode(picture))
         self.count += 1
@@ -355,9 +361,7 @@ class VideoWriter:
             self.discard()
 
 
-def write_clip(
-    path: Path, frames: np.ndarray, fps: Fraction | float, codec: Literal["h264", "vp9-lossless"] = "h264"
-) -> None:
+def write_clip(path: Path, frames: np.ndarray, fps: Fraction | float, codec: Codec = "h264") -> None:
     """Write (T,H,W,3) as one video file."""
     with VideoWriter(path, fps, codec) as writer:
         for frame in frames:
