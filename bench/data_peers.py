@@ -100,7 +100,7 @@ class Ours(Way):
         self.sources = [s for s in index_folder(Path(files[0]).parent, frames=FRAMES) if s.status == "ok"]
         if [str(s.path) for s in self.sources] != files:
             raise RuntimeError(f"index: expected {files}, got {[str(s.path) for s in self.sources]}")
-        self.reader = ClipReader("auto", Cache(0), SIZE)
+        self.reader = ClipReader(Cache(0), SIZE)
 
     def read(self, file: int, start: int) -> Array:
         from rlv2v.data.draws import Draw

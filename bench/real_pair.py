@@ -22,7 +22,8 @@ import numpy as np
 import tyro
 
 from rlv2v.cli import run_command
-from rlv2v.data.video import fit, one_line, probe, read_frames, write_clip
+from rlv2v.data.video import fit, one_line, probe, read_frames
+from rlv2v.data.writer import write_clip
 from rlv2v.errors import UserError
 
 CLIP_NAME = "bikes.mp4"

@@ -10,31 +10,29 @@ OUT says of every source what became of it.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 from tqdm import tqdm
 
 from rlv2v.cli import run_command
 from rlv2v.data import prepare as work
-from rlv2v.data.index import Source, entries, file_key
-from rlv2v.data.prepare import Job, Store, Survey
+from rlv2v.data.index import entries, file_key
+from rlv2v.data.prepare import Job, Store
+from rlv2v.data.prepared import Entry, Report
 from rlv2v.data.video import one_line
-from rlv2v.data.workers import run_all
+from rlv2v.data.workers import cores, run_all
 from rlv2v.errors import UserError
 
-REPORT = "prepared.json"
 SETS = re.compile(r"(train|val|test)(X|Y|Z|S|Truth|A|B)")
 RAW_SHARE = 0.5
 """`--store auto` takes raw up to this share of the free disk."""
@@ -62,115 +60,6 @@ class Args:
     """Files at a time; 0: one for each core."""
     yes: bool = False
     """Do not ask when the disk seems too small."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One source, the set that it goes into, and what is known and planned of it."""
-
-    set: str
-    path: Path
-    survey: Survey
-    output: str = ""
-    """Relative to OUT; empty if excluded."""
-
-    @property
-    def usable(self) -> bool:
-        return self.survey.source.status != "excluded"
-
-    def without(self, reason: str) -> Entry:
-        """The entry as excluded."""
-        source = replace(self.survey.source, status="excluded", reason=reason)
-        return replace(self, survey=replace(self.survey, source=source), output="")
-
-
-class Report:
-    """`prepared.json`: the settings, what became of every source, and the surveys, so that no file is read again."""
-
-    def __init__(self, out: Path, args: Args) -> None:
-        """Take up the report in `out`. Raises `UserError` if its outputs were made with other settings."""
-        self.path, self._next_save = out / REPORT, time.monotonic() + 2
-        asked: dict[str, Any] = {"size": args.size, "fps": args.fps}
-        self.settings: dict[str, Any] = {**asked, "store": None, "why": ""}
-        self.rows: dict[tuple[str, str], dict[str, Any]] = {}
-        self.surveys: dict[str, Any] = {}
-        if not self.path.exists():
-            return
-        try:
-            old = json.loads(self.path.read_text())
-            settings, rows, surveys = old["settings"], old["sources"], dict(old["surveys"])
-            keyed = {(row["set"], row["source"]): row for row in rows}
-            made = any(row["status"] == "made" for row in rows)
-            same = {name: settings[name] for name in asked} == asked and args.store in ("auto", settings["store"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{one_line(self.path)}: cannot be read as this command's report ({one_line(error)}); "
-                "choose another folder, or remove the file: outputs that are whole are kept"
-            ) from None
-        if same:
-            self.settings, self.rows, self.surveys = settings, keyed, surveys
-        elif made:
-            was = " ".join(f"--{name} {settings[name]}" for name in ("size", "fps", "store") if settings[name])
-            raise UserError(f"{one_line(out)}: was prepared with {was}; give the same, or choose another folder")
-
-    def survey(self, path: Path) -> Survey | None:
-        """What an earlier run found of a source that has not changed since; None: read it."""
-        kept = self.surveys.get(str(path.absolute()))
-        if kept is None or kept["key"] != file_key(path):
-            return None
-        return Survey(**{**kept["survey"], "source": Source(path=path, **kept["survey"]["source"])})
-
-    def keep(self, path: Path, key: list[int], survey: Survey) -> None:
-        """Keep a survey for the next run; what could not be used is tried again then."""
-        if survey.source.status != "excluded":
-            found = asdict(survey)
-            del found["source"]["path"]
-            self.surveys[str(path.absolute())] = {"key": key, "survey": found}
-        self.save(now=False)
-
-    def start(self, src: Path, found: list[Entry], store: Store, why: str, args: Args) -> None:
-        """The plan: a row for every entry of `src`, in place of the rows of earlier runs over it."""
-        self.settings["store"], self.settings["why"] = store, why
-        root = src.absolute()
-        self.rows = {
-            key: row for key, row in self.rows.items() if root not in (p := Path(key[1])).parents and p != root
-        }
-        for entry in found:
-            source, survey = entry.survey.source, entry.survey
-            width, height = work.target_size(source, args.size, store) if entry.usable else (0, 0)
-            self.rows[entry.set, str(entry.path.absolute())] = {
-                "set": entry.set,
-                "source": str(entry.path.absolute()),
-                "sha256": survey.sha256,
-                "status": "planned" if entry.usable else "excluded",
-                "reason": source.reason,
-                "output": entry.output,
-                "frames": survey.frames if entry.usable else 0,
-                "fps": survey.fps if entry.usable else 0.0,
-                "width": width,
-                "height": height,
-                "bytes": 0,
-                "source_frames": source.num_frames,
-                "source_codec": source.codec,
-            }
-        self.save()
-
-    def done(self, entry: Entry, status: Literal["made", "failed"], reason: str, num_bytes: int) -> None:
-        row = self.rows[entry.set, str(entry.path.absolute())]
-        row.update(status=status, reason=reason, bytes=num_bytes)
-        self.save(now=False)
-
-    def save(self, *, now: bool = True) -> None:
-        """Write the report beside and rename it; without `now` only every two seconds, or less often if it is long."""
-        started = time.monotonic()
-        if not now and started < self._next_save:
-            return
-        whole = {"settings": self.settings, "sources": list(self.rows.values()), "surveys": self.surveys}
-        beside = self.path.with_name(f".{REPORT}.partial")
-        beside.write_text(json.dumps(whole, indent=1) + "\n")
-        beside.replace(self.path)
-        ended = time.monotonic()
-        self._next_save = ended + max(2, 20 * (ended - started))
 
 
 def discover(src: Path, into: str) -> list[tuple[str, Path]]:
@@ -271,7 +160,7 @@ def name_outputs(found: list[Entry], args: Args, store: Store) -> list[Entry]:
     for entry in found:
         pair = pairs[pair_key(entry)]
         first = min(pair, key=lambda e: not e.set.endswith("X")) if is_pair(pair) else entry
-        shas = [e.survey.sha256 for e in pair] if is_pair(pair) else [entry.survey.sha256]
+        shas = [e.survey.source.hash for e in pair] if is_pair(pair) else [entry.survey.source.hash]
         sha = shas[0] if len(shas) == 1 else hashlib.sha256("".join(sorted(shas)).encode()).hexdigest()
         name = f"{work.safe_stem(first.path)}-{work.short_hash(sha, args.size, store, args.fps)}"
         output = f"{entry.set}/{name}{work.suffix_of(entry.survey.source, store)}"
@@ -355,10 +244,10 @@ def already_there(found: list[Entry], args: Args, store: Store, report: Report) 
 def main(args: Args) -> None:
     """Find, read, plan, ask, write, report."""
     check(args)
-    jobs = args.jobs or len(os.sched_getaffinity(0))
+    jobs = args.jobs or cores()
     found = discover(args.src, args.into)
     with alone_in(args.out):
-        report = Report(args.out, args)
+        report = Report(args.out, size=args.size, fps=args.fps, store=args.store)
         try:
             prepare(args, found, report, jobs)
         except KeyboardInterrupt:
@@ -373,7 +262,7 @@ def prepare(args: Args, paths: list[tuple[str, Path]], report: Report, jobs: int
     free = shutil.disk_usage(args.out).free
     store, why = choose_store(args, report, found, free)
     found = name_outputs(found, args, store)
-    report.start(args.src, found, store, why, args)
+    report.start(args.src, found, store, why)
     usable = [e for e in found if e.usable]
     if not usable:
         reasons = "; ".join(f"{one_line(e.path.name)}: {e.survey.source.reason}" for e in found) or "it is empty"

@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 
 from rlv2v.checkpoint import load_translator
 from rlv2v.cli import run_command
-from rlv2v.data.video import one_line, probe, write_clip
+from rlv2v.data.video import one_line, probe
+from rlv2v.data.writer import write_clip
 from rlv2v.device import pick_device
 from rlv2v.errors import UserError
 from rlv2v.evaluate import Split, evaluate_run, figure, open_split, translated_clips, write_text

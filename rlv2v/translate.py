@@ -24,7 +24,8 @@ from rlv2v.checkpoint import load_translator
 from rlv2v.cli import run_command
 from rlv2v.config import Config
 from rlv2v.data import to_model, to_uint8
-from rlv2v.data.video import VideoWriter, fit, one_line, probe, read_frames
+from rlv2v.data.video import fit, one_line, probe, read_frames
+from rlv2v.data.writer import VideoWriter
 from rlv2v.device import pick_device
 from rlv2v.errors import UserError
 from rlv2v.model import Translator

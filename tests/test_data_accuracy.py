@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
@@ -22,8 +22,8 @@ import pytest
 from rlv2v.data import readers
 from rlv2v.data.index import Dataset, Source, index_folder
 from rlv2v.data.pipeline import Loader
-from rlv2v.data.readers import PyAVReader, open_reader
-from rlv2v.data.video import write_clip, write_image
+from rlv2v.data.readers import FrameReader
+from rlv2v.data.writer import write_clip, write_image
 
 DRAWS = int(os.environ.get("RLV2V_DRAWS", "200"))
 T, LENGTH, SIDE = 16, 90, 64
@@ -135,9 +135,8 @@ def wrong(clip: np.ndarray, source: Source, start: int, num: int) -> list[int]:
     return [int(i) for i in np.flatnonzero(peers().read_stamps(clip) != asked)]
 
 
-@pytest.mark.parametrize("path", [PyAVReader, lambda: open_reader("auto")], ids=["PyAVReader", "AutoReader"])
-def test_random_reads_give_the_frames_asked_for(sources: list[Source], path: Callable[[], readers.Reader]) -> None:
-    reader, rng, faults = path(), np.random.default_rng(1), list[tuple[str, int, list[int]]]()
+def test_random_reads_give_the_frames_asked_for(sources: list[Source]) -> None:
+    reader, rng, faults = FrameReader(), np.random.default_rng(1), list[tuple[str, int, list[int]]]()
     for draw in range(DRAWS):
         source = sources[draw % len(sources)]
         num = int(rng.integers(1, T + 1))
@@ -147,9 +146,7 @@ def test_random_reads_give_the_frames_asked_for(sources: list[Source], path: Cal
     assert not faults
 
 
-@pytest.mark.parametrize(
-    ("backend", "cache_mib", "threads"), [("auto", 0, 1), ("auto", 64, 3), ("pyav", 0, 3), ("dali", 0, 1)]
-)
+@pytest.mark.parametrize(("backend", "cache_mib", "threads"), [("auto", 0, 1), ("auto", 64, 3), ("dali", 0, 1)])
 def test_the_loader_gives_the_frames_it_drew(sources: list[Source], backend: Any, cache_mib: int, threads: int) -> None:
     if backend == "dali" and not readers.has_dali():
         pytest.skip("DALI is not made for this platform")
@@ -173,7 +170,7 @@ def test_the_loader_gives_the_frames_it_drew(sources: list[Source], backend: Any
 
 def test_a_wrong_frame_would_be_seen(sources: list[Source]) -> None:
     for source in sources:
-        clip = PyAVReader().read(source, 3, 4)
+        clip = FrameReader().read(source, 3, 4)
         assert wrong(clip, source, 3, 4) == []
         assert wrong(clip, source, 2, 4) == wrong(clip, source, 4, 4) == [0, 1, 2, 3]
         assert wrong(clip[[0, 1, 1, 3]], source, 3, 4) == [2]

@@ -17,8 +17,8 @@ from rlv2v.data.draws import Draw
 from rlv2v.data.graph import GraphReader, Options, new_graph, nvdec_takes, route_of
 from rlv2v.data.index import Source, index_folder, open_dataset
 from rlv2v.data.pipeline import Batch, Loader
-from rlv2v.data.readers import PyAVReader
-from rlv2v.data.video import write_clip, write_image
+from rlv2v.data.readers import FrameReader
+from rlv2v.data.writer import write_clip, write_image
 from rlv2v.errors import UserError
 
 pytestmark = pytest.mark.skipif(not readers.has_dali(), reason="DALI is not made for this platform")
@@ -102,7 +102,7 @@ KINDS = ["raw", "video", "frames"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_a_resize_the_graph_gives_the_bits_of_the_cpu_path(tmp_path: Path, kind: str) -> None:
     root = fill(tmp_path / "with space", kind)
-    ours, theirs = loader(root, augment="dihedral"), loader(root, augment="dihedral", backend="pyav")
+    ours, theirs = loader(root, augment="dihedral"), loader(root, augment="dihedral", backend="auto")
     assert ours._readers["x"].options.route == kind  # type: ignore[attr-defined]
     assert ours._readers["s"].options.route == "frames"  # type: ignore[attr-defined]
     assert same(take(ours, 20), take(theirs, 20))
@@ -120,7 +120,7 @@ def test_resampling_is_close_to_the_cpu_path(tmp_path: Path, height: int, width:
         np.save(file, clip + 20 * (np.indices(clip.shape).sum(0) % 2).astype(np.uint8))
     ours, theirs = (
         loader(root, augment="dihedral", size=size),
-        loader(root, augment="dihedral", size=size, backend="pyav"),
+        loader(root, augment="dihedral", size=size, backend="auto"),
     )
     for a, b in zip(take(ours, 8), take(theirs, 8), strict=True):
         for x, y in zip(a, b, strict=True):
@@ -222,7 +222,7 @@ def test_decoded_frames_are_those_of_pyav(tmp_path: Path, device: Literal["cpu",
     starts = [0, 1, 7, 12, 13, 25]
     draws = [Draw(source, start, (0.0, 0.0), (False, False, False)) for start in starts]
     reader = graph_reader([source], draws, device, 128)
-    everything = luma(PyAVReader().read(source, 0, 30)[:, :, :128])
+    everything = luma(FrameReader().read(source, 0, 30)[:, :, :128])
     for step, start in enumerate(starts):
         reader.prepare(step)
         (clip,) = luma(reader.take(step).cpu().numpy())
@@ -317,9 +317,7 @@ def test_a_gpu_that_is_missing_is_said(tmp_path: Path) -> None:
     root = fill(tmp_path / "data", "raw")
     with pytest.raises(UserError, match="device gpu: expected a CUDA GPU, found none"):
         loader(root, device="gpu")
-    with pytest.raises(UserError, match="device gpu: expected backend auto or dali, got pyav"):
-        loader(root, device="gpu", backend="pyav")
-    with pytest.raises(UserError, match="device: expected cpu, gpu, got tpu"):
+    with pytest.raises(UserError, match="device: expected cpu or gpu, got tpu"):
         loader(root, device="tpu")
 
 

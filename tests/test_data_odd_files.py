@@ -18,7 +18,7 @@ from odd_files import NUM, Expected, make_corpus, number_of, stamped
 from rlv2v.data import index
 from rlv2v.data.index import Source, index_folder, open_dataset
 from rlv2v.data.pipeline import Loader
-from rlv2v.data.readers import AutoReader, PyAVReader
+from rlv2v.data.readers import FrameReader
 
 INDEX = """
 import json, sys
@@ -108,11 +108,8 @@ def test_the_second_index_says_the_same_and_opens_nothing(
     assert len(opened) > len(found)
 
 
-@pytest.mark.parametrize("reader", ["pyav", "auto"])
-def test_what_is_usable_gives_exactly_its_frames(
-    corpus: tuple[Path, dict[str, Expected], list[dict]], reader: str
-) -> None:
-    read = (PyAVReader() if reader == "pyav" else AutoReader(dali=True)).read
+def test_what_is_usable_gives_exactly_its_frames(corpus: tuple[Path, dict[str, Expected], list[dict]]) -> None:
+    read = FrameReader().read
     rng = np.random.default_rng(0)
     wrong = []
     for source in usable(corpus):

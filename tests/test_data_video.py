@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlv2v.data import to_model, to_uint8, video
-from rlv2v.data.video import VideoWriter, write_clip, write_image
+from rlv2v.data.writer import VideoWriter, write_clip, write_image
 from rlv2v.errors import UserError
 
 
@@ -51,7 +51,7 @@ CODECS = {
 
 @pytest.mark.parametrize("name", CODECS)
 def test_every_codec_reads_upright_and_in_order(tmp_path: Path, name: str) -> None:
-    clip = smooth_clip(9, 48, 64)
+    clip = smooth_clip(9, 64, 96)  # x265 corrupts memory below 64 pixels
     encode(tmp_path / name, clip, *CODECS[name], **({"x265-params": "log-level=none"} if "hevc" in name else {}))
     found = np.stack(list(video.read_frames(tmp_path / name)))
     assert found.shape == clip.shape and found.dtype == np.uint8
@@ -113,7 +113,7 @@ def test_other_mistakes_are_named(tmp_path: Path) -> None:
     (tmp_path / "dir.mp4").mkdir()
     for name, message in (
         ("float.npy", r"expected uint8 \(T,H,W,3\), got float64"),
-        ("pickle.npy", "cannot be read as .npy"),
+        ("pickle.npy", r"expected uint8 \(T,H,W,3\), got object"),
         ("dir.mp4", "a folder without images"),
         ("none.mp4", "no such file"),
     ):

@@ -10,7 +10,8 @@ import pytest
 
 from rlv2v.checkpoint import load_translator
 from rlv2v.data.synth import Counts, write_dataset
-from rlv2v.data.video import read_frames, write_clip
+from rlv2v.data.video import read_frames
+from rlv2v.data.writer import write_clip
 from rlv2v.errors import UserError
 from rlv2v.evaluate import Args, evaluate_run, main, open_split, table, translated_clips
 from rlv2v.metrics import METRIC_KEYS, PSNR_CAP, clip_metrics, mean_metrics

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from rlv2v.data.synth import Counts, write_dataset
-from rlv2v.data.video import read_frames, write_image
+from rlv2v.data.video import read_frames
+from rlv2v.data.writer import write_image
 from rlv2v.errors import UserError
 from rlv2v.report import Args, curves, main, running_mean, side_by_side
 

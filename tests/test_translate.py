@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from rlv2v.config import Config
-from rlv2v.data.video import probe, read_frames, write_image
+from rlv2v.data.video import probe, read_frames
+from rlv2v.data.writer import write_image
 from rlv2v.device import pick_device
 from rlv2v.errors import UserError
 from rlv2v.model import Translator

@@ -2,7 +2,7 @@
 
     raw    -> fn.readers.numpy, the drawn frames as its region of interest     every source is a `.npy`
     video  -> fn.experimental.readers.video, fed a list `file label start end` every source is decodable on the device
-    frames -> PyAV (or OpenCV) behind fn.external_source                       anything else, or a mixture
+    frames -> PyAV (or OpenCV), already scaled, behind fn.external_source      anything else, or a mixture
     then   -> resize (short side `size`, antialias), crop, flips, transposition as drawn
 
 On the CPU DALI decodes VP8, VP9 and MJPEG; on a GPU NVDEC decodes. DALI converts by BT.601 whatever a file says, so a
@@ -29,8 +29,9 @@ import torch
 from av.video.reformatter import ColorRange
 
 from rlv2v.data.draws import Draw, Unreadable
-from rlv2v.data.index import BT601, Source
-from rlv2v.data.video import fit_size, one_line, open_video
+from rlv2v.data.index import Source
+from rlv2v.data.usable import BT601
+from rlv2v.data.video import fit_size, one_line, open_video, stream_of
 from rlv2v.errors import UserError
 
 Route = Literal["raw", "video", "frames"]
@@ -48,7 +49,7 @@ def nvdec_takes(source: Source) -> bool:
         return False
     try:
         with open_video(source.path) as container:
-            frame = next(container.decode(container.streams.video[0]))
+            frame = next(container.decode(stream_of(container)))
     except (UserError, av.FFmpegError, OSError, StopIteration):
         return False
     limited_601 = frame.colorspace in BT601 and frame.color_range != ColorRange.JPEG
@@ -57,7 +58,7 @@ def nvdec_takes(source: Source) -> bool:
 
 def route_of(sources: Sequence[Source], device: Literal["cpu", "gpu"]) -> Route:
     """How a set is read; by all of its sources together, so that it does not change when one of them breaks."""
-    if all(source.kind == "raw" for source in sources):
+    if all(source.kind == "raw" and source.status == "ok" for source in sources):
         return "raw"
     decodable = nvdec_takes if device == "gpu" else lambda source: source.kind == "video" and source.dali
     return "video" if all(map(decodable, sources)) else "frames"
@@ -184,6 +185,14 @@ class Run:
         """The draws that this run gives at `step`, if it comes there next."""
         return self.plan[step - self.first] if step == self.step and step - self.first < len(self.plan) else None
 
+    def _shape(self, draw: Draw) -> tuple[int, int, int, int]:
+        """Of the frames that a clip's reader gives."""
+        source, options = draw.source, self._options
+        width, height = source.width, source.height
+        if options.route == "frames":
+            width, height = fit_size(width, height, options.size)
+        return options.frames, height, width, 3
+
     @property
     def left(self) -> int:
         """Steps still to be taken."""
@@ -222,24 +231,20 @@ class Run:
             except (UserError, OSError) as error:
                 reason = one_line(error).removeprefix(f"{one_line(draw.source.path)}: ")
                 self.faults.setdefault(step, {})[draw.source] = reason
-                clips.append(np.zeros((self._options.frames, draw.source.height, draw.source.width, 3), np.uint8))
+                clips.append(np.zeros(self._shape(draw), np.uint8))
         return clips
 
     def take(self) -> torch.Tensor:
         """The clips of this step. Raises `RuntimeError` when DALI fails or gives other frames than were listed."""
-        options, draws, at = (
-            self._options,
-            self.plan[self.step - self.first],
-            (self.step - self.first) * len(self.plan[0]),
-        )
+        at = self.step - self.first
+        draws = self.plan[at]
         outputs = self._graph.outputs()
         shapes = [tuple(int(n) for n in outputs[1].at(k)) for k in range(len(draws))]
-        expected = [(options.frames, draw.source.height, draw.source.width, 3) for draw in draws]
+        expected = [self._shape(draw) for draw in draws]
         if shapes != expected:
             raise RuntimeError(f"expected frames {expected}, got {shapes}")
-        if options.route == "video" and [int(outputs[2].at(k)[0]) for k in range(len(draws))] != [
-            at + k for k in range(len(draws))
-        ]:
+        listed = [at * len(draws) + k for k in range(len(draws))]
+        if self._options.route == "video" and [int(outputs[2].at(k)[0]) for k in range(len(draws))] != listed:
             raise RuntimeError("a listed file was left out")
         clips = self._copy(outputs[0].as_tensor())
         self.step += 1

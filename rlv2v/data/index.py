@@ -16,27 +16,26 @@ import logging
 import os
 import stat
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import av
-import numpy as np
 from tqdm import tqdm
 
-from rlv2v._native import checksum
 from rlv2v.data import video
 from rlv2v.data.usable import Source, excluded, inspect
 from rlv2v.data.video import one_line
+from rlv2v.data.workers import cores
 from rlv2v.errors import UserError
 
 __all__ = ["Dataset", "Source", "entries", "index_folder", "open_dataset"]
 MANIFEST = ".rlv2v-manifest.json"
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
 LAYOUT = {"x": ("trainX", "trainA"), "y": ("trainY", "trainB"), "z": ("trainZ",), "s": ("trainS",)}
-CHUNK = 4 * 2**20
+CHUNK = 2**20
 """Bytes that are hashed at a time."""
 MAX_WORKERS = 8
 """Files decoded at a time, at most: each 4K decoder takes up to 400 MB."""
@@ -73,18 +72,13 @@ def entries(folder: Path, *, stills: bool = False) -> list[Path]:
     return ([folder] if loose else []) + [p for p in found if p not in loose]
 
 
-def files_of(path: Path) -> list[Path]:
-    """The files that a source is made of."""
-    return video.images_in(path) if path.is_dir() else [path]
-
-
 def file_key(path: Path) -> list[int]:
     """What tells a changed source from an unchanged one: [files, bytes, time], the time in ns.
 
     Of a folder, the time is a checksum over name, size and time of each image. Raises `OSError` where a file is missing
     or cannot be looked at, `UserError` for a pipe, socket or device.
     """
-    files = files_of(path)
+    files = video.files_of(path)
     stats = [p.stat() for p in files]
     for file, found in zip(files, stats, strict=True):
         if not stat.S_ISREG(found.st_mode):
@@ -93,29 +87,39 @@ def file_key(path: Path) -> list[int]:
     if not path.is_dir():
         return [1, size, stats[0].st_mtime_ns]
     rows = json.dumps([(f.name, s.st_size, s.st_mtime_ns) for f, s in zip(files, stats, strict=True)])
-    return [len(stats), size, checksum(np.frombuffer(rows.encode(), np.uint8))]
+    return [len(stats), size, int(hashlib.sha256(rows.encode()).hexdigest()[:12], 16)]
 
 
 def content_hash(path: Path) -> str:
-    """16 hex digits over all bytes of a source: XXH64 of the XXH64 of each 4 MiB, a folder's images in order.
+    """SHA-256 of a file, as `sha256sum` prints it; of a folder, SHA-256 of those of its images in order.
 
     Raises `OSError` for what cannot be read.
     """
-    sums: list[int] = []
-    block = np.empty(CHUNK, np.uint8)
-    for file in files_of(path):
-        with file.open("rb") as opened:
-            while num := opened.readinto(block.data):
-                sums.append(checksum(block[:num]))
-    return f"{checksum(np.array(sums, np.uint64).view(np.uint8)):016x}"
+    digests = [file_hash(file) for file in video.files_of(path)]
+    return hashlib.sha256("".join(digests).encode()).hexdigest() if path.is_dir() else digests[0]
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of all bytes of a file."""
+    digest, block = hashlib.sha256(), bytearray(CHUNK)
+    with path.open("rb", buffering=0) as file:
+        while num := file.readinto(block):
+            digest.update(memoryview(block)[:num])
+    return digest.hexdigest()
+
+
+def unchanged(path: Path, known: Entry | None) -> bool:
+    """Whether a source has the key by which it is known."""
+    try:
+        return known is not None and known.key == file_key(path)
+    except (OSError, UserError):
+        return False
 
 
 def examine(path: Path, known: Entry | None, stop: threading.Event) -> Entry:
-    """A source as it is now: as `known` where its key or its content is still the same, else decoded to its end."""
+    """A source as it is now: as `known` where its content is still the same, else decoded to its end."""
     try:
         key = file_key(path)
-        if known and known.key == key:
-            return known
         content = content_hash(path)
         if known and known.key[:2] == key[:2] and known.source.hash == content:
             return Entry(key, known.source)
@@ -140,14 +144,16 @@ def index_folder(folder: Path, *, frames: int, stills: bool = False, workers: in
             f"{one_line(folder)}: cannot be listed: {error.strerror}; expected a folder of videos"
         ) from error
     known = load_manifest(folder)
-    found: dict[str, Entry] = {}
+    names = {path: name_in(folder, path) for path in paths}
+    found = {name: known[name] for path, name in names.items() if unchanged(path, known.get(name))}
     try:
-        for path, entry in examine_all(paths, known, folder, workers):
-            found[name_in(folder, path)] = entry
+        changed = {path: known.get(name) for path, name in names.items() if name not in found}
+        for path, entry in examine_all(changed, folder, workers):
+            found[names[path]] = entry
     finally:
         if found != known:
             save_manifest(folder, found if len(found) == len(paths) else known | found)
-    sources = [found[name_in(folder, path)].source for path in paths]
+    sources = [found[name].source for name in names.values()]
     return [too_short(s, frames) if s.status != "excluded" and s.num_frames < frames else s for s in sources]
 
 
@@ -157,13 +163,15 @@ def name_in(folder: Path, path: Path) -> str:
 
 
 def examine_all(
-    paths: Iterable[Path], known: Mapping[str, Entry], folder: Path, workers: int | None
+    changed: Mapping[Path, Entry | None], folder: Path, workers: int | None
 ) -> Iterator[tuple[Path, Entry]]:
-    """Each source with what it is now, in the order in which they are done."""
+    """Each source with what it is now, in the order in which they are done. changed: what was known of each."""
+    if not changed:
+        return
     stop = threading.Event()
-    pool = ThreadPoolExecutor(workers or min(MAX_WORKERS, os.cpu_count() or 1), thread_name_prefix="rlv2v-index")
+    pool = ThreadPoolExecutor(workers or min(MAX_WORKERS, cores()), thread_name_prefix="rlv2v-index")
     try:
-        jobs = {pool.submit(examine, path, known.get(name_in(folder, path)), stop): path for path in paths}
+        jobs = {pool.submit(examine, path, known, stop): path for path, known in changed.items()}
         progress = tqdm(
             as_completed(jobs), f"index {one_line(folder.name)}", len(jobs), unit="file", delay=2, leave=False
         )

@@ -2,7 +2,8 @@
 
 What a batch is made of is a function of its step (`rlv2v.data.draws`), so a loader's whole state is its step and the
 list of the files that broke. On the CPU each clip is read and resized by a thread (`ThreadReader`); on a GPU, or for
-`backend="dali"`, a DALI graph a set does both (`rlv2v.data.graph`). The draws are the same, the resampling nearly so.
+`backend="dali"`, a DALI graph a set decodes, resizes and crops (`rlv2v.data.graph`). Both draw the same and decode the
+same colours; they resample nearly alike.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ import torch
 from rlv2v.data.draws import SETS, Augment, Draw, Draws, Unreadable, restored
 from rlv2v.data.graph import GraphReader
 from rlv2v.data.index import Dataset, Source, index_folder
-from rlv2v.data.readers import AutoReader, open_reader
+from rlv2v.data.readers import FrameReader, has_dali
 from rlv2v.data.video import centre_crop, fit, fit_size, one_line, read_frames
 from rlv2v.errors import UserError
 
-Backend = Literal["auto", "dali", "pyav"]
+Backend = Literal["auto", "dali"]
 Device = Literal["cpu", "gpu"]
 log = logging.getLogger(__name__)
 
@@ -88,37 +89,37 @@ class Cache:
 
 
 class ClipReader:
-    """Clips by `rlv2v.data.readers`, one reader a thread, whole sources kept in `cache` while it has room."""
+    """Clips of size H = W, one `FrameReader` a thread; whole sources are kept in `cache` while it has room."""
 
-    def __init__(self, backend: Backend, cache: Cache, size: int) -> None:
-        open_reader(backend)  # a missing backend is said now, not in a thread
-        self._backend, self._cache, self._size, self._local = backend, cache, size, threading.local()
+    def __init__(self, cache: Cache, size: int) -> None:
+        self._cache, self._size, self._local = cache, size, threading.local()
 
-    def frames(self, source: Source, start: int, num: int) -> np.ndarray:
-        """Frames `start .. start+num` as the source has them, by this thread's reader."""
+    def read(self, source: Source, start: int, num: int) -> np.ndarray:
+        """Frames `start .. start+num`, short side `size`, by this thread's reader."""
         if not hasattr(self._local, "reader"):
-            self._local.reader = open_reader(self._backend)
-        reader: AutoReader = self._local.reader
-        return reader.read(source, start, num)
+            self._local.reader = FrameReader()
+        reader: FrameReader = self._local.reader
+        return reader.read(source, start, num, fit_size(source.width, source.height, self._size))
 
-    def _resized(self, source: Source, start: int, num: int) -> np.ndarray:
-        """Frames `start .. start+num`, short side `size`, from memory where the source is kept there."""
+    def _cached(self, source: Source, start: int, num: int) -> np.ndarray:
+        """The same, from memory where the source is kept there."""
         whole = self._cache.get(source)
         if whole is None:
             width, height = fit_size(source.width, source.height, self._size)
-            if not self._cache.reserve(source, source.num_frames * width * height * 3):
-                return fit(self.frames(source, start, num), self._size)
+            num_bytes = source.num_frames * width * height * 3
+            if not self._cache.reserve(source, num_bytes):
+                return self.read(source, start, num)
             try:
-                whole = fit(self.frames(source, 0, source.num_frames), self._size)
+                whole = self.read(source, 0, source.num_frames)
             except (UserError, OSError):  # whether a draw fails must not depend on which thread was to fill the cache
-                self._cache.release(source.num_frames * width * height * 3)
-                return fit(self.frames(source, start, num), self._size)
+                self._cache.release(num_bytes)
+                return self.read(source, start, num)
             self._cache.put(source, whole)
         return whole[start : start + num]
 
     def clip(self, draw: Draw, num: int) -> np.ndarray:
         """The frames of a draw, cropped and flipped, uint8 (num,size,size,3)."""
-        clip = self._resized(draw.source, draw.start, num)
+        clip = self._cached(draw.source, draw.start, num)
         top, left = draw.corner(self._size)
         clip = clip[:, top : top + self._size, left : left + self._size]
         left_right, up_down, transposed = draw.flips
@@ -168,8 +169,8 @@ class Loader:
     crop is random in all three.  threads: background readers, without influence on what is drawn.  cache_mib: memory
     for whole sources, resized; 0 = none; a DALI graph keeps none.
     device: where the batches are; on `gpu`, which is torch's current CUDA device, DALI decodes, resizes and crops.
-    backend: on the CPU `auto` decodes short VP9 by DALI where it is installed, `pyav` never, `dali` runs the GPU's
-    graph on the CPU. `dali` and `gpu` raise where DALI is missing.
+    backend: `dali` runs the GPU's graph on the CPU, `auto` the faster threads. `dali` and `gpu` raise where DALI is
+    missing.
 
     A file that breaks during the run is warned about by name and left out, another clip of its set takes its place;
     `UserError` lists the files when more than a fifth of a set is lost. Each rank has its own list of them.
@@ -209,7 +210,7 @@ class Loader:
             raise UserError(f"batch: expected 0 or more of each set, got {dict(batch)}")
         self._graph = uses_graph(device, backend)
         self.size, self.threads, self.device, self.step = size, threads, device, 0
-        self._clips = ClipReader("pyav" if self._graph else backend, Cache(cache_mib * 2**20), size)
+        self._clips = ClipReader(Cache(cache_mib * 2**20), size)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rlv2v-loader")
         self._new_draws = partial(
             Draws, batch=batch, frames=frames, seed=seed, rank=rank, world_size=world_size, augment=augment
@@ -229,7 +230,7 @@ class Loader:
             self.plan.dataset.sets[name],
             draws,
             partial(self.plan.compute, name),
-            lambda draw: self._pool.submit(self._clips.frames, draw.source, draw.start, num),
+            lambda draw: self._pool.submit(self._clips.read, draw.source, draw.start, num),
             batch=self.plan.batch[name],
             frames=num,
             size=self.size,
@@ -310,16 +311,15 @@ class Loader:
 
 
 def uses_graph(device: Device, backend: Backend) -> bool:
-    """Whether a DALI graph reads the sets; `UserError` where device and backend do not go together or are missing."""
-    if device not in get_args(Device):
-        raise UserError(f"device: expected {', '.join(get_args(Device))}, got {device}")
-    if device == "cpu":
-        open_reader(backend)
-        return backend == "dali"
-    if backend == "pyav":
-        raise UserError("device gpu: expected backend auto or dali, got pyav, which decodes on the CPU alone")
-    open_reader("dali")
-    if not torch.cuda.is_available():
+    """Whether a DALI graph reads the sets; `UserError` where what it needs is missing."""
+    for name, value, known in (("device", device, Device), ("backend", backend, Backend)):
+        if value not in get_args(known):
+            raise UserError(f"{name}: expected {' or '.join(get_args(known))}, got {value}")
+    if (device, backend) == ("cpu", "auto"):
+        return False
+    if not has_dali():
+        raise UserError(f"device {device}, backend {backend}: DALI is not installed; install nvidia-dali-cuda130")
+    if device == "gpu" and not torch.cuda.is_available():
         raise UserError("device gpu: expected a CUDA GPU, found none that torch can use; use device cpu")
     return True
 

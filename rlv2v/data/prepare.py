@@ -17,8 +17,9 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -28,8 +29,10 @@ import av
 import numpy as np
 
 from rlv2v.data import video
-from rlv2v.data.index import Source, inspect
-from rlv2v.data.video import VideoWriter, fit_size, one_line, resize
+from rlv2v.data.index import Source, examine
+from rlv2v.data.usable import excluded
+from rlv2v.data.video import fit_size, one_line
+from rlv2v.data.writer import VideoWriter, write_image
 from rlv2v.errors import UserError
 
 VERSION = 1
@@ -45,11 +48,9 @@ Store = Literal["raw", "video"]
 
 @dataclass(frozen=True)
 class Survey:
-    """A source, what its bytes are, and what it becomes."""
+    """A source and what it becomes."""
 
     source: Source
-    sha256: str
-    """Of the file's bytes, or of the names and bytes of a folder's images; empty if excluded."""
     frames: int
     """Of the output."""
     fps: float
@@ -69,36 +70,22 @@ class Job:
 
 def survey(path: Path, fps: float | None) -> Survey:
     """Decode a source to its end and hash it. What is wrong with the file is said in `source.status` and `.reason`."""
-    source = inspect(path)
-    blank = Survey(source, "", 0, 0.0)
+    source = examine(path, None, threading.Event()).source
+    blank = Survey(source, 0, 0.0)
     if source.status == "excluded":
         return blank
     try:
         if source.num_frames < 1:
             raise UserError(source.reason or "no frame can be read")
         wanted, rate = timing(source, fps)
-        return Survey(source, hash_of(path), len(wanted), float(rate))
+        return Survey(source, len(wanted), float(rate))
     except (UserError, OSError) as error:
-        reason = one_line(error).removeprefix(f"{one_line(path)}: ")
-        return replace(blank, source=replace(source, status="excluded", reason=reason))
+        return unusable(path, str(error))
 
 
 def unusable(path: Path, reason: str) -> Survey:
-    """The survey of a source that could not be surveyed."""
-    blank = Source(path, video.kind_of(path), "", 0, 0.0, 0, 0, 0, False, "excluded", one_line(reason))
-    return Survey(blank, "", 0, 0.0)
-
-
-def hash_of(path: Path) -> str:
-    """SHA-256 of a file, or of the names and bytes of a folder's images."""
-    digest = hashlib.sha256()
-    for part in video.images_in(path) if path.is_dir() else [path]:
-        if part != path:
-            digest.update(f"{part.name}\0{part.stat().st_size}\0".encode(errors="surrogateescape"))
-        with part.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+    """The survey of a source that cannot be used."""
+    return Survey(excluded(path, reason), 0, 0.0)
 
 
 def frame_times(source: Source) -> np.ndarray:
@@ -109,7 +96,7 @@ def frame_times(source: Source) -> np.ndarray:
     """
     num = source.num_frames
     with video.open_video(source.path) as container:
-        stream = container.streams.video[0]
+        stream = video.stream_of(container)
         base = stream.time_base
         try:
             shown = [p.pts for p in container.demux(stream) if p.size]
@@ -120,7 +107,7 @@ def frame_times(source: Source) -> np.ndarray:
         known.sort()
     else:
         with video.open_video(source.path) as container:
-            shown = [f.pts for f in islice(container.decode(container.streams.video[0]), num)]
+            shown = [f.pts for f in islice(container.decode(video.stream_of(container)), num)]
         known = [pts for pts in shown if pts is not None]
     times = np.array(known, np.float64) * float(base or 0)
     if len(times) != num or (np.diff(times) <= 0).any():
@@ -190,9 +177,9 @@ def is_whole(path: Path, found: Survey, size: int, store: Store) -> bool:
         if found.source.kind == "image":
             return video.read_image(path).shape == (height, width, 3)
         if store == "raw":
-            return video.open_raw(path).shape == (found.frames, height, width, 3)
+            return video.raw_shape(path) == ((found.frames, height, width, 3), found.frames)
         with video.open_video(path) as container:
-            stream = container.streams.video[0]
+            stream = video.stream_of(container)
             return (stream.frames, stream.width, stream.height) == (found.frames, width, height)
     except UserError:
         return False
@@ -202,12 +189,10 @@ def frames_of(job: Job, wanted: np.ndarray) -> Iterator[np.ndarray]:
     """The output's frames, one at a time in memory."""
     source, num = job.survey.source, 0
     size = target_size(source, job.size, job.store)
-    for index, frame in enumerate(video.read_frames(source.path, num=int(wanted[-1]) + 1)):
-        if num < len(wanted) and wanted[num] == index:
-            scaled = frame if frame.shape[1::-1] == size else resize(frame, *size)
-            while num < len(wanted) and wanted[num] == index:
-                yield scaled
-                num += 1
+    for index, frame in enumerate(video.read_frames(source.path, num=int(wanted[-1]) + 1, size=size)):
+        while num < len(wanted) and wanted[num] == index:
+            yield frame
+            num += 1
     if num != len(wanted):
         raise UserError(f"expected {len(wanted)} frames, got {num}: the file changed while in use; start again")
 
@@ -219,7 +204,7 @@ def write(path: Path, job: Job) -> None:
         raise UserError("the file changed while in use; start again")
     frames = frames_of(job, wanted)
     if job.survey.source.kind == "image":
-        video.write_image(path, next(frames))
+        write_image(path, next(frames))
     elif job.store == "video":
         with VideoWriter(path, rate, "vp9") as writer:
             for frame in frames:

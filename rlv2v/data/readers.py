@@ -1,165 +1,150 @@
-"""Reading frames `start .. start+num` of a source: DALI's CPU decoder for VP9 clips, PyAV for everything else.
+"""Frames `start .. start+num` of a source at random, scaled while they are read.
 
-Both give uint8 RGB (num,H,W,3). Raw `.npy` sources are sliced from a memory map, which copies only the asked bytes
-(0.16 ms a 16-frame 64x150 clip, where DALI's `readers.numpy` takes 1.1 ms). Which reader serves a source depends on the
-source alone, never on the draw, so that the same draw gives the same bits with and without a cache.
+A video is decoded from the key frame before `start`, found by the times of the file's packets. The file stays open from
+clip to clip, each wanted frame is scaled and converted in one pass from the decoder's own memory, and frames before
+`start` to which no other refers are not decoded. Where the times do not number the frames, it is read from its start.
 """
 
 from __future__ import annotations
 
-import itertools
-import logging
-from collections.abc import Iterable
-from typing import Any, Literal, Protocol
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import av
 import numpy as np
 
 from rlv2v.data import video
 from rlv2v.data.index import Source
-from rlv2v.data.video import one_line
+from rlv2v.data.video import Upright, one_line, resize
 from rlv2v.errors import UserError
 
-DALI_MAX_FRAMES = 64
-"""DALI's decoder takes a file as bytes and decodes from frame 0: longer videos are left to PyAV, which seeks."""
-log = logging.getLogger(__name__)
+Size = tuple[int, int]
+"""Width and height, pixels."""
+Times = tuple[np.ndarray, np.ndarray]
+"""When frames are shown, in the stream's ticks, ascending: all of them, and the key frames."""
+KEPT_FILES = 64
+KEPT_PIXELS = 4 * 1920 * 1080
+"""Videos stay open while they are few and their frames small: a decoder keeps up to 17 of them."""
+SKIPS = {"h264", "hevc"}
+"""Codecs of which a decoder can leave out the frames that no other refers to."""
 
 
-class Reader(Protocol):
-    """Frames `start .. start+num` of a source as uint8 (num,H,W,3); `UserError` names a file that cannot be read."""
-
-    def read(self, source: Source, start: int, num: int) -> np.ndarray: ...
-
-
-def whole(source: Source, start: int, num: int, frames: np.ndarray) -> np.ndarray:
-    """`frames` if they are what the index promised."""
-    expected = (num, source.height, source.width, 3)
-    if frames.shape != expected:
-        raise UserError(
-            f"{one_line(source.path)}: expected {expected} from frame {start} on, got {frames.shape}; "
-            "the file changed while in use: start again to index it anew"
-        )
-    return frames
+def packet_times(source: Source) -> Times | None:
+    """The times of the frames that the index counts; None where the file's packets do not number them."""
+    with video.open_video(source.path) as container:
+        packets = [p for p in container.demux(video.stream_of(container)) if p.size and not p.is_discard]
+    shown = sorted(p.pts for p in packets if p.pts is not None)
+    enough = len(shown) >= source.num_frames if source.status == "truncated" else len(shown) == source.num_frames
+    if not enough or len(set(shown)) != len(packets):
+        return None
+    keys = sorted(p.pts for p in packets if p.is_keyframe and p.pts is not None)
+    return np.array(shown[: source.num_frames], np.int64), np.array(keys, np.int64)
 
 
-class PyAVReader:
-    """Every kind of source. In a video it seeks the key frame before `start`, by the times of the file's packets."""
+class Video:
+    """A video file that stays open, decoded in one thread."""
+
+    def __init__(self, source: Source, times: Times, size: Size) -> None:
+        self.size, self.pixels = size, source.width * source.height
+        self._times, self._skips, self._upright = times, source.codec in SKIPS, Upright(size)
+        self._container = video.open_video(source.path)
+        self._stream = video.stream_of(self._container)
+        self._stream.codec_context.thread_count = 1
+
+    def read(self, start: int, num: int) -> np.ndarray | None:
+        """Frames `start .. start+num`, uint8 (num,H,W,3); None where the file no longer leads to exactly them."""
+        shown, keys = self._times
+        wanted = shown[start : start + num].tolist()
+        key = int(np.searchsorted(keys, wanted[0], "right")) - 1
+        if key < 0:
+            return None
+        clip, count = np.empty((num, self.size[1], self.size[0], 3), np.uint8), 0
+        try:
+            for frame in self._decode(int(keys[key]), wanted[0]):
+                if frame.pts is None or frame.is_corrupt or frame.pts > wanted[count]:
+                    return None
+                if frame.pts == wanted[count]:
+                    clip[count] = self._upright(frame)
+                    count += 1
+                    if count == num:
+                        return clip
+        except av.FFmpegError:
+            return None
+        return None
+
+    def _decode(self, key: int, first: int) -> Iterator[av.VideoFrame]:
+        """The frames from the key frame shown at `key` on; before `first` only those to which others refer."""
+        context = self._stream.codec_context
+        self._container.seek(key, stream=self._stream)
+        for packet in self._container.demux(self._stream):
+            unseen = self._skips and packet.pts is not None and packet.pts < first
+            context.skip_frame = "NONREF" if unseen else "DEFAULT"
+            yield from packet.decode()
+
+    def close(self) -> None:
+        self._container.close()
+
+
+class FrameReader:
+    """Reads any source, and keeps videos open. Not for two threads at once: one reader a thread."""
 
     def __init__(self) -> None:
-        self._times: dict[str, tuple[list[int], list[int]] | None] = {}
+        self._times: dict[Path, Times | None] = {}
+        self._videos: OrderedDict[Path, Video] = OrderedDict()
 
-    def read(self, source: Source, start: int, num: int) -> np.ndarray:
-        if source.kind == "raw":
-            frames: np.ndarray = np.array(video.open_raw(source.path)[start : start + num])
-        elif source.kind == "frames":
-            shape = (source.height, source.width, 3)
-            images = map(video.read_image, video.images_in(source.path)[start : start + num])
-            frames = stack(i if i.shape == shape else video.resize(i, source.width, source.height) for i in images)
-        elif source.kind == "video" and start > 0:
-            frames = self._seek(source, start, num)
+    def read(self, source: Source, start: int, num: int, size: Size | None = None) -> np.ndarray:
+        """Frames `start .. start+num`, uint8 RGB (num,H,W,3), scaled to `size` (None: as the source has them).
+
+        The same call gives the same bits, whatever was read before. Raises `UserError` naming a file that cannot be
+        read or no longer has these frames.
+        """
+        size = size or (source.width, source.height)
+        if source.kind == "video":
+            frames = self._read_video(source, start, num, size)
+        elif source.kind == "raw":
+            frames = video.read_raw(source.path, start, num)
+            if frames.shape[2:0:-1] != size:
+                frames = stack(resize(frame, *size) for frame in frames)
         else:
-            frames = stack(video.read_frames(source.path, start=start, num=num))
-        return whole(source, start, num, frames)
+            images = map(video.read_image, video.files_of(source.path)[start : start + num])
+            frames = stack(image if image.shape[1::-1] == size else resize(image, *size) for image in images)
+        expected = (num, size[1], size[0], 3)
+        if frames.shape != expected:
+            raise UserError(
+                f"{one_line(source.path)}: expected {expected} from frame {start} on, got {frames.shape}; "
+                "the file changed while in use: start again to index it anew"
+            )
+        return frames
 
-    def _seek(self, source: Source, start: int, num: int) -> np.ndarray:
-        """Decode from the last key frame shown at or before `start`; from frame 0 where times cannot be trusted."""
-        key = str(source.path)
-        if key not in self._times:
-            self._times[key] = packet_times(source)
-        times = self._times[key]
-        if times is not None:
-            shown, keys = times
-            at = max((k for k in keys if k <= shown[start]), default=None)
-            frames = decode_from(source, at, shown[start : start + num]) if at is not None else None
+    def _read_video(self, source: Source, start: int, num: int, size: Size) -> np.ndarray:
+        path = source.path
+        if path not in self._times:
+            self._times[path] = packet_times(source)
+        times = self._times[path]
+        if times is not None and start + num <= len(times[0]):
+            opened = self._videos.pop(path, None)
+            if opened is None or opened.size != size:
+                opened = Video(source, times, size)
+            frames = opened.read(start, num)
             if frames is not None:
+                self._keep(path, opened)
                 return frames
-        return stack(video.read_frames(source.path, start=start, num=num))
+            opened.close()
+        return stack(video.read_frames(path, start=start, num=num, size=size))
+
+    def _keep(self, path: Path, opened: Video) -> None:
+        """Leave a video open, and close those that were not used for the longest time."""
+        self._videos[path] = opened
+        while len(self._videos) > KEPT_FILES or sum(v.pixels for v in self._videos.values()) > KEPT_PIXELS:
+            _, oldest = self._videos.popitem(last=False)
+            oldest.close()
 
 
 def stack(frames: Iterable[np.ndarray]) -> np.ndarray:
     """(T,H,W,3) of frames (H,W,3); shape (0,) of none."""
     found = list(frames)
     return np.stack(found) if found else np.empty(0, np.uint8)
-
-
-def packet_times(source: Source) -> tuple[list[int], list[int]] | None:
-    """Presentation times of all frames and of the key frames, ascending; None where they do not number the frames."""
-    with video.open_video(source.path) as container:
-        packets = [p for p in container.demux(container.streams.video[0]) if p.size]
-    shown = sorted(p.pts for p in packets if p.pts is not None)
-    if len(shown) != source.num_frames or len(set(shown)) != len(packets):
-        return None
-    return shown, sorted(p.pts for p in packets if p.is_keyframe)
-
-
-def decode_from(source: Source, at: int, wanted: list[int]) -> np.ndarray | None:
-    """The frames shown at the times `wanted`, decoded from key frame `at`; None if the seek landed behind it."""
-    frames: list[np.ndarray] = []
-    with video.open_video(source.path) as container:
-        stream = container.streams.video[0]
-        size = (stream.codec_context.width, stream.codec_context.height)
-        try:
-            container.seek(at, stream=stream)
-            for frame in container.decode(stream):
-                if frame.pts is None or (not frames and frame.pts > wanted[0]) or frame.is_corrupt:
-                    return None
-                if frame.pts == wanted[len(frames)]:
-                    frames.append(video.upright(frame, *size))
-                if len(frames) == len(wanted):
-                    return np.stack(frames)
-        except av.FFmpegError:
-            return None  # the sequential read that follows names the fault
-    return None
-
-
-class DaliReader:
-    """DALI's CPU video decoder on the bytes of one file. Not for two threads at once: one reader a thread."""
-
-    def __init__(self) -> None:
-        self._pipeline: Any = None
-
-    def read(self, source: Source, start: int, num: int) -> np.ndarray:
-        try:
-            encoded = np.fromfile(source.path, np.uint8)
-            if self._pipeline is None:
-                self._pipeline = dali_pipeline()
-            self._pipeline.feed_input("encoded", [encoded])
-            self._pipeline.feed_input("start", [np.array(start, np.int32)])
-            self._pipeline.feed_input("num", [np.array(num, np.int32)])
-            frames: np.ndarray = np.array(self._pipeline.run()[0].at(0))
-        except (OSError, RuntimeError) as error:
-            self._pipeline = None  # an error in a DALI pipeline is sticky: the next read builds a new one
-            raise UserError(f"{one_line(source.path)}: cannot be decoded by DALI: {one_line(error)[:300]}") from error
-        return whole(source, start, num, frames)
-
-
-def dali_pipeline() -> Any:
-    """encoded bytes, start, num -> frames start .. start+num, on the CPU, one file a run."""
-    from nvidia.dali import fn, pipeline, types
-
-    new_graph: Any = pipeline.Pipeline
-    graph = new_graph(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
-    with graph:
-        encoded = fn.external_source(name="encoded", dtype=types.DALIDataType.UINT8, ndim=1)
-        start = fn.external_source(name="start", dtype=types.DALIDataType.INT32, ndim=0)
-        num = fn.external_source(name="num", dtype=types.DALIDataType.INT32, ndim=0)
-        frames = fn.decoders.video(encoded, device="cpu", start_frame=start, sequence_length=num, pad_mode="none")
-        graph.set_outputs(frames)
-    graph.build()
-    return graph
-
-
-class AutoReader:
-    """DALI for what it decodes like PyAV does, PyAV for the rest. `dali=False` leaves all to PyAV."""
-
-    def __init__(self, *, dali: bool) -> None:
-        self._pyav = PyAVReader()
-        self._dali = DaliReader() if dali else None
-
-    def read(self, source: Source, start: int, num: int) -> np.ndarray:
-        if self._dali is not None and source.dali and source.num_frames <= DALI_MAX_FRAMES:
-            return self._dali.read(source, start, num)
-        return self._pyav.read(source, start, num)
 
 
 def has_dali() -> bool:
@@ -169,18 +154,3 @@ def has_dali() -> bool:
     except ImportError:
         return False
     return True
-
-
-_logged = itertools.count()
-
-
-def open_reader(backend: Literal["auto", "dali", "pyav"]) -> AutoReader:
-    """The reader for `backend`; `dali` where DALI is missing raises, `auto` falls back to PyAV and says so once."""
-    if backend not in ("auto", "dali", "pyav"):
-        raise UserError(f"backend: expected auto, dali or pyav, got {backend}")
-    found = backend != "pyav" and has_dali()
-    if backend == "dali" and not found:
-        raise UserError("backend dali: DALI is not installed; install nvidia-dali-cuda130 or use backend auto")
-    if backend == "auto" and not found and next(_logged) == 0:
-        log.info("DALI is not installed: every video is decoded by PyAV")
-    return AutoReader(dali=found)

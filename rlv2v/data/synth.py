@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rlv2v.data.video import one_line, write_clip, write_image
+from rlv2v.data.video import one_line
+from rlv2v.data.writer import write_clip, write_image
 from rlv2v.errors import UserError
 
 BLACK, BLUE, RED = (0, 0, 0), (0, 0, 255), (255, 0, 0)

@@ -15,7 +15,6 @@ from typing import Literal
 
 import av
 import numpy as np
-from av.stream import Disposition
 from av.video.reformatter import ColorRange
 
 from rlv2v.data import video
@@ -24,8 +23,6 @@ from rlv2v.errors import UserError
 
 BT601 = {2, 5, 6}
 """AVColorSpace numbers that mean BT.601 or, untagged, are read as it."""
-TEXT_FORMATS = {"tty", "bin", "xbin", "adf", "idf", "concat", "hls", "dash", "sdp", "svg_pipe"}
-"""What FFmpeg draws as a picture (a README.txt) or follows to other files and hosts (a playlist)."""
 ONE_PICTURE_A_PACKET = {"h264", "hevc", "vp9", "av1"}
 """Codecs of which a whole file shows each packet once, at the packet's time."""
 
@@ -68,8 +65,7 @@ def decode_all(path: Path, stop: threading.Event) -> tuple[Source, str]:
     packets: list[tuple[int | None, int | None]] = []
     sizes, turned, damage, first = set(), False, "", None
     with video.open_video(path) as container:
-        stream = container.streams.video[0]
-        refuse(path, container)
+        stream = video.stream_of(container)
         codec = stream.codec_context.codec.canonical_name
         fps = float(stream.average_rate or stream.guessed_rate or 25)
         pixels = stream.codec_context.pix_fmt
@@ -103,17 +99,6 @@ def decode_all(path: Path, stop: threading.Event) -> tuple[Source, str]:
     return replace(found, variable=varies(known(times[:count]))), damage
 
 
-def refuse(path: Path, container: av.container.InputContainer) -> None:
-    """Raise `UserError` for what FFmpeg opens but no user means as a video."""
-    stream = container.streams.video[0]
-    if container.format.name in TEXT_FORMATS:
-        raise UserError(f"{one_line(path)}: a text file or a playlist; expected a video")
-    if stream.disposition & Disposition.attached_pic:
-        raise UserError(f"{one_line(path)}: no video stream but a cover picture; expected a video")
-    if stream.codec_context is None:
-        raise UserError(f"{one_line(path)}: PyAV does not know its codec; expected H.264, VP9 or another common one")
-
-
 def before_the_end(
     container: av.container.InputContainer,
     path: Path,
@@ -124,7 +109,7 @@ def before_the_end(
 
     times: of the frames as decoded; packets: (time to show, time to decode) as read.
     """
-    stream = container.streams.video[0]
+    stream = video.stream_of(container)
     num, missing = len(times), seconds_missing(container, known(times))
     if stream.codec_context.codec.canonical_name in ONE_PICTURE_A_PACKET and times and times[0] is not None:
         shown = sorted(p for p, _ in packets if p is not None and p >= times[0])
@@ -167,7 +152,7 @@ def seconds_missing(container: av.container.InputContainer, times: list[int]) ->
     Such a file has no count of its frames, and a cut one ends without an error. Where it has sound as well, the length
     that it declares may be the sound's: then a second less counts as none.
     """
-    stream = container.streams.video[0]
+    stream = video.stream_of(container)
     if "matroska" not in container.format.name or not container.duration or not times or stream.time_base is None:
         return 0.0
     steps = np.diff(times)
@@ -194,8 +179,7 @@ def inspect(path: Path, stop: threading.Event) -> Source:
             source, damage = decode_all(path, stop)
         else:
             about = video.probe(path)
-            frames = video.open_raw(path) if kind == "raw" else None
-            count, damage = (len(frames), "") if frames is not None else count_images(path, stop)
+            count, damage = count_raw(path) if kind == "raw" else count_images(path, stop)
             source = Source(
                 path, kind, about.codec, count, float(about.fps), about.width, about.height, 0, False, "ok", ""
             )
@@ -215,11 +199,17 @@ def local(reason: str, path: Path) -> str:
     return one_line(reason).removeprefix(f"{name}: ").replace(f"{name}/", "")
 
 
+def count_raw(path: Path) -> tuple[int, str]:
+    """How many frames a raw clip holds whole, and why not all that it declares."""
+    (num, *_), held = video.raw_shape(path)
+    return held, f"the file ends after {held} of {num} frames" if held < num else ""
+
+
 def count_images(path: Path, stop: threading.Event) -> tuple[int, str]:
     """How many images of a frame folder (or 1) can be read from the first on, and why no more."""
     count = 0
     try:
-        for _ in video.all_frames(path):
+        for _ in video.stored_frames(path):
             if stop.is_set():
                 raise Stopped
             count += 1

@@ -23,6 +23,11 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def start_worker() -> None:
     """What each worker does first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
