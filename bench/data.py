@@ -32,9 +32,10 @@ from machine import commit, machine, version
 from real_pair import street_clip
 
 from rlv2v.cli import run_command
-from rlv2v.data.index import MANIFEST, open_dataset
+from rlv2v.data.index import MANIFEST, index_folder, open_dataset
 from rlv2v.data.synth import Counts, write_dataset
 from rlv2v.data.video import read_frames, resize
+from rlv2v.data.workers import cores
 from rlv2v.errors import UserError
 
 NUM_FILES, LENGTH = 4, 120
@@ -179,7 +180,10 @@ def took(call: Callable[[], object]) -> float:
 
 
 def index_rows(root: Path, files: dict[str, list[Path]], repeats: int) -> list[Row]:
-    """Indexing of 16 files, first and second time, against one plain decode of them, in turns."""
+    """Indexing of 16 files, first and second time, against one plain decode of them, in turns.
+
+    The first time with one file at a time, as the plain decode has it, and as it is by default, one a core.
+    """
     for name in ("trainX", "trainY"):
         (root / name).mkdir(parents=True)
     for form in (VP9_256, H264_256):
@@ -194,20 +198,31 @@ def index_rows(root: Path, files: dict[str, list[Path]], repeats: int) -> list[R
                 for _ in container.decode(video=0):
                     pass
 
-    times: dict[str, list[float]] = {"plain decode": [], "first run": [], "second run": []}
-    for _ in range(repeats):
+    def forget() -> None:
         for manifest in root.rglob(MANIFEST):
-            manifest.unlink()
+            manifest.unlink(missing_ok=True)
+
+    def one_at_a_time() -> None:
+        for name in ("trainX", "trainY"):
+            index_folder(root / name, frames=FRAMES, workers=1)
+
+    times: dict[str, list[float]] = {"plain decode": [], "one at a time": [], "first run": [], "second run": []}
+    for _ in range(repeats):
         times["plain decode"].append(took(decode))
+        forget()
+        times["one at a time"].append(took(one_at_a_time))
+        forget()
         times["first run"].append(took(lambda: open_dataset(root, frames=FRAMES)))
         times["second run"] += [took(lambda: open_dataset(root, frames=FRAMES)) for _ in range(3)]
-    plain, first, second = (median(found) for found in times.values())
+    plain, one, first, second = (median(found) for found in times.values())
     row: Row = {"case": f"index of {len(paths)} files of {LENGTH} frames", "backend": "rlv2v", "repeats": repeats}
-    row |= {"plain_decode_ms": round(1e3 * plain), "first_ms": round(1e3 * first), "second_ms": round(1e3 * second, 2)}
+    row |= {"plain_decode_ms": round(1e3 * plain), "one_at_a_time_ms": round(1e3 * one), "first_ms": round(1e3 * first)}
+    row |= {"second_ms": round(1e3 * second, 2), "cores": cores(), "one_at_a_time_over_plain": round(one / plain, 3)}
     row |= {"first_over_plain": round(first / plain, 3), "first_over_second": round(first / second, 1)}
     print(
-        f"{row['case']}: plain decode {1e3 * plain:.0f} ms, first run {1e3 * first:.0f} ms ({first / plain:.2f} x), "
-        f"second run {1e3 * second:.1f} ms ({first / second:.0f} x faster)",
+        f"{row['case']}: plain decode {1e3 * plain:.0f} ms, one at a time {1e3 * one:.0f} ms ({one / plain:.2f} x), "
+        f"on {cores()} cores {1e3 * first:.0f} ms ({first / plain:.2f} x), again {1e3 * second:.1f} ms "
+        f"({first / second:.0f} x faster)",
         flush=True,
     )
     return [row]

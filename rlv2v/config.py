@@ -13,7 +13,9 @@ from rlv2v.errors import UserError
 
 DEFAULT_BUDGET = 300.0  # seconds
 # What may change between a run and its resumption; every other field makes it another run.
-FREE_ON_RESUME = frozenset({"data", "out", "resume", "steps", "budget", "device", "threads", "snapshot_seconds"})
+FREE_ON_RESUME = frozenset(
+    {"data", "out", "resume", "steps", "budget", "device", "threads", "loader_threads", "snapshot_seconds"}
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ class Config:
     """Torch device: cpu, cuda, cuda:1; auto: cuda where there is one."""
     threads: int = 1
     """CPU threads; 0: as many as torch finds. One is fastest below 64 pixels."""
+    loader_threads: int = 1
+    """Threads that read and decode the next batches; without influence on what is drawn."""
+    decode: Literal["cpu", "gpu"] = "cpu"
+    """Where clips are decoded and resized: by the loader's threads, or on the CUDA device by DALI and NVDEC."""
     size: int = 32
     """Side of the square training crops, pixels; the short side of a video is resized to it."""
     frames: int = 8
@@ -189,7 +195,16 @@ class Config:
         need(len(self.judge_widths) >= 1 and min(self.judge_widths) > 0, "judge_widths", "positive numbers")
         multiple = self.patch * 2 ** len(self.widths)
         need(self.size % multiple == 0, "size", f"a multiple of {multiple} (patch * 2 ** number of widths)")
-        for name in ("batch_x", "batch_y", "batch_z", "batch_s", "transitions", "rl_every", "replay_capacity"):
+        for name in (
+            "batch_x",
+            "batch_y",
+            "batch_z",
+            "batch_s",
+            "transitions",
+            "rl_every",
+            "replay_capacity",
+            "loader_threads",
+        ):
             need(getattr(self, name) >= 1, name, "at least 1")
         for name in ("threads", "judge_frames", "warmup_steps"):
             need(getattr(self, name) >= 0, name, "a number >= 0")

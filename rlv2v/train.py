@@ -83,6 +83,8 @@ def train(config: Config) -> None:
         size=config.size,
         seed=config.seed,
         augment=config.augment,
+        threads=config.loader_threads,
+        device=config.decode,
     )
     agents = build_agents(nets, targets, config) if config.rl else {}
     schedule = Schedule(config)

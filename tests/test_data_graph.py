@@ -205,7 +205,7 @@ def test_the_video_route_gives_exactly_the_drawn_frames(
 ) -> None:
     sources = sources_of(tmp_path, codec, 5, 128, 128)
     rng = np.random.default_rng(0)
-    picks = [(int(rng.integers(5)), int(rng.integers(40 - T + 1))) for _ in range(150)]
+    picks = [(int(rng.integers(5)), int(rng.integers(40 - T + 1))) for _ in range(400)]
     draws = [Draw(sources[k], start, (0.0, 0.0), (False, False, False)) for k, start in picks]
     reader = graph_reader(sources, draws, device, 128)
     for step, (k, start) in enumerate(picks):

@@ -23,7 +23,7 @@ import torch
 from rlv2v.data.draws import SETS, Augment, Draw, Draws, Unreadable, restored
 from rlv2v.data.graph import GraphReader
 from rlv2v.data.index import Dataset, Source, index_folder
-from rlv2v.data.readers import FrameReader, has_dali
+from rlv2v.data.readers import FrameReader, Times, has_dali
 from rlv2v.data.video import centre_crop, fit, fit_size, one_line, read_frames
 from rlv2v.errors import UserError
 
@@ -93,11 +93,12 @@ class ClipReader:
 
     def __init__(self, cache: Cache, size: int) -> None:
         self._cache, self._size, self._local = cache, size, threading.local()
+        self._times: dict[Path, Times | None] = {}
 
     def read(self, source: Source, start: int, num: int) -> np.ndarray:
         """Frames `start .. start+num`, short side `size`, by this thread's reader."""
         if not hasattr(self._local, "reader"):
-            self._local.reader = FrameReader()
+            self._local.reader = FrameReader(self._times)
         reader: FrameReader = self._local.reader
         return reader.read(source, start, num, fit_size(source.width, source.height, self._size))
 

@@ -23,7 +23,7 @@ Size = tuple[int, int]
 """Width and height, pixels."""
 Times = tuple[np.ndarray, np.ndarray]
 """When frames are shown, in the stream's ticks, ascending: all of them, and the key frames."""
-KEPT_FILES = 64
+KEPT_FILES = 32
 KEPT_PIXELS = 4 * 1920 * 1080
 """Videos stay open while they are few and their frames small: a decoder keeps up to 17 of them."""
 SKIPS = {"h264", "hevc"}
@@ -78,8 +78,8 @@ class Video:
         context = self._stream.codec_context
         self._container.seek(key, stream=self._stream)
         for packet in self._container.demux(self._stream):
-            unseen = self._skips and packet.pts is not None and packet.pts < first
-            context.skip_frame = "NONREF" if unseen else "DEFAULT"
+            if self._skips:
+                context.skip_frame = "NONREF" if packet.pts is not None and packet.pts < first else "DEFAULT"
             yield from packet.decode()
 
     def close(self) -> None:
@@ -87,10 +87,13 @@ class Video:
 
 
 class FrameReader:
-    """Reads any source, and keeps videos open. Not for two threads at once: one reader a thread."""
+    """Reads any source, and keeps videos open. Not for two threads at once: one reader a thread.
 
-    def __init__(self) -> None:
-        self._times: dict[Path, Times | None] = {}
+    times: what is known of the videos' packets; readers that share it read each file's packets once.
+    """
+
+    def __init__(self, times: dict[Path, Times | None] | None = None) -> None:
+        self._times = {} if times is None else times
         self._videos: OrderedDict[Path, Video] = OrderedDict()
 
     def read(self, source: Source, start: int, num: int, size: Size | None = None) -> np.ndarray:
