@@ -8,7 +8,7 @@ import json
 import math
 import tempfile
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -236,7 +236,7 @@ def main(args: Args) -> None:
         data=data,
         split=args.split,
         last=entries[-1] if entries else None,
-        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         videos=videos(args.run, data, args.split, num=args.clips, device=args.device) if data else [],
         sample=sample_uri(args.run),
         result=result,

@@ -25,6 +25,7 @@ from rlv2v.config import Config
 from rlv2v.data.pipeline import Loader
 from rlv2v.ddpg import build_agents, polyak
 from rlv2v.device import pick_device
+from rlv2v.errors import UserError
 from rlv2v.log import RunLog
 from rlv2v.objective import Clips, discriminator_losses, generator_losses
 from rlv2v.run import (
@@ -57,6 +58,10 @@ def train(config: Config) -> None:
     config.check()
     torch.set_num_threads(config.threads or torch.get_num_threads())
     device = pick_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where the loader decodes with --decode gpu
+    elif config.decode == "gpu":
+        raise UserError(f"--decode gpu: expected to train on a CUDA device, got {device}; use --decode cpu")
     config = prepare_folder(config)
     dataset = open_data(config)
     torch.manual_seed(config.seed)

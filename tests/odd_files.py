@@ -82,6 +82,16 @@ def encode(
         output.mux(stream.encode(None))
 
 
+def trim(path: Path, num: int) -> None:
+    """Cut `num` frames off the start of an MP4 by its edit list alone, as phones and editors do."""
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        step = int(1 / container.streams.video[0].time_base) // 10
+    at = data.index(b"elst") + 16  # after version, flags, number of entries and the length of the first
+    data[at : at + 4] = (int.from_bytes(data[at : at + 4], "big") + num * step).to_bytes(4, "big")
+    path.write_bytes(data)
+
+
 def sound(path: Path, codec: str) -> None:
     """A second of silence."""
     with av.open(str(path), "w") as output:
@@ -167,6 +177,10 @@ def whole_files(folder: Path) -> dict[str, Expected]:
     encode(folder / "a.gif", "gif", "rgb8")
     encode(folder / "vfr.mp4", times=[10 * n + 3 * (n % 3) for n in range(NUM)])
     encode(folder / "vfr.webm", "libvpx-vp9", times=[n * n for n in range(NUM)], **vp9)
+    for hidden in (5, 7):  # at a key frame, and between two
+        numbers = [*[NUM - 1] * hidden, *range(NUM)]
+        encode(folder / f"trimmed{hidden}.mp4", frames=[stamped(n) for n in numbers], bf="2")
+        trim(folder / f"trimmed{hidden}.mp4", hidden)
     encode(folder / "one_frame.mp4", frames=[stamped(0)])
     encode(folder / "1x1.mp4", pix_fmt="yuv444p", frames=[stamped(n, 1, 1) for n in range(10)])
     encode(folder / "63x47.mp4", pix_fmt="yuv444p", frames=[stamped(n, 63, 47) for n in range(NUM)])
@@ -219,6 +233,11 @@ def damaged_files(folder: Path) -> dict[str, Expected]:
             flip(source, folder / f"flipped_{name}", 13)
             expected[f"flipped_{name}"] = Expected("truncated", "after frame|cannot be decoded", (8, 13))
         source.unlink()
+    encode(folder / "whole.mp4", frames=[stamped(n) for n in [*[NUM - 1] * 7, *range(NUM)]], faststart=True, bf="2")
+    trim(folder / "whole.mp4", 7)
+    cut(folder / "whole.mp4", folder / "trimmed_cut.mp4", 17)
+    (folder / "whole.mp4").unlink()
+    expected["trimmed_cut.mp4"] = Expected("truncated", "ends|cut off|after frame", (7, 15))
     expected["flipped_mpeg4.mp4"] = Expected("truncated", "frame 13 is damaged$", (12, 12))
     encode(folder / "whole.mkv", bf="2")
     for packet in range(11, 16):  # one ends before a frame that is shown before those that are there

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from odd_files import trim
 
 from rlv2v.data import graph, readers
 from rlv2v.data.draws import Draw
@@ -245,6 +248,19 @@ def test_routes(tmp_path: Path) -> None:
     assert [nvdec_takes(source) for source in vp9] == [True, False, False], "NVDEC takes VP9 from 128x128 on, 4:2:0"
     assert [route_of(vp9, "cpu"), route_of(h264, "cpu"), route_of(vp9 + h264, "cpu")] == ["video", "frames", "frames"]
     assert [route_of(vp9, "gpu"), route_of(vp9[:1] + h264[:2], "gpu")] == ["frames", "video"]
+    for codec, device in (("h264", "gpu"), ("vp9", "gpu"), ("vp9", "cpu")):
+        path = tmp_path / f"{codec} {device}" / "a.mp4"
+        path.parent.mkdir()
+        shutil.copy(tmp_path / codec / "a.mp4", path)
+        assert route_of(index_folder(path.parent, frames=T), device) == "video"
+        trim(path, 3)
+        (source,) = index_folder(path.parent, frames=T)
+        assert (source.status, source.num_frames, route_of([source], device)) == ("ok", 5, "frames")
+    np.save(tmp_path / "raw.npy", smooth(8, 16, 16))
+    (raw,) = (s for s in index_folder(tmp_path, frames=T) if s.kind == "raw")
+    os.truncate(raw.path, raw.num_bytes - 1)
+    (cut,) = (s for s in index_folder(tmp_path, frames=T) if s.kind == "raw")
+    assert [route_of([raw], "cpu"), route_of([raw, cut], "cpu")] == ["raw", "frames"]
 
 
 def fields(message: bytes) -> Iterator[tuple[int, bytes]]:

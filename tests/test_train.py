@@ -111,7 +111,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(data: Path, tmp_path: Path, alph
     before = weights_of(tmp_path / "whole")
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
     checkpoints(tmp_path / "whole")[-1].unlink()  # as if killed right after step 8's checkpoint
-    train(replace(config, resume=True))
+    train(replace(config, resume=True, loader_threads=3))
     after = weights_of(tmp_path / "whole")
     assert all(torch.equal(before[key], after[key]) for key in before)
     resumed = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
@@ -182,6 +182,8 @@ def test_presets_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--gamma", "1.5"], "--gamma"),
         (["--device", "tpu9"], "--device"),
         (["--eta1", "0.5", "2"], "--eta1"),
+        (["--loader-threads", "0"], "--loader-threads"),
+        (["--device", "cpu", "--decode", "gpu"], "--decode gpu: expected to train on a CUDA device, got cpu"),
         (["--preset", "nonsense"], "--preset"),
         (["--gamma", "much"], "--gamma"),
         (["--speed", "9"], "--speed"),

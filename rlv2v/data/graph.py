@@ -43,17 +43,19 @@ NVDEC_LEAST = {"h264": (48, 16), "hevc": (144, 144), "vp9": (128, 128), "mpeg4":
 
 
 def nvdec_takes(source: Source) -> bool:
-    """Whether NVDEC gives the frames that PyAV gives: 8-bit 4:2:0, upright, BT.601 limited or untagged, not tiny."""
+    """Whether NVDEC gives the frames that PyAV gives: 8-bit 4:2:0, upright, whole, BT.601 or untagged."""
     width, height = NVDEC_LEAST.get(source.codec, (0, 0))
     if source.kind != "video" or source.status != "ok" or not width or source.width < width or source.height < height:
         return False
     try:
         with open_video(source.path) as container:
-            frame = next(container.decode(stream_of(container)))
+            stream = stream_of(container)
+            trimmed = stream.frames not in (0, source.num_frames)  # DALI may number what an edit list hides
+            frame = next(container.decode(stream))
     except (UserError, av.FFmpegError, OSError, StopIteration):
         return False
     limited_601 = frame.colorspace in BT601 and frame.color_range != ColorRange.JPEG
-    return frame.format.name == "yuv420p" and limited_601 and frame.rotation == 0
+    return frame.format.name == "yuv420p" and limited_601 and frame.rotation == 0 and not trimmed
 
 
 def route_of(sources: Sequence[Source], device: Literal["cpu", "gpu"]) -> Route:

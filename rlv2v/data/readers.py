@@ -33,12 +33,13 @@ SKIPS = {"h264", "hevc"}
 def packet_times(source: Source) -> Times | None:
     """The times of the frames that the index counts; None where the file's packets do not number them."""
     with video.open_video(source.path) as container:
-        packets = [p for p in container.demux(video.stream_of(container)) if p.size and not p.is_discard]
+        packets = [p for p in container.demux(video.stream_of(container)) if p.size]
+    keys = sorted(p.pts for p in packets if p.is_keyframe and p.pts is not None)
+    packets = [p for p in packets if not p.is_discard]  # by the edit list of a trimmed file: decoded, not shown
     shown = sorted(p.pts for p in packets if p.pts is not None)
     enough = len(shown) >= source.num_frames if source.status == "truncated" else len(shown) == source.num_frames
     if not enough or len(set(shown)) != len(packets):
         return None
-    keys = sorted(p.pts for p in packets if p.is_keyframe and p.pts is not None)
     return np.array(shown[: source.num_frames], np.int64), np.array(keys, np.int64)
 
 

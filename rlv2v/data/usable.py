@@ -63,7 +63,7 @@ def decode_all(path: Path, stop: threading.Event) -> tuple[Source, str]:
     """
     times: list[int | None] = []
     packets: list[tuple[int | None, int | None]] = []
-    sizes, turned, damage, first = set(), False, "", None
+    sizes, turned, damage, first, skipped = set(), False, "", None, 0
     with video.open_video(path) as container:
         stream = video.stream_of(container)
         codec = stream.codec_context.codec.canonical_name
@@ -73,6 +73,7 @@ def decode_all(path: Path, stop: threading.Event) -> tuple[Source, str]:
             for packet in container.demux(stream):
                 if stop.is_set():
                     raise Stopped
+                skipped += packet.is_discard
                 if packet.size and not packet.is_discard:
                     packets.append((packet.pts, packet.dts))
                 if packet.is_corrupt:
@@ -84,7 +85,7 @@ def decode_all(path: Path, stop: threading.Event) -> tuple[Source, str]:
                     sizes.add((frame.width, frame.height))
                     turned |= frame.rotation != 0
                     times.append(frame.pts)
-            count, damage = before_the_end(container, path, times, packets)
+            count, damage = before_the_end(container, path, times, packets, skipped)
         except (av.FFmpegError, OSError, UserError) as error:
             damage = f"decoding stops after frame {len(times)}: {one_line(getattr(error, 'strerror', None) or error)}"
             count = max(len(times) - 1, 0)
@@ -94,7 +95,8 @@ def decode_all(path: Path, stop: threading.Event) -> tuple[Source, str]:
         width, height = (first.height, first.width) if lying else (first.width, first.height)
         limited_601 = first.colorspace in BT601 and first.color_range != ColorRange.JPEG
         same_colour = pixels == "gbrp" or (pixels in ("yuv420p", "yuv444p") and limited_601)
-        dali = codec == "vp9" and same_colour and not turned and len(sizes) == 1
+        trimmed = stream.frames not in (0, count)  # DALI may number what an edit list hides
+        dali = codec == "vp9" and same_colour and not turned and not trimmed and len(sizes) == 1
     found = Source(path, "video", codec, count, fps, width, height, 0, dali and not damage, "ok", "")
     return replace(found, variable=varies(known(times[:count]))), damage
 
@@ -104,10 +106,12 @@ def before_the_end(
     path: Path,
     times: Sequence[int | None],
     packets: Sequence[tuple[int | None, int | None]],
+    skipped: int,
 ) -> tuple[int, str]:
     """How many frames of a video that was decoded without an error can be trusted, and why no more (empty: all).
 
-    times: of the frames as decoded; packets: (time to show, time to decode) as read.
+    times: of the frames as decoded; packets: (time to show, time to decode) as read; skipped: packets that an edit
+    list takes out.
     """
     stream = video.stream_of(container)
     num, missing = len(times), seconds_missing(container, known(times))
@@ -116,12 +120,14 @@ def before_the_end(
         same = next((i for i, pair in enumerate(zip(times, shown, strict=False)) if pair[0] != pair[1]), num)
         if same < len(shown) == len(set(shown)):
             return max(same - 1, 0), f"frame {same} cannot be decoded"
-    read = len(packets)
+    read, declared = len(packets), stream.frames
+    if "mp4" in container.format.name and stream.index_entries:  # without what the edit list of a trimmed file cuts off
+        read, declared = read + skipped, min(declared, len(stream.index_entries))
     if container.format.name == "avi" and packets and packets[-1][1] is not None:
         # AVI counts ticks: a frame may take several of them, and the last one is as long as the longest
         read = packets[-1][1] + max((int(s) for s in np.diff(known([d for _, d in packets]))), default=1)
-    if read < stream.frames:
-        damage = f"the file ends after {read} of {stream.frames} frames"
+    if read < declared:
+        damage = f"the file ends after {read} of {declared} frames"
     elif missing:
         damage = f"the file ends {missing:.1f} s before the length that it declares"
     elif not has_end(container.format.name, path):
