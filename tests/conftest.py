@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,15 @@ import torch
 
 from rlv2v.checkpoint import build_nets, save_translators
 from rlv2v.config import PRESETS, Config
+
+
+@pytest.fixture(scope="module")
+def bench_folder() -> Iterator[None]:
+    """bench/ on the path: its modules import each other by name."""
+    folder = str(Path(__file__).parents[1] / "bench")
+    sys.path.insert(0, folder)
+    yield
+    sys.path.remove(folder)
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
@@ -16,14 +14,7 @@ import pytest
 from rlv2v.data.pipeline import Loader
 from rlv2v.data.synth import Counts, write_dataset
 
-
-@pytest.fixture(scope="module", autouse=True)
-def bench_folder() -> Iterator[None]:
-    """The bench's modules import each other by name."""
-    folder = str(Path(__file__).parents[1] / "bench")
-    sys.path.insert(0, folder)
-    yield
-    sys.path.remove(folder)
+pytestmark = pytest.mark.usefixtures("bench_folder")
 
 
 def module(name: str) -> ModuleType:
@@ -31,7 +22,7 @@ def module(name: str) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+def files(bench_folder: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = module("data").write_forms(tmp_path_factory.mktemp("forms"))
     return found
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,13 +19,7 @@ from rlv2v.replay import PrioritizedReplay, ReplayBatch
 OURS = ("shared frames", "far index", "NaN priority", "save and load", "threads", "stale update", "distribution")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def bench_folder() -> Iterator[None]:
-    """The bench's modules import each other by name."""
-    folder = str(Path(__file__).parents[1] / "bench")
-    sys.path.insert(0, folder)
-    yield
-    sys.path.remove(folder)
+pytestmark = pytest.mark.usefixtures("bench_folder")
 
 
 def module(name: str) -> ModuleType:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
@@ -96,10 +94,8 @@ def encode(path: Path, clip: np.ndarray, codec: str, pixels: str, options: dict[
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Source]]:
+def sources(bench_folder: None, tmp_path_factory: pytest.TempPathFactory) -> list[Source]:
     """One source of each name, in the order of NAMES, as the index has it."""
-    bench = str(Path(__file__).parents[1] / "bench")
-    sys.path.insert(0, bench)
     root = tmp_path_factory.mktemp("stamped")
     for name in CODECS:
         encode(root / name, stamped(name, LENGTH), *CODECS[name])
@@ -111,8 +107,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Source]]:
     for i, frame in enumerate(stamped("folder", 40)):
         write_image(root / "folder" / f"{i}.png", frame)
     found = {source.path.name: source for source in index_folder(root, frames=T)}
-    yield [found[name] for name in NAMES]
-    sys.path.remove(bench)
+    return [found[name] for name in NAMES]
 
 
 def test_the_index_numbers_every_source(sources: list[Source]) -> None:
