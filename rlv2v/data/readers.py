@@ -33,7 +33,10 @@ SKIPS = {"h264", "hevc"}
 def packet_times(source: Source) -> Times | None:
     """The times of the frames that the index counts; None where the file's packets do not number them."""
     with video.open_video(source.path) as container:
-        packets = [p for p in container.demux(video.stream_of(container)) if p.size]
+        try:
+            packets = [p for p in container.demux(video.stream_of(container)) if p.size]
+        except av.FFmpegError:
+            return None  # the sequential read that follows names the fault
     keys = sorted(p.pts for p in packets if p.is_keyframe and p.pts is not None)
     packets = [p for p in packets if not p.is_discard]  # by the edit list of a trimmed file: decoded, not shown
     shown = sorted(p.pts for p in packets if p.pts is not None)
@@ -71,7 +74,7 @@ class Video:
                     if count == num:
                         return clip
         except av.FFmpegError:
-            return None
+            pass  # here too
         return None
 
     def _decode(self, key: int, first: int) -> Iterator[av.VideoFrame]:
