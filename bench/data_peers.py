@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from fractions import Fraction
@@ -50,27 +51,18 @@ def shrink(frames: Iterable[Array]) -> Array:
     return np.stack([cv2.resize(f, (SIZE, SIZE), interpolation=cv2.INTER_AREA) for f in frames])
 
 
-class Way:
+class Way(ABC):
     """One way of reading the clips of a folder; `files` in natural order."""
 
     module: ClassVar[str]
 
     def open(self, files: list[str]) -> None:
         """Get ready for the files of a case; what was open for the last one is let go."""
-        self.files, self.kept = files, dict[int, Any]()
+        self.files = files
 
-    def keep(self, file: int) -> Any:
-        """A file's reader, opened the first time."""
-        if file not in self.kept:
-            self.kept[file] = self.opened(self.files[file])
-        return self.kept[file]
-
-    def opened(self, path: str) -> Any:
-        raise NotImplementedError
-
+    @abstractmethod
     def read(self, file: int, start: int) -> Array:
         """Frames `start .. start+16` as uint8 RGB (16,64,64,3)."""
-        raise NotImplementedError
 
     def clips(self, draws: list[tuple[int, int]]) -> Iterator[tuple[int, int, Array]]:
         """(file, start, frames) of each draw."""
@@ -127,7 +119,25 @@ class OursEndToEnd(Ours):
             yield self.sources.index(draw.source), draw.start, clip[0].numpy()
 
 
-class PyAV(Way):
+class Peer(Way):
+    """A way that keeps its files open from clip to clip."""
+
+    def open(self, files: list[str]) -> None:
+        super().open(files)
+        self.kept: dict[int, Any] = {}
+
+    def keep(self, file: int) -> Any:
+        """A file's reader, opened the first time."""
+        if file not in self.kept:
+            self.kept[file] = self.opened(self.files[file])
+        return self.kept[file]
+
+    @abstractmethod
+    def opened(self, path: str) -> Any:
+        """A reader of one file."""
+
+
+class PyAV(Peer):
     """Seek to the key frame before, decode on; one reformatter scales and converts the wanted frames alone."""
 
     module = "av"
@@ -153,7 +163,7 @@ class PyAV(Way):
         return np.stack(frames)
 
 
-class OpenCV(Way):
+class OpenCV(Peer):
     """`VideoCapture` with the position set by frame number."""
 
     module = "cv2"
@@ -172,7 +182,7 @@ class OpenCV(Way):
         return shrink(capture.read()[1] for _ in range(FRAMES))[..., ::-1]
 
 
-class Decord(Way):
+class Decord(Peer):
     """`VideoReader.get_batch`, which scales by itself."""
 
     module = "decord"
@@ -185,7 +195,7 @@ class Decord(Way):
         return frames
 
 
-class TorchCodec(Way):
+class TorchCodec(Peer):
     """`VideoDecoder.get_frames_in_range`; its own `Resize` takes longer than OpenCV's (6.8 against 5.9 ms a clip)."""
 
     module = "torchcodec"
