@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "replay/pages.h"
+#include "pages.h"
 
 namespace rlv2v {
 

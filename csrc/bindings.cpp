@@ -1,5 +1,6 @@
-// rlv2v._native: this file, arrays.h and ring.h alone know Python. They turn arrays into pointers and check their type and
-// shape; what the numbers mean is checked by the core. The core runs without the interpreter lock and never asks for it.
+// rlv2v._native: this file, bind_*.cpp, arrays.h and ring.h alone know Python. They turn arrays into pointers and check their
+// type and shape; what the numbers mean is checked by the core. The core runs without the interpreter lock and never asks
+// for it.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -14,11 +15,13 @@
 #include <vector>
 
 #include "arrays.h"
+#include "bindings.h"
 #include "replay/buffer.h"
 #include "replay/checksum.h"
 #include "ring.h"
 
 namespace py = pybind11;
+
 
 namespace {
 
@@ -303,6 +306,7 @@ PYBIND11_MODULE(_native, m) {
     }
   });
 
+
   m.def("checksum", [](const py::object& data) {
     const auto bytes = checked<std::uint8_t>(data, "data", {-1});
     const py::gil_scoped_release free;
@@ -343,4 +347,7 @@ PYBIND11_MODULE(_native, m) {
       .def("consistent", [](PyBuffer& self) { return self.core().consistent(); }, Free())
       .def("save", &PyBuffer::save)
       .def("load", &PyBuffer::load, py::arg("state"));
+
+  rlv2v::bind_gates(m);
+  rlv2v::bind_persistent(m);
 }

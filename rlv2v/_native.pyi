@@ -70,3 +70,87 @@ class ReplayBuffer:
     def load(self, state: dict[str, Any]) -> None: ...
 
 def checksum(data: npt.NDArray[np.uint8]) -> int: ...
+
+# Addresses of dense arrays, 0 for none; csrc/convlstm/gates.h says which may be 0, and the shapes.
+# dtype: 0 f32, 1 bf16, 2 f16.
+def gates_forward(
+    dtype: int,
+    rows: int,
+    length: int,
+    a: int,
+    a_h: int,
+    c_prev: int,
+    h: int,
+    c: int,
+    gates: int,
+    num_threads: int,
+    /,
+) -> None: ...
+def gates_backward(
+    dtype: int,
+    activated: bool,
+    rows: int,
+    length: int,
+    dh1: int,
+    dh2: int,
+    dc_out: int,
+    carry_in: int,
+    gates: int,
+    c: int,
+    c_prev: int,
+    da: int,
+    carry_out: int,
+    num_threads: int,
+    /,
+) -> None: ...
+
+# A writable buffer of bytes from the pool, uninitialised, back in it when nothing refers to it; bytes used, bytes idle.
+class Block:
+    def __init__(self, bytes: int, /) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+def pool_bytes() -> tuple[int, int]: ...
+def gates_isa() -> str: ...
+def gates_isas() -> list[str]: ...
+def gates_set_isa(name: str, /) -> None: ...
+
+has_cuda: bool
+persistent_counters: int
+
+class ConvLstmShape:
+    def __init__(
+        self, groups: int, steps: int, batch: int, channels: int, height: int, width: int, kernel: int
+    ) -> None: ...
+
+def persistent_plan(shape: ConvLstmShape, backward: bool, sms: int, shared_bytes: int) -> dict[str, Any] | str: ...
+def persistent_forward(
+    shape: ConvLstmShape,
+    dtype: str,
+    device: int,
+    stream: int,
+    a: int,
+    w_h: int,
+    h0: int,
+    c0: int,
+    hs: int,
+    cs: int,
+    gates: int,
+    counters: int,
+) -> None: ...
+def persistent_backward(
+    shape: ConvLstmShape,
+    dtype: str,
+    device: int,
+    stream: int,
+    dhs: int,
+    dcs: int,
+    gates: int,
+    activated: bool,
+    cs: int,
+    c0: int,
+    w_h: int,
+    da: int,
+    dh0: int,
+    dc0: int,
+    counters: int,
+) -> None: ...

@@ -22,7 +22,7 @@
 #include "replay/fair_lock.h"
 #include "replay/frame_arena.h"
 #include "replay/owner.h"
-#include "replay/pages.h"
+#include "pages.h"
 #include "replay/sum_tree.h"
 
 namespace rlv2v {

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "replay/kernels.h"
-#include "replay/pages.h"
+#include "pages.h"
 
 namespace rlv2v {
 

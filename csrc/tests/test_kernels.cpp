@@ -9,7 +9,7 @@
 #include "check.h"
 #include "replay/checksum.h"
 #include "replay/kernels.h"
-#include "replay/pages.h"
+#include "pages.h"
 
 namespace {
 

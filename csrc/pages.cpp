@@ -1,4 +1,4 @@
-#include "replay/pages.h"
+#include "pages.h"
 
 #include <fcntl.h>
 #include <sys/mman.h>

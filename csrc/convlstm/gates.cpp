@@ -1,0 +1,126 @@
+#include "convlstm/gates.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+namespace rlv2v {
+
+extern const GatesKernels kGatesPortable;
+#ifdef RLV2V_X86
+extern const GatesKernels kGatesAvx2;
+extern const GatesKernels kGatesAvx512;
+extern const GatesKernels kGatesAvx512Bf16;
+#endif
+
+namespace {
+
+constexpr std::size_t kWorthThreads = 32768;  // elements of a state, some 50 us of work; chosen, not measured
+
+std::atomic<const GatesKernels*>& chosen() {
+  static std::atomic<const GatesKernels*> kernels{available_gates().back()};
+  return kernels;
+}
+
+[[noreturn]] void refuse(const std::string& name, const std::string& expected, const std::string& got) {
+  throw std::invalid_argument("gates: " + name + " must be " + expected + ", got " + got);
+}
+
+template <class Step>
+void check_sizes(const Step& step) {
+  const int type = static_cast<int>(step.type);
+  if (type < 0 || type > 2) refuse("dtype", "0 (f32), 1 (bf16) or 2 (f16)", std::to_string(type));
+  if (step.rows < 0) refuse("rows", ">= 0", std::to_string(step.rows));
+  if (step.length < 0) refuse("length", ">= 0", std::to_string(step.length));
+  constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max() / 16;  // 4 gates of 4 bytes
+  if (step.length > 0 && step.rows > kMost / step.length) {
+    refuse("rows * length", "at most " + std::to_string(kMost),
+           std::to_string(step.rows) + " * " + std::to_string(step.length));
+  }
+  if (step.num_threads < 1) refuse("num_threads", ">= 1", std::to_string(step.num_threads));
+}
+
+void check_given(const void* address, const char* name) {
+  if (address == nullptr) refuse(name, "an address", "null");
+}
+
+// Runs a kernel on all rows: on whole rows each thread where there are enough, else on a part of every row.
+template <class Step>
+void split(void (*kernel)(const Step&, const GatesBlock&), const Step& step) {
+  const auto rows = static_cast<std::size_t>(step.rows);
+  const auto length = static_cast<std::size_t>(step.length);
+#ifdef _OPENMP
+  const std::size_t threads = std::min(static_cast<std::size_t>(step.num_threads), rows * length * 2 / kWorthThreads);
+  if (threads > 1 && rows * length > kWorthThreads) {
+    const bool by_rows = rows >= 8 * threads;
+    const std::size_t unit = by_rows ? 1 : 64;  // whole cache lines of every type, but for what the address adds
+    const std::size_t units = by_rows ? rows : (length + unit - 1) / unit;
+#pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads))
+    for (std::size_t thread = 0; thread < threads; ++thread) {
+      const std::size_t begin = units * thread / threads * unit;
+      const std::size_t end = std::min(units * (thread + 1) / threads * unit, by_rows ? rows : length);
+      kernel(step, by_rows ? GatesBlock{begin, end, 0, length} : GatesBlock{0, rows, begin, end});
+    }
+    return;
+  }
+#endif
+  kernel(step, {0, rows, 0, length});
+}
+
+}  // namespace
+
+const std::vector<const GatesKernels*>& available_gates() {
+  static const std::vector<const GatesKernels*> found = [] {
+    std::vector<const GatesKernels*> sets{&kGatesPortable};
+#ifdef RLV2V_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+      sets.push_back(&kGatesAvx2);
+    }
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+      sets.push_back(&kGatesAvx512);
+      if (__builtin_cpu_supports("avx512bf16")) sets.push_back(&kGatesAvx512Bf16);
+    }
+#endif
+    return sets;
+  }();
+  return found;
+}
+
+const GatesKernels& gates_kernels() { return *chosen().load(std::memory_order_relaxed); }
+
+void choose_gates(const char* name) {
+  std::string names;
+  for (const GatesKernels* set : available_gates()) {
+    if (std::strcmp(set->name, name) == 0) {
+      chosen().store(set, std::memory_order_relaxed);
+      return;
+    }
+    names += (names.empty() ? "" : ", ") + std::string(set->name);
+  }
+  refuse("instruction set", "one of " + names, name);
+}
+
+void gates_forward(const GatesForward& step) {
+  check_sizes(step);
+  if (step.rows == 0 || step.length == 0) return;
+  check_given(step.a, "a");
+  check_given(step.h, "h");
+  check_given(step.c, "c");
+  split(gates_kernels().forward[static_cast<int>(step.type)], step);
+}
+
+void gates_backward(const GatesBackward& step) {
+  check_sizes(step);
+  if (step.rows == 0 || step.length == 0) return;
+  check_given(step.gates, "gates");
+  check_given(step.c, "c");
+  check_given(step.da, "da");
+  split(gates_kernels().backward[static_cast<int>(step.type)], step);
+}
+
+}  // namespace rlv2v
