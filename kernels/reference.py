@@ -1,4 +1,4 @@
-"""The ConvLSTM in plain PyTorch: the definition that every faster backend is held to.
+"""The ConvLSTM in plain PyTorch: the definition that every faster backend is held to, within `LIMITS`.
 
     a_t = w_x * x_t + w_h * h_{t-1} + bias            (* is a convolution, stride 1, same padding)
     i, f, o = sigmoid(a_i, a_f, a_o);   g = tanh(a_g)
@@ -8,9 +8,28 @@ Source: Shi et al. 2015, arXiv:1506.04214, eq. 3 without peepholes. Gate order a
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
+
+
+class Limit(NamedTuple):
+    """What a backend may differ by from this definition in float64 on the same rounded inputs, unit-sized, T = 8."""
+
+    value: float
+    """Of h, absolute."""
+    gradient: float
+    """Of any gradient, ratio of norms."""
+
+
+LIMITS = {
+    torch.float64: Limit(1e-12, 1e-12),
+    torch.float32: Limit(2e-6, 5e-6),
+    torch.float16: Limit(2e-3, 2e-3),
+    torch.bfloat16: Limit(1.5e-2, 2.5e-2),
+}
 
 
 def convlstm_ref(
@@ -19,21 +38,22 @@ def convlstm_ref(
     """All hidden states and all cells of a sequence: `hs, cs`, each (B,T,C,H,W); arguments as in `convlstm`.
 
     The convolution of x runs once over all B*T frames; only the one of h is inside the loop. A missing h0 is zero,
-    so its convolution is left out.
+    so its convolution is left out. With 16-bit inputs the cells are float32, as everywhere.
     """
     batch, steps = x.shape[:2]
     channels, padding = w_h.shape[1], w_h.shape[-1] // 2
+    cell_dtype = torch.float32 if x.dtype.itemsize == 2 else x.dtype
     from_x = conv2d(x.flatten(0, 1), w_x, bias, padding=padding).unflatten(0, (batch, steps))
     h, c = h0, c0
     hs, cs = [], []
     for a in from_x.unbind(1):
         if h is not None:
             a = a + conv2d(h, w_h, padding=padding)
-        sigmoids, g = a.split((3 * channels, channels), dim=1)
+        sigmoids, g = a.to(cell_dtype).split((3 * channels, channels), dim=1)
         i, f, o = sigmoids.sigmoid().chunk(3, dim=1)
         new = i * g.tanh()
-        c = new if c is None else torch.addcmul(new, f, c)
-        h = o * c.tanh()
+        c = new if c is None else torch.addcmul(new, f, c.to(cell_dtype))
+        h = (o * c.tanh()).to(x.dtype)
         hs.append(h)
         cs.append(c)
     return torch.stack(hs, 1), torch.stack(cs, 1)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+# Read once, when Triton and the kernels are first imported: without a GPU they run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from rlv2v.checkpoint import build_nets, save_translators
 from rlv2v.config import PRESETS, Config
@@ -20,6 +25,15 @@ def bench_folder() -> Iterator[None]:
     sys.path.insert(0, folder)
     yield
     sys.path.remove(folder)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Of torch's, for small arithmetic: more would wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -1,163 +1,255 @@
-"""ConvLSTM: every backend against the textbook loop in fp64, forward and backward, at shapes that are not kind."""
+"""ConvLSTM: every backend that runs on the CPU against the textbook in fp64, both ways, at shapes that are not kind."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
 
+import convlstm_cases as cases
 import pytest
 import torch
+from convlstm_cases import LOSSES, STATES, Shape, answer, arguments, assert_gradients, assert_values, given, gradients
 from torch import Tensor
-from torch.nn.functional import conv2d
 
-from rlv2v.kernels import BACKENDS, convlstm, convlstm_cells
+from rlv2v import _native
+from rlv2v.kernels import convlstm, convlstm_cells, cpu
+from rlv2v.kernels.fused_triton import available
+from rlv2v.kernels.reference import LIMITS
 
-# (B, T, C_in, C, H, W, k)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DTYPES = list(LIMITS)
+# Such that no gradient of few numbers comes out near zero by chance, where a ratio of norms says nothing.
 SHAPES = [
-    (2, 4, 3, 5, 7, 6, 3),
-    (1, 3, 4, 2, 5, 9, 1),
-    (2, 3, 1, 3, 11, 4, 5),
-    (3, 1, 2, 2, 4, 4, 3),
-    (2, 5, 3, 4, 1, 1, 3),
+    Shape(batch=2, steps=4, inputs=3, channels=5, height=7, width=6, kernel=3),
+    Shape(batch=1, steps=3, inputs=4, channels=2, height=6, width=9, kernel=1),
+    Shape(batch=2, steps=3, inputs=1, channels=3, height=11, width=4, kernel=5),
+    Shape(batch=3, steps=1, inputs=2, channels=2, height=4, width=4, kernel=3),
+    Shape(batch=3, steps=5, inputs=3, channels=4, height=1, width=1, kernel=3),
+    Shape(batch=2, steps=2, inputs=2, channels=1, height=5, width=4, kernel=3),
+    Shape(batch=1, steps=2, inputs=5, channels=17, height=6, width=5, kernel=3),
+    Shape(batch=3, steps=3, inputs=2, channels=33, height=2, width=3, kernel=1),
+    Shape(batch=1, steps=1, inputs=1, channels=16, height=1, width=8, kernel=5),
 ]
-TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (2e-6, 5e-6)}  # forward, relative gradients
+RUNS = [
+    (backend, dtype, recompute)
+    for backend in ("auto", "plain", "cpu", "reference")
+    for dtype in DTYPES
+    for recompute in (False, True)
+    if not (backend == "cpu" and dtype == torch.float64) and not (backend == "reference" and recompute)
+]
 
 
-def literal(
-    x: Tensor, w_x: Tensor, w_h: Tensor, bias: Tensor, h: Tensor | None, c: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Shi et al. 2015, eq. 3: one convolution of [x_t, h] a step."""
-    zeros = x.new_zeros(x.shape[0], w_h.shape[1], *x.shape[-2:])
-    h, c = zeros if h is None else h, zeros if c is None else c
-    weight, padding = torch.cat((w_x, w_h), 1), w_h.shape[-1] // 2
-    hs, cs = [], []
-    for t in range(x.shape[1]):
-        i, f, o, g = conv2d(torch.cat((x[:, t], h), 1), weight, bias, padding=padding).chunk(4, 1)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        h = torch.sigmoid(o) * torch.tanh(c)
-        hs.append(h)
-        cs.append(c)
-    return torch.stack(hs, 1), torch.stack(cs, 1)
+def run_id(run: tuple[str, torch.dtype, bool]) -> str:
+    backend, dtype, recompute = run
+    return f"{backend}-{str(dtype).removeprefix('torch.')}{'-recompute' if recompute else ''}"
 
 
-def arguments(shape: tuple[int, ...], *, state: bool = True, seed: int = 0) -> list[Tensor | None]:
-    b, t, c_in, c, h, w, k = shape
-    rng = torch.Generator().manual_seed(seed)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=rng, dtype=torch.float64)
-
-    w_x = normal(4 * c, c_in, k, k) / (c_in * k * k) ** 0.5
-    w_h = normal(4 * c, c, k, k) / (c * k * k) ** 0.5
-    states = (normal(b, c, h, w), normal(b, c, h, w)) if state else (None, None)
-    return [normal(b, t, c_in, h, w), w_x, w_h, normal(4 * c), *states]
-
-
-def copies(tensors: list[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    return [None if a is None else a.to(dtype).detach().clone().requires_grad_() for a in tensors]
+def check(shape: Shape, state: str, run: tuple[str, torch.dtype, bool]) -> None:
+    """Values, and the gradients of every loss, of one call."""
+    backend, dtype, recompute = run
+    inputs, right = arguments(shape, dtype, state), answer(shape, dtype, state)
+    hs, cs = convlstm_cells(*inputs, backend=backend, recompute=recompute)
+    assert_values(hs, cs, (right.hs, right.cs), dtype)
+    for loss in LOSSES:
+        found = gradients(loss, hs, cs, inputs, dtype)
+        assert all(gradient is None or gradient.dtype == dtype for gradient in found.values()), loss
+        assert_gradients(found, right.weighed[loss], dtype)
 
 
-def gradients(outputs: tuple[Tensor, Tensor], inputs: list[Tensor | None]) -> list[Tensor]:
-    """Of a fixed weighting of all hidden states and cells, to every input there is."""
-    rng = torch.Generator().manual_seed(1)
-    loss = sum((torch.randn(o.shape, generator=rng, dtype=torch.float64) * o).sum() for o in outputs)
-    assert isinstance(loss, Tensor)
-    return list(torch.autograd.grad(loss, [a for a in inputs if a is not None], materialize_grads=True))
-
-
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("state", [True, False], ids=["state", "zero"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("run", RUNS, ids=run_id)
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape[:-1])))
 def test_values_and_gradients_are_those_of_the_textbook(
-    shape: tuple[int, ...], state: bool, dtype: torch.dtype, backend: str
+    shape: Shape, state: str, run: tuple[str, torch.dtype, bool]
 ) -> None:
-    rounded = [None if a is None else a.to(dtype).double() for a in arguments(shape, state=state)]
-    exact, ours = copies(rounded, torch.float64), copies(rounded, dtype)
-    want, got = literal(*exact), convlstm_cells(*ours, backend=backend)
-    value_limit, gradient_limit = TOLERANCE[dtype]
-    for a, b in zip(want, got, strict=True):
-        assert b.dtype == dtype
-        assert (a - b).abs().max() <= value_limit
-    for a, b in zip(gradients(want, exact), gradients(got, ours), strict=True):
-        assert (a - b).norm() <= gradient_limit * a.norm().clamp(min=1e-12)
+    check(shape, state, run)
 
 
-@pytest.mark.parametrize("alone", ["h0", "c0"])
-def test_one_half_of_the_state_may_be_left_out(alone: str) -> None:
-    given = dict(zip(("x", "w_x", "w_h", "bias", "h0", "c0"), arguments(SHAPES[0]), strict=True))
-    given["h0" if alone == "c0" else "c0"] = None
-    for a, b in zip(literal(*given.values()), convlstm_cells(**given), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+@pytest.mark.parametrize("run", [run for run in RUNS if run[0] != "auto"], ids=run_id)
+def test_a_layer_of_real_size_keeps_the_limits(run: tuple[str, torch.dtype, bool]) -> None:
+    check(Shape(batch=2, steps=8, inputs=32, channels=32, height=16, width=16, kernel=3), "state", run)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_strided_inputs_give_what_contiguous_ones_give(backend: str) -> None:
-    x, w_x, w_h, bias, h0, c0 = arguments(SHAPES[0])
-    want = convlstm_cells(x, w_x, w_h, bias, h0, c0, backend=backend)
-
-    def strided(a: Tensor) -> Tensor:
-        """The same values behind other strides, every second element of a buffer full of NaN, axes turned."""
-        buffer = torch.full((*a.shape[::-1], 2), float("nan"), dtype=a.dtype)
-        view = buffer[..., 0].permute(*reversed(range(a.dim())))
-        view.copy_(a)
-        assert not view.is_contiguous()
-        return view
-
-    got = convlstm_cells(*(strided(a) for a in (x, w_x, w_h, bias, h0, c0)), backend=backend)
-    for a, b in zip(want, got, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+@pytest.mark.skipif(available(torch.device("cpu")) is not None, reason="on a GPU Triton does not interpret")
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recompute"])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[6]], ids=lambda shape: "x".join(map(str, shape[:-1])))
+def test_triton_keeps_the_limits_as_an_operator(shape: Shape, recompute: bool, dtype: torch.dtype) -> None:
+    for state in ("state", "zero"):
+        check(shape, state, ("triton", dtype, recompute))
 
 
-def test_the_last_state_goes_on_where_the_run_ended() -> None:
-    x, *rest = arguments(SHAPES[0], state=False)
-    whole, (h, c) = convlstm(x, *rest)
-    torch.testing.assert_close(h, whole[:, -1], rtol=0, atol=0)
-    first, state = convlstm(x[:, :1], *rest[:3])
-    second, (h_end, c_end) = convlstm(x[:, 1:], *rest[:3], *state)
-    torch.testing.assert_close(torch.cat((first, second), 1), whole, rtol=0, atol=1e-12)
-    torch.testing.assert_close((h_end, c_end), (h, c), rtol=0, atol=1e-12)
+@pytest.fixture(params=_native.gates_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _native.gates_isa()
+    _native.gates_set_isa(request.param)
+    yield request.param
+    _native.gates_set_isa(before)
 
 
-GOOD = {
-    "x": (2, 3, 4, 6, 5),
-    "w_x": (8, 4, 3, 3),
-    "w_h": (8, 2, 3, 3),
-    "bias": (8,),
-    "h0": (2, 2, 6, 5),
-    "c0": (2, 2, 6, 5),
-}
+@pytest.mark.parametrize("run", [run for run in RUNS if run[0] == "cpu"], ids=run_id)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape[:-1])))
+def test_every_instruction_set_keeps_the_limits(shape: Shape, run: tuple[str, torch.dtype, bool], isa: str) -> None:
+    assert _native.gates_isa() == isa
+    for state in ("state", "zero"):
+        check(shape, state, run)
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "message"),
-    [
-        ("x", (3, 4, 6, 5), "x must be (B,T,C_in,H,W) with T >= 1, got (3, 4, 6, 5)"),
-        ("x", (2, 0, 4, 6, 5), "x must be (B,T,C_in,H,W) with T >= 1, got (2, 0, 4, 6, 5)"),
-        ("w_h", (8, 2, 2, 2), "w_h must be (4C,C,k,k) with odd k, got (8, 2, 2, 2)"),
-        ("w_h", (6, 2, 3, 3), "w_h must be (4C,C,k,k) with odd k, got (6, 2, 3, 3)"),
-        ("w_h", (8, 2, 3, 5), "w_h must be (4C,C,k,k) with odd k, got (8, 2, 3, 5)"),
-        ("w_x", (8, 3, 3, 3), "w_x must be (8, 4, 3, 3), got (8, 3, 3, 3)"),
-        ("w_x", (8, 4, 5, 5), "w_x must be (8, 4, 3, 3), got (8, 4, 5, 5)"),
-        ("bias", (4,), "bias must be (8,), got (4,)"),
-        ("h0", (1, 2, 6, 5), "h0 must be (2, 2, 6, 5), got (1, 2, 6, 5)"),
-        ("c0", (2, 2, 5, 6), "c0 must be (2, 2, 6, 5), got (2, 2, 5, 6)"),
-    ],
-)
-def test_a_wrong_shape_is_named(name: str, shape: tuple[int, ...], message: str) -> None:
-    given = {key: torch.zeros(size) for key, size in (GOOD | {name: shape}).items()}
-    with pytest.raises(ValueError, match=re.escape(f"convlstm: {message}")):
-        convlstm(**given)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("steps_at_once", [1, 3])
+def test_pre_activations_may_be_made_a_few_steps_at_a_time(
+    steps_at_once: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = Shape(2, 7, 3, 5, 4, 6, 3, groups=2)
+    step_bytes = shape.batch * shape.height * shape.width * 4 * shape.channels * dtype.itemsize
+    monkeypatch.setattr(cpu, "CHUNK_BYTES", steps_at_once * step_bytes)
+    check(shape, "state", ("cpu", dtype, False))
 
 
-@pytest.mark.parametrize("name", ["w_x", "w_h", "bias", "h0", "c0"])
-def test_a_wrong_dtype_is_named(name: str) -> None:
-    given = {key: torch.zeros(size) for key, size in GOOD.items()}
-    given[name] = given[name].double()
-    with pytest.raises(ValueError, match=rf"convlstm: {name} must be torch.float32 on cpu like x, got torch.float64"):
-        convlstm(**given)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("channels", [33, 64])
+def test_two_threads_give_what_one_gives(channels: int, dtype: torch.dtype) -> None:
+    inputs = arguments(Shape(2, 3, 4, channels, 24, 22, 3), dtype)
+
+    def outcome() -> list[Tensor]:
+        hs, cs = convlstm_cells(*inputs, backend="cpu")
+        return [hs, cs, *gradients("hs and cs", hs, cs, inputs, dtype).values()]
+
+    hs, cs, *one = outcome()
+    torch.set_num_threads(2)
+    hs_two, cs_two, *two = outcome()
+    assert torch.equal(hs, hs_two)
+    assert torch.equal(cs, cs_two)
+    for name, a, b in zip(cases.NAMES, one, two, strict=True):
+        # A sum over all pixels, of weights and bias, may be split among threads; nothing else is.
+        assert name in ("w_x", "w_h", "bias") or torch.equal(a, b), name
+        assert (a.double() - b).norm() <= LIMITS[dtype].gradient * a.double().norm(), name
 
 
-def test_an_unknown_backend_is_refused() -> None:
-    given = {key: torch.zeros(size) for key, size in GOOD.items()}
-    with pytest.raises(ValueError, match=r"backend must be 'auto' or one of \['reference'.*\], got 'cudnn'"):
-        convlstm(**given, backend="cudnn")
+@pytest.mark.parametrize("run", RUNS, ids=run_id)
+@pytest.mark.parametrize("state", STATES)
+def test_groups_are_as_many_calls(state: str, run: tuple[str, torch.dtype, bool]) -> None:
+    backend, dtype, recompute = run
+    shape = Shape(2, 3, 3, 5, 4, 6, 3, groups=3)
+    inputs = arguments(shape, dtype, state)
+    hs, cs = convlstm_cells(*inputs, backend=backend, recompute=recompute)
+    found = gradients("hs and cs", hs, cs, inputs, dtype)
+    last = convlstm(*inputs, backend=backend, recompute=recompute)[1]
+    assert torch.equal(last[0], hs[:, :, -1])
+    assert torch.equal(last[1], cs[:, :, -1])
+    dhs, dcs = cases.loss_weights(hs.shape, dtype)
+    for n in range(3):
+        alone = [None if a is None else a.detach()[n].clone().requires_grad_() for a in inputs]
+        alone_hs, alone_cs = convlstm_cells(*alone, backend=backend, recompute=recompute)
+        assert torch.equal(hs[n], alone_hs)
+        assert torch.equal(cs[n], alone_cs)
+        wanted = torch.autograd.grad((alone_hs, alone_cs), given(alone), (dhs[n], dcs[n]))
+        for name, want in zip(found, wanted, strict=True):
+            assert torch.equal(found[name][n], want), name
+
+
+@pytest.mark.parametrize("run", RUNS, ids=run_id)
+def test_groups_keep_the_limits(run: tuple[str, torch.dtype, bool]) -> None:
+    for state in STATES:
+        check(Shape(2, 3, 3, 5, 4, 6, 3, groups=2), state, run)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=run_id)
+def test_chunks_with_the_state_carried_over_are_the_whole(run: tuple[str, torch.dtype, bool]) -> None:
+    backend, dtype, recompute = run
+    shape = Shape(2, 6, 3, 5, 7, 6, 3)
+    inputs, right = arguments(shape, dtype), answer(shape, dtype)
+    x, w_x, w_h, bias, h, c = inputs
+    hs, cs = [], []
+    for chunk in x.split((1, 2, 3), 1):
+        of_chunk, (h, c) = convlstm(chunk, w_x, w_h, bias, h, c, backend=backend, recompute=recompute)
+        assert torch.equal(h, of_chunk[:, -1])
+        assert h.dtype == dtype
+        assert c.dtype == (torch.float32 if dtype.itemsize == 2 else dtype)
+        hs.append(of_chunk)
+        cs.append(c)
+    torch.testing.assert_close(torch.cat(hs, 1).double(), right.hs, rtol=0, atol=LIMITS[dtype].value)
+    assert_values(hs[-1][:, -1], cs[-1], (right.hs[:, -1], right.cs[:, -1]), dtype)
+    dc = cases.loss_weights(right.cs.shape, dtype)[1][:, -1]
+    found = dict(zip(cases.NAMES, torch.autograd.grad(cs[-1], given(inputs), dc), strict=True))
+    assert_gradients(found, right.weighed["c_T"], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["plain", "cpu", "reference"])
+def test_the_first_cell_may_have_either_dtype(backend: str, dtype: torch.dtype) -> None:
+    *rest, c0 = arguments(SHAPES[0], dtype)
+    wide = c0.detach().float().requires_grad_()
+    outcomes = []
+    for cell in (c0, wide):
+        hs, cs = convlstm_cells(*rest, cell, backend=backend)
+        outcomes.append((hs, cs, gradients("hs and cs", hs, cs, [*rest, cell], dtype)))
+    (hs, cs, narrow_found), (hs_wide, cs_wide, wide_found) = outcomes
+    assert torch.equal(hs, hs_wide)
+    assert torch.equal(cs, cs_wide)
+    assert narrow_found["c0"].dtype == dtype
+    assert wide_found["c0"].dtype == torch.float32
+    assert torch.equal(narrow_found["c0"], wide_found["c0"].to(dtype))
+    # Finer than 16 bits can tell, and still in the cells.
+    step = 1e-4 * wide.detach()
+    _, cs_finer = convlstm_cells(*rest, wide.detach() + step, backend=backend)
+    f = (cs_finer - cs)[:, 0] / step
+    assert ((f > 0) & (f < 1)).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("run", RUNS, ids=run_id)
+@pytest.mark.parametrize("groups", [0, 2])
+def test_no_sequence_at_all_gives_empty_results_and_zero_gradients(
+    groups: int, run: tuple[str, torch.dtype, bool]
+) -> None:
+    backend, dtype, recompute = run
+    inputs = arguments(Shape(0, 3, 2, 4, 5, 6, 3, groups), dtype)
+    hs, cs = convlstm_cells(*inputs, backend=backend, recompute=recompute)
+    lead = (groups,) if groups else ()
+    assert hs.shape == cs.shape == (*lead, 0, 3, 4, 5, 6)
+    for loss in LOSSES:
+        for name, found in gradients(loss, hs, cs, inputs, dtype).items():
+            expected = dict(zip(cases.NAMES, inputs, strict=True))[name]
+            assert found is not None and found.shape == expected.shape, name
+            assert not found.any(), name
+
+
+def test_large_results_lie_in_memory_that_is_used_again_but_never_while_it_is_referred_to() -> None:
+    shape = Shape(batch=2, steps=4, inputs=2, channels=32, height=40, width=40, kernel=1)
+    inputs = arguments(shape, torch.float32)
+
+    def run() -> Tensor:
+        return convlstm(*inputs, backend="cpu")[0]
+
+    first = run()
+    assert first.numel() * 4 >= cpu.POOLED_BYTES
+    view, values = first[0, 1, 3:5], first.clone()
+    del first
+    for _ in range(3):  # the view keeps the whole of its memory, whatever is made meanwhile
+        torch.testing.assert_close(run(), values, rtol=0, atol=0)
+    assert torch.equal(view, values[0, 1, 3:5])
+    del view
+    before = sum(_native.pool_bytes())
+    for _ in range(3):
+        run()
+    assert sum(_native.pool_bytes()) == before
+
+
+@pytest.mark.parametrize("groups", [0, 2])
+@pytest.mark.parametrize("backend", ["plain", "cpu", "triton"])
+def test_channels_last_weights_give_the_same_and_such_gradients(backend: str, groups: int) -> None:
+    if backend == "triton" and available(torch.device("cpu")) is not None:
+        pytest.skip("on a GPU Triton does not interpret")
+    inputs = arguments(SHAPES[0]._replace(groups=groups), torch.float32)
+    turned = [
+        a.detach().movedim(-3, -1).contiguous().movedim(-1, -3).requires_grad_() if n in (1, 2) else a
+        for n, a in enumerate(inputs)
+    ]
+    (hs, cs), (hs_turned, cs_turned) = (convlstm_cells(*given, backend=backend) for given in (inputs, turned))
+    torch.testing.assert_close(hs_turned, hs, rtol=0, atol=1e-6)
+    want = gradients("hs and cs", hs, cs, inputs, torch.float32)
+    got = gradients("hs and cs", hs_turned, cs_turned, turned, torch.float32)
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, want[name], rtol=1e-4, atol=1e-4)
+    for name, weight in zip(("w_x", "w_h"), turned[1:3], strict=True):
+        assert got[name].stride() == weight.stride() != want[name].stride()

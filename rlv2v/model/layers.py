@@ -51,12 +51,15 @@ class ConvLSTM(nn.Module):
     def __init__(self, c_in: int, c_out: int, kernel: int = 3, *, horizon: int = 0, backend: str = "auto") -> None:
         super().__init__()
         self.backend = backend
-        self.w_x = nn.Parameter(torch.empty(4 * c_out, c_in, kernel, kernel))
-        self.w_h = nn.Parameter(torch.empty(4 * c_out, c_out, kernel, kernel))
-        self.bias = nn.Parameter(torch.zeros(4 * c_out))
-        for weight in (self.w_x, self.w_h):
-            for gate in weight.data.chunk(4):
+        w_x, w_h = (torch.empty(4 * c_out, c, kernel, kernel) for c in (c_in, c_out))
+        for weight in (w_x, w_h):
+            for gate in weight.chunk(4):
                 nn.init.xavier_uniform_(gate)
+        # Channels-last in memory, as the frames: then neither they nor their gradients are ever reordered.
+        self.w_x, self.w_h = (
+            nn.Parameter(weight.contiguous(memory_format=torch.channels_last)) for weight in (w_x, w_h)
+        )
+        self.bias = nn.Parameter(torch.zeros(4 * c_out))
         if horizon > 2:
             spans = torch.empty(c_out).uniform_(1, horizon - 1).log()
             self.bias.data[:c_out], self.bias.data[c_out : 2 * c_out] = -spans, spans
@@ -67,9 +70,9 @@ class ConvLSTM(nn.Module):
         weights = (self.w_x, self.w_h, self.bias)
         if fork:
             assert state is not None
-            h, c = (s.flatten(0, 1) for s in state)
-            hs, _ = convlstm_cells(x.flatten(0, 1).unsqueeze(1), *weights, h, c, backend=self.backend)
-            return hs.squeeze(1).unflatten(0, x.shape[:2]), None
+            frames, h, c = (frame_major(s) for s in (x, *state))
+            hs, _ = convlstm_cells(frames.unsqueeze(1), *weights, h, c, backend=self.backend)
+            return batch_major(hs.squeeze(1), x), None
         hs, cs = convlstm_cells(x, *weights, *(state or (None, None)), backend=self.backend)
         return hs, Memory(hs, cs) if every else Memory(hs[:, -1], cs[:, -1])
 
@@ -179,14 +182,29 @@ class URB(nn.Module):
     ) -> tuple[Tensor, State]:
         memory, moments = state or (None, None)
         up = per_frame(interpolate, x, skip.shape[-2:])
-        y, memory = self.residual(torch.cat((up, skip), 2), memory, every=every, fork=fork)
+        y, memory = self.residual(cat_channels(up, skip), memory, every=every, fork=fork)
         y, moments = self.norm(y, moments, every=every, fork=fork)
         return y, (memory, moments)
 
 
+def frame_major(x: Tensor) -> Tensor:
+    """All frames (B,T,...) along one axis, (T*B,...): without a copy where they come from a ConvLSTM."""
+    return x.transpose(0, 1).flatten(0, 1)
+
+
+def batch_major(frames: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `frame_major`, as a view: (T*B,...) -> (B,T,...), B and T those of `like`."""
+    return frames.unflatten(0, (like.shape[1], like.shape[0])).transpose(0, 1)
+
+
 def per_frame(op: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Apply an operation on (N,C,H,W) to every frame of x (B,T,C,H,W)."""
-    return op(x.flatten(0, 1), *args, **kwargs).unflatten(0, x.shape[:2])
+    return batch_major(op(frame_major(x), *args, **kwargs), x)
+
+
+def cat_channels(*parts: Tensor) -> Tensor:
+    """Frames (B,T,C_n,H,W) -> (B,T,sum of C_n,H,W), channels last where they are, as `cat` along five axes is not."""
+    return batch_major(torch.cat([frame_major(part) for part in parts], 1), parts[0])
 
 
 def space_to_depth(x: Tensor, patch: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, pixel_shuffle
 
-from rlv2v.model.layers import RPB, SLOPE, URB, ConvLSTM, State, per_frame, space_to_depth, xavier_linear
+from rlv2v.model.layers import RPB, SLOPE, URB, ConvLSTM, State, cat_channels, per_frame, space_to_depth, xavier_linear
 
 
 class Translator(nn.Module):
@@ -98,7 +98,7 @@ class Translator(nn.Module):
     def blend(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """The mask head: `m x + (1 - m) tanh(rgb)`, and m."""
         assert self.fuse is not None and self.to_rgbm is not None
-        y = torch.cat((per_frame(pixel_shuffle, features, self.patch), x), 2)
+        y = cat_channels(per_frame(pixel_shuffle, features, self.patch), x)
         y = leaky_relu(per_frame(self.fuse, y), SLOPE)
         rgb, mask = per_frame(self.to_rgbm, y).split((3, 1), 2)
         mask = self.mask_gain * mask.sigmoid()
