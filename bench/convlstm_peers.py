@@ -1,0 +1,174 @@
+"""A ConvLSTM layer as users write it, and as ours: the forms that bench/convlstm.py times.
+
+    eager             cat x and h, one convolution, chunk, a step: what public ConvLSTM repositories do
+    eager batched     the convolution of x once over all T, a smaller one of h a step, none for the zero state
+    ... channels-last the same in memory T,B,H,W,C, weights channels-last
+    ... fused cell    the same with aten's `_thnn_fused_lstm_cell` for the gates (GPU)
+    compile           torch.compile of a form, T unrolled, static shapes; `max-autotune` with CUDA graphs
+    autocast          bfloat16 autocast around a form with float32 weights; compiled together with it
+All take x (B,T,C_in,H,W) without a state and give all hidden states. Without `autocast` in its name, a form in 16 bits
+has inputs and weights of 16 bits. `frame-major`: x and the result's gradient are dense in the order T,B,H,W,C and
+weights channels-last, as in our layers; else they are contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from convlstm_layer import Form, Run
+from convlstm_rows import frame_major
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+from rlv2v.kernels import convlstm
+
+F32, BF16 = torch.float32, torch.bfloat16
+Function = TypeVar("Function", bound=Callable[..., Any])
+Cell = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
+
+
+def pointwise(a: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`h, c` of the next step from pre-activations (N,4C,H,W)."""
+    i, f, o, g = a.chunk(4, 1)
+    new = torch.sigmoid(i) * torch.tanh(g)
+    c = new if c is None else torch.sigmoid(f) * c + new
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def cell(a: Tensor, a_h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`pointwise` of pre-activations from x and, where there is an h, from h."""
+    return pointwise(a if a_h is None else a + a_h, c)
+
+
+def aten_cell(a: Tensor, a_h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same by aten's LSTM cell, pixels as rows: channels-last frames, gates i, f, g, o."""
+    batch, width4, *size = a.shape
+    rows = a.permute(0, 2, 3, 1).reshape(-1, width4)
+    hidden = torch.zeros_like(rows) if a_h is None else a_h.permute(0, 2, 3, 1).reshape(-1, width4)
+    before = rows.new_zeros(len(rows), width4 // 4) if c is None else c.permute(0, 2, 3, 1).reshape(len(rows), -1)
+    outcome = torch.ops.aten._thnn_fused_lstm_cell(rows, hidden, before)
+    h, c_next = (state.view(batch, *size, width4 // 4).permute(0, 3, 1, 2) for state in outcome[:2])
+    return h, c_next
+
+
+def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Shi et al. 2015, eq. 3 without peepholes, from a zero state."""
+    channels, padding = weight.shape[0] // 4, weight.shape[-1] // 2
+    h = c = x.new_zeros(x.shape[0], channels, *x.shape[-2:])
+    hs = []
+    for x_t in x.unbind(1):
+        h, c = pointwise(conv2d(torch.cat((x_t, h), 1), weight, bias, padding=padding), c)
+        hs.append(h)
+    return torch.stack(hs, 1)
+
+
+def steps_of(a: Tensor, w_h: Tensor, cell: Cell = cell) -> list[Tensor]:
+    """All hidden states (B,C,H,W) from the pre-activations of x (T,B,4C,H,W)."""
+    h = c = None
+    hs: list[Tensor] = []
+    for a_t in a.unbind(0):
+        h, c = cell(a_t, None if h is None else conv2d(h, w_h, padding=w_h.shape[-1] // 2), c)
+        hs.append(h)
+    return hs
+
+
+def batched(x: Tensor, w_x: Tensor, w_h: Tensor, bias: Tensor) -> Tensor:
+    """The convolution of x once over all T; frames in torch's own layout."""
+    a = conv2d(x.transpose(0, 1).flatten(0, 1), w_x, bias, padding=w_x.shape[-1] // 2)
+    return torch.stack(steps_of(a.unflatten(0, (x.shape[1], x.shape[0])), w_h), 1)
+
+
+def channels_last(x: Tensor, w_x: Tensor, w_h: Tensor, bias: Tensor, cell: Cell = cell) -> Tensor:
+    """`batched` in memory T,B,H,W,C: x comes in with one copy, or none, and hs is a view of such memory."""
+    a = conv2d(frame_major(x).transpose(0, 1).flatten(0, 1), w_x, bias, padding=w_x.shape[-1] // 2)
+    hs = steps_of(a.unflatten(0, (x.shape[1], x.shape[0])), w_h, cell)
+    return torch.stack([h.permute(0, 2, 3, 1) for h in hs]).permute(1, 0, 4, 2, 3)
+
+
+def fused_cell(x: Tensor, w_x: Tensor, w_h: Tensor, bias: Tensor) -> Tensor:
+    """`channels_last` with `aten_cell`."""
+    return channels_last(x, w_x, w_h, bias, aten_cell)
+
+
+def autocast(run: Run) -> Run:
+    """`run` under bfloat16 autocast on the CPU."""
+
+    def under_autocast(*leaves: Tensor) -> Tensor:
+        with torch.autocast("cpu", BF16):
+            return run(*leaves)
+
+    return under_autocast
+
+
+def compiled(run: Function, mode: str | None = None) -> Function:
+    """`run` compiled for the shape it meets; raises where part of it would run uncompiled."""
+    return cast(Function, torch.compile(run, dynamic=False, fullgraph=True, mode=mode))
+
+
+def mine(backend: str, dtype: torch.dtype, kind: str = "") -> Form:
+    """A form of ours; kind: any of "frame-major", "recompute" and "autocast"."""
+
+    def run(*leaves: Tensor) -> Tensor:
+        return convlstm(*leaves, backend=backend, recompute="recompute" in kind)[0]
+
+    return Form(
+        f"{backend} {kind}".strip(),
+        dtype,
+        autocast(run) if "autocast" in kind else run,
+        leaves=F32 if "autocast" in kind else None,
+        frame_major="frame-major" in kind,
+        training_only="recompute" in kind,
+        backend=backend,
+    )
+
+
+def cpu_forms(*, quick: bool) -> list[Form]:
+    """All for the CPU; quick: without what is compiled, which takes minutes, and without our plain backend."""
+    forms = [
+        Form("eager", F32, eager, joined=True),
+        Form("eager batched", F32, batched),
+        Form("eager channels-last", F32, channels_last, channels_last=True),
+        Form("autocast", BF16, autocast(eager), leaves=F32, joined=True),
+        Form("autocast channels-last", BF16, autocast(channels_last), leaves=F32, channels_last=True),
+        Form("eager bfloat16", BF16, eager, joined=True),
+        *(mine("cpu", dtype, kind) for dtype in (F32, BF16) for kind in ("", "frame-major", "recompute")),
+        mine("cpu", BF16, "autocast"),
+    ]
+    if quick:
+        return forms
+    both = (compiled(autocast(run)) for run in (eager, channels_last))
+    name = "autocast+compile"
+    return [
+        *forms,
+        Form("compile", F32, compiled(eager), joined=True, group="compiled"),
+        Form("compile batched", F32, compiled(batched), group="compiled"),
+        Form("compile channels-last", F32, compiled(channels_last), channels_last=True, group="compiled"),
+        Form(name, BF16, next(both), leaves=F32, joined=True, group=name),
+        Form(f"{name} channels-last", BF16, next(both), leaves=F32, channels_last=True, group=name),
+        *(mine("plain", dtype) for dtype in (F32, BF16)),
+    ]
+
+
+def cuda_forms(dtype: torch.dtype, *, quick: bool) -> list[Form]:
+    """All of one dtype for a GPU; quick: without what is compiled."""
+    forms = [
+        Form("eager", dtype, eager, joined=True),
+        Form("eager batched", dtype, batched),
+        Form("eager channels-last", dtype, channels_last, channels_last=True),
+        Form("eager fused cell", dtype, fused_cell, channels_last=True, cell_order=True),
+        *(mine("triton", dtype, kind) for kind in ("", "frame-major", "recompute")),
+        *(mine("cuda", dtype, kind) for kind in ("", "frame-major")),
+        mine("plain", dtype),
+    ]
+    if quick:
+        return forms
+    name, tune = "channels-last", "max-autotune"
+    return [
+        *forms,
+        Form("compile", dtype, compiled(eager), joined=True, group="compiled"),
+        Form(f"compile {name}", dtype, compiled(channels_last), channels_last=True, group="compiled"),
+        Form(tune, dtype, compiled(eager, tune), joined=True, graphs=True, group="compiled"),
+        Form(f"{tune} {name}", dtype, compiled(channels_last, tune), channels_last=True, graphs=True, group="compiled"),
+    ]
