@@ -144,7 +144,7 @@ class Layer:
         self.form, self.exact = form, data.exact
         weights = [torch.cat((data.w_x, data.w_h), 1)] if form.joined else [data.w_x, data.w_h]
         if form.channels_last or form.frame_major:
-            weights = [weight.contiguous(memory_format=torch.channels_last) for weight in weights]
+            weights = [weight.movedim(-3, -1).contiguous().movedim(-1, -3) for weight in weights]
         weights = [reordered(weight) if form.cell_order else weight for weight in (*weights, data.bias)]
         x, dhs = (frame_major(tensor) if form.frame_major else tensor for tensor in (data.x, data.dhs))
         dtype = form.leaves or form.dtype  # `to` keeps the strides

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlv2v import _native
 from rlv2v.kernels import driver, fused_triton, persistent
 from rlv2v.kernels.cpu import CpuRecurrence
 from rlv2v.kernels.driver import Recurrence
@@ -65,6 +66,11 @@ def cpu_obstacle(problem: Problem) -> str | None:
     return None if problem.dtype.itemsize < 8 else f"it computes in float32 at most, x is {problem.dtype}"
 
 
+def cpu_is_fast(dtype: torch.dtype) -> bool:
+    """Not with 16 bits where the gates are portable: they are converted one by one, and PyTorch's are faster."""
+    return dtype.itemsize == 4 or _native.gates_isa() != "portable"
+
+
 def triton_obstacle(problem: Problem) -> str | None:
     if problem.dtype.itemsize == 8:
         return f"it computes in float32 at most, x is {problem.dtype}"
@@ -89,7 +95,11 @@ RUNNERS = {
 # The first line that applies and whose backend can run the problem is chosen; bench/convlstm.py measures what it says.
 TABLE = (
     Rule("plain", lambda p: p.dtype.itemsize == 8, "float64 is for checking"),
-    Rule("cpu", lambda p: p.device.type == "cpu", "faster than eager and compiled at every shape of bench/convlstm.py"),
+    Rule(
+        "cpu",
+        lambda p: p.device.type == "cpu" and cpu_is_fast(p.dtype),
+        "faster than eager and compiled at every shape of bench/convlstm.py",
+    ),
     Rule(
         "triton", lambda p: p.device.type == "cuda", "one launch a step where eager needs ten; not yet timed on a GPU"
     ),

@@ -22,11 +22,6 @@ def dense(frames: Tensor) -> Tensor:
     return frames.movedim(-3, -1).contiguous().movedim(-1, -3)
 
 
-def stacked(frames: Tensor) -> Tensor:
-    """All frames of one group along one axis: dense (T,B,C,H,W) -> (T*B,C,H,W), channels last, without a copy."""
-    return frames.flatten(0, 1)
-
-
 def like_weight(tensor: Tensor, weight: Tensor) -> Tensor:
     """A weight or its gradient (G,4C,C_in,k,k): channels-last in memory where `weight` is, else contiguous.
 

@@ -38,7 +38,7 @@ def nets_of(config: Config, seed: int = 0) -> Nets:
     nets = build_nets(config)
     with torch.no_grad():
         for p in nets.parameters():
-            p.add_(0.2 * torch.randn_like(p))
+            p.add_(0.2 * torch.randn(p.shape))  # of any layout the same numbers
     return nets
 
 

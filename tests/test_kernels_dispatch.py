@@ -10,6 +10,7 @@ import torch
 from convlstm_cases import Shape, arguments
 from torch import Tensor
 
+from rlv2v import _native
 from rlv2v.kernels import BACKENDS, convlstm, dispatch, explain
 from rlv2v.kernels.cpu import CpuRecurrence
 from rlv2v.kernels.dispatch import Backend, Problem
@@ -155,3 +156,15 @@ def test_a_gpu_backend_that_is_wrong_is_not_used_and_named_once(
         assert str(GPU) in message
         assert choices[0].others[name] in message
         assert reason in message
+
+
+@pytest.mark.parametrize(("dtype", "backend"), [(torch.float32, "cpu"), (torch.bfloat16, "plain")], ids=str)
+def test_portable_gates_are_not_chosen_where_they_are_slower(dtype: torch.dtype, backend: str) -> None:
+    before = _native.gates_isa()
+    dispatch.choose.cache_clear()
+    _native.gates_set_isa("portable")
+    try:
+        assert dispatch.choose(problem(dtype)._replace(device=CPU)).backend == backend
+    finally:
+        _native.gates_set_isa(before)
+        dispatch.choose.cache_clear()
