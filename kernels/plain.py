@@ -29,7 +29,7 @@ class PlainRecurrence:
         if keep_gates and a.dtype != gates_dtype(a.dtype):
             kept = empty_frames(a, *a.shape, dtype=gates_dtype(a.dtype))
         for n in range(groups):
-            h, c = None if h0 is None else h0[n], None if c0 is None else c0[n]
+            h = None if h0 is None else h0[n]
             for t in range(steps):
                 gates = a[n, t].to(cs.dtype)
                 if h is not None:
