@@ -14,7 +14,10 @@ from rlv2v.errors import UserError
 DEFAULT_BUDGET = 300.0  # seconds
 # What may change between a run and its resumption; every other field makes it another run.
 FREE_ON_RESUME = frozenset(
-    {"data", "out", "resume", "steps", "budget", "device", "threads", "loader_threads", "snapshot_seconds"}
+    {
+        *("data", "out", "resume", "steps", "budget", "device", "threads", "loader_threads", "snapshot_seconds"),
+        *("memory", "graphs", "replicas", "keep"),
+    }
 )
 
 
@@ -44,6 +47,16 @@ class Config:
     """CPU threads; 0: as many as torch finds. One is fastest below 64 pixels."""
     loader_threads: int = 1
     """Threads that read and decode the next batches; without influence on what is drawn."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What the networks compute in; weights, statistics, losses and optimisers are float32. fp16 scales its losses."""
+    memory: Literal["store", "recompute", "frames"] = "store"
+    """What the backward pass finds: all that was computed; without the gates, which are computed again; or only the
+    state after each frame, from which the frame is run again. Least time first, least memory last."""
+    graphs: bool = False
+    """Record the device's work of a step as CUDA graphs and replay it; on the CPU there is nothing to record."""
+    replicas: int | None = None
+    """Equal shares that the work of a step is cut into: each has the batch below and a replay buffer of its own, and
+    the ranks take as many each. None: one a rank."""
     decode: Literal["cpu", "gpu"] = "cpu"
     """Where clips are decoded and resized: by the loader's threads, or on the CUDA device by DALI and NVDEC."""
     size: int = 32
@@ -54,13 +67,13 @@ class Config:
     """Same for all frames of a clip: left-right, or all eight flips and transposes of the square."""
 
     batch_x: int = 2
-    """Clips of X a step."""
+    """Clips of X a step and replica."""
     batch_y: int = 1
-    """Clips of Y a step; twice as many when there is no Z."""
+    """Clips of Y a step and replica; twice as many when there is no Z."""
     batch_z: int = 2
-    """Clips of Z a step."""
+    """Clips of Z a step and replica."""
     batch_s: int = 4
-    """Stills of S a step."""
+    """Stills of S a step and replica."""
 
     widths: tuple[int, ...] = (8, 16, 24)
     """Channels after each RPB of G and P; mirrored by the URBs."""
@@ -132,7 +145,7 @@ class Config:
     rl_weight: float = 0.3
     """Weight of the actor's loss beside L."""
     transitions: int = 2
-    """m: transitions a mini-batch."""
+    """m: transitions a mini-batch and replica."""
     rl_every: int = 2
     """Steps from one mini-batch of transitions to the next; the two domains take turns."""
     gamma: float = 0.9
@@ -148,7 +161,7 @@ class Config:
     reward_distance: float = 1.0
     """c of the reward above."""
     replay_capacity: int = 1024
-    """Transitions kept for each domain."""
+    """Transitions kept for each domain and replica."""
     replay_alpha: float = 0.0
     """Exponent of prioritised replay; 0: uniform, as in the paper."""
     replay_beta: float = 0.4
@@ -156,6 +169,8 @@ class Config:
 
     snapshot_seconds: float = 60.0
     """Seconds between checkpoints, each with a strip of samples."""
+    keep: int = 2
+    """How many of the newest checkpoints are kept; the best one is kept besides."""
 
     @classmethod
     def of(cls, preset: str = "default", method: str = "rlv2v", **changes: Any) -> Config:
@@ -204,10 +219,12 @@ class Config:
             "rl_every",
             "replay_capacity",
             "loader_threads",
+            "keep",
         ):
             need(getattr(self, name) >= 1, name, "at least 1")
         for name in ("threads", "judge_frames", "warmup_steps"):
             need(getattr(self, name) >= 0, name, "a number >= 0")
+        need(self.replicas is None or self.replicas >= 1, "replicas", "at least 1")
         weights = (
             "l_adv",
             "l_v",
