@@ -7,10 +7,13 @@ figures. Everything here works on frames (B,T,3,H,W) in [-1,1].
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, l1_loss
+
+from rlv2v.dist import gather, num_ranks
 
 NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, 3), (3, 0))  # (dy, dx) in pixels
 
@@ -45,31 +48,43 @@ def mask_prior(mask: Tensor) -> Tensor:
     return (1 - mask).mean()
 
 
-def domain_gap(a: Tensor, b: Tensor, directions: Tensor, quantiles: int = 64) -> Tensor:
-    """Sliced Wasserstein-1 distance between the pixel colours of two sets of clips, averaged over frame indices.
+def colours(frames: Tensor, directions: Tensor) -> Tensor:
+    """Pixel colours of clips (B,T,3,H,W), pooled to about 16 pixels a side, along `directions` (3,K): (B,T,K,n)."""
+    pooled = avg_pool2d(frames.flatten(0, 1), max(1, min(frames.shape[-2:]) // 16)).unflatten(0, frames.shape[:2])
+    with torch.autocast(frames.device.type, enabled=False):
+        return torch.einsum("btchw,ck->btkhw", pooled, directions).flatten(3)
 
-    Colours are projected on `directions` (3,K), sorted, and compared at `quantiles` levels; the clips need not be
-    paired nor as many. It knows nothing of shapes: it tells how far a translator has come towards a domain's colours
-    and their course in time, which is what the schedule follows.
-    """
 
-    def quantile_table(frames: Tensor) -> Tensor:
-        pooled = avg_pool2d(frames.flatten(0, 1), max(1, min(frames.shape[-2:]) // 16)).unflatten(0, frames.shape[:2])
-        values = torch.einsum("btchw,ck->tkbhw", pooled, directions).flatten(2).sort(-1).values
+def quantile_gap(a: Tensor, b: Tensor, quantiles: int = 64) -> Tensor:
+    """Mean distance between the quantiles of two sets of `colours`, direction by direction and frame by frame."""
+
+    def quantile_table(values: Tensor) -> Tensor:
+        values = values.permute(1, 2, 0, 3).flatten(2).sort(-1).values
         levels = torch.linspace(0, values.shape[-1] - 1, quantiles, device=values.device).long()
         return values[..., levels]
 
     return l1_loss(quantile_table(a), quantile_table(b))
 
 
-def gap_floor(target: Tensor, num_other: int, directions: Tensor) -> Tensor:
-    """What `domain_gap` of `num_other` clips of the *same* domain to `target` would be: the halves of `target` tell.
+def domain_gap(a: Tensor, b: Tensor, directions: Tensor) -> Tensor:
+    """Sliced Wasserstein-1 distance between the pixel colours of two sets of clips, averaged over frame indices.
+
+    Colours are projected on `directions` (3,K), sorted, and compared at 64 levels; the clips need not be paired nor as
+    many; those of all ranks count. It knows nothing of shapes: it tells how far a translator has come towards a
+    domain's colours and their course in time, which is what the schedule follows.
+    """
+    return quantile_gap(gather(colours(a, directions)), gather(colours(b, directions)))
+
+
+def gap_floor(target: Sequence[Tensor], num_other: int, directions: Tensor) -> Tensor:
+    """What `domain_gap` of `num_other` clips a rank of the *same* domain to `target` would be: halves of it tell.
 
     Two samples of one domain are never at distance 0. The distance between samples of n and m clips falls as
-    sqrt(1/n + 1/m), by which the halves' distance is scaled. 0 for a single clip.
+    sqrt(1/n + 1/m), by which the halves' distance is scaled. 0 for a single clip. target: the domain's sets of clips.
     """
-    num, half = len(target), len(target) // 2
+    values = torch.cat([gather(colours(clips, directions)) for clips in target])
+    num, half = len(values), len(values) // 2
     if half == 0:
-        return torch.zeros(())
-    scale = math.sqrt((1 / num_other + 1 / num) / (1 / half + 1 / (num - half)))
-    return scale * domain_gap(target[:half], target[half:], directions)
+        return torch.zeros((), device=values.device)
+    scale = math.sqrt((1 / (num_other * num_ranks()) + 1 / num) / (1 / half + 1 / (num - half)))
+    return scale * quantile_gap(values[:half], values[half:])

@@ -6,6 +6,8 @@ Frames are in [-1,1]. Every network is causal, so a padded prefix is run whole a
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +17,10 @@ from torch.nn.functional import logsigmoid
 
 from rlv2v.config import Config
 from rlv2v.data import to_model, to_uint8
+from rlv2v.device import Held, HostCopy, on_device
 from rlv2v.losses import Nets
 from rlv2v.model import Judge, Translator
-from rlv2v.model.layers import map_state
+from rlv2v.model.layers import apart, map_state
 from rlv2v.replay import PrioritizedReplay, ReplayBatch
 
 DOMAINS = ("x", "y")
@@ -39,18 +42,9 @@ class Policies(NamedTuple):
 
 
 class Recall(NamedTuple):
-    """Where the stored tail of M stands in the replay buffer, and M's importance weights (1 for new transitions)."""
+    """Which transitions of M came out of the replay buffers: for each replica where in M, and their ids there."""
 
-    ids: Tensor  # (num stored,)
-    weights: Tensor  # (n,)
-
-    @classmethod
-    def none(cls, num: int, device: torch.device) -> Recall:
-        return cls(torch.empty(0, dtype=torch.long), torch.ones(num, device=device))
-
-    def fill(self, num_new: int, drawn: ReplayBatch) -> Recall:
-        self.weights[num_new:] = drawn.weights.to(self.weights.device)
-        return Recall(drawn.ids, self.weights)
+    drawn: tuple[tuple[slice, Tensor], ...]
 
 
 class Transitions(NamedTuple):
@@ -62,6 +56,7 @@ class Transitions(NamedTuple):
     rewards: Tensor  # (n,)
     true_frames: Tensor  # (n,3,H,W)
     terminals: Tensor  # (n,) bool: s' is the whole video
+    weights: Tensor  # (n,) importance weights, 1 for new transitions
 
 
 def last_of(frames: Tensor, lengths: Tensor) -> Tensor:
@@ -151,10 +146,10 @@ def critic_targets(q_target: Judge, policies_target: Policies, batch: Transition
     return td_target(batch.rewards, torch.maximum(*values), batch.terminals, gamma)
 
 
-def critic_loss(q: Judge, batch: Transitions, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """mean w (y - Q(s, a))^2 and the errors y - Q(s, a), (n,); w: the replay's importance weights, 1 when None."""
+def critic_loss(q: Judge, batch: Transitions, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """mean w (y - Q(s, a))^2 and the errors y - Q(s, a), (n,)."""
     errors = targets - q_value(q, batch.states, batch.lengths, batch.actions)
-    return (errors.square() if weights is None else weights * errors.square()).mean(), errors.detach()
+    return (batch.weights * errors.square()).mean(), errors.detach()
 
 
 def actor_loss(q: Judge, policies: Policies, states: Tensor, lengths: Tensor) -> Tensor:
@@ -181,51 +176,74 @@ class Agent:
     Args:
         domain: "x" or "y"; transitions of Z belong to "y" (reading 5).
         nets, targets: the live networks and the Polyak-averaged copies pi', Q'.
-        replay: this domain's buffer, of uint8 frames.
+        replays: this domain's buffers of uint8 frames, one for each replica of this rank.
+
+    What a step adds to the buffers, and the priorities that it gives, are on their way from the device meanwhile: the
+    buffers take them in at the next `gather`, or before a checkpoint by `settle`. The draws are the same either way.
     """
 
-    def __init__(self, domain: str, nets: Nets, targets: Nets, replay: PrioritizedReplay, config: Config) -> None:
-        self.domain, self.config, self.replay = domain, config, replay
+    def __init__(
+        self, domain: str, nets: Nets, targets: Nets, replays: Sequence[PrioritizedReplay], config: Config
+    ) -> None:
+        self.domain, self.config, self.replays = domain, config, replays
         self.d: Judge = getattr(nets, f"d_{domain}")
         self.q: Judge = getattr(nets, f"q_{domain}")
         self.q_target: Judge = getattr(targets, f"q_{domain}")
         self.policies, self.policies_target = Policies.of(nets, domain), Policies.of(targets, domain)
+        self.pending: list[Callable[[], object]] = []
+
+    def settle(self) -> None:
+        """Let the buffers take in what is on its way to them."""
+        for take in self.pending:
+            take()
+        self.pending.clear()
 
     @torch.no_grad()
-    def gather(self, video: Tensor, rng: np.random.Generator, progress: float) -> tuple[Transitions, Recall]:
-        """M: each of m transitions is a stored one with probability eta1, else a new one from `video` (T,3,H,W).
+    def gather(
+        self, videos: Sequence[Tensor], rngs: Sequence[np.random.Generator], progress: float
+    ) -> tuple[Transitions, Recall]:
+        """M: for each replica m transitions, each a stored one with probability eta1, else a new one from its video.
 
-        Returns M, and where its stored part stands in the buffer.
+        videos: (T,3,H,W) each.  rngs: of each replica.  Returns M, and where its stored part stands in the buffers.
         """
+        self.settle()
         num, config = self.config.transitions, self.config
-        stored = explore(rng, num, annealed(*config.eta1, progress)) if len(self.replay) else torch.zeros(num).bool()
-        num_new = num - int(stored.sum())
-        parts = []
-        if num_new:
-            parts.append(self.play(video, num_new, rng, annealed(*config.eta2, progress)))
-            self.remember(video, parts[0])
-        recall = Recall.none(num, video.device)
-        if num_new < num:
-            drawn = self.replay.sample(num - num_new)
-            parts.append(self.recalled(drawn, video.device))
-            recall = recall.fill(num_new, drawn)
-        return Transitions(*(torch.cat(field) for field in zip(*parts, strict=True))), recall
+        parts: list[Transitions] = []
+        drawn: list[tuple[slice, Tensor]] = []
+        for replica, (replay, video, rng) in enumerate(zip(self.replays, videos, rngs, strict=True)):
+            stored = int(explore(rng, num, annealed(*config.eta1, progress)).sum()) if len(replay) else 0
+            if stored < num:
+                parts.append(self.play(replay, video, num - stored, rng, annealed(*config.eta2, progress)))
+            if stored:
+                sample = replay.sample(stored)
+                parts.append(self.recalled(sample, video.device))
+                drawn.append((slice((replica + 1) * num - stored, (replica + 1) * num), sample.ids.clone()))
+        return Transitions(*(torch.cat(field) for field in zip(*parts, strict=True))), Recall(tuple(drawn))
 
-    def play(self, video: Tensor, num: int, rng: np.random.Generator, eta2: float) -> Transitions:
-        """New transitions: p uniform in 1..T-1, a the critic's choice of a1, a2 or (1 - eta2) a random frame."""
+    def play(
+        self, replay: PrioritizedReplay, video: Tensor, num: int, rng: np.random.Generator, eta2: float
+    ) -> Transitions:
+        """New transitions: p uniform in 1..T-1, a the critic's choice of a1, a2 or (1 - eta2) a random frame.
+
+        B += them; the clip's frames are stored once.
+        """
         length, device = len(video), video.device
-        lengths = torch.from_numpy(rng.integers(1, length, num)).to(device)
+        ends = rng.integers(1, length, num)
+        lengths = on_device(ends, device)
         states = video[None, : length - 1].expand(num, -1, -1, -1, -1)
-        first, second = candidates(self.policies, states, lengths)
-        twice, both = torch.cat((states, states)), torch.cat((lengths, lengths))
-        q_first, q_second = q_value(self.q, twice, both, torch.cat((first, second))).chunk(2)
-        actions = choose(first, second, q_first, q_second)
-        random_frames = video[torch.from_numpy(rng.integers(0, length, num)).to(device)]
-        greedy = explore(rng, num, eta2).to(device)
-        actions = torch.where(greedy[:, None, None, None], actions, random_frames)
-        true_frames, terminals = video[lengths], lengths == length - 1
-        rewards = self.reward(states, lengths, actions, true_frames, terminals, first, second)
-        return Transitions(states, lengths, actions, rewards, true_frames, terminals)
+        with apart(*self.policies, self.d):
+            first, second = candidates(self.policies, states, lengths)
+            twice, both = torch.cat((states, states)), torch.cat((lengths, lengths))
+            q_first, q_second = q_value(self.q, twice, both, torch.cat((first, second))).chunk(2)
+            actions = choose(first, second, q_first, q_second)
+            random_frames = video[on_device(rng.integers(0, length, num), device)]
+            greedy = on_device(explore(rng, num, eta2), device)
+            actions = torch.where(greedy[:, None, None, None], actions, random_frames)
+            true_frames, terminals = video[lengths], lengths == length - 1
+            rewards = self.reward(states, lengths, actions, true_frames, terminals, first, second)
+        found = HostCopy(to_uint8(video), to_uint8(actions), rewards)
+        self.pending.append(partial(remember, replay, found, ends.tolist()))
+        return Transitions(states, lengths, actions, rewards, true_frames, terminals, torch.ones_like(rewards))
 
     def reward(
         self,
@@ -265,35 +283,30 @@ class Agent:
             weight_v=config.l_v,
         )
 
-    def remember(self, video: Tensor, new: Transitions) -> None:
-        """B += the new transitions; the clip's frames are stored once."""
-        clip = self.replay.put_clip(to_uint8(video).cpu())
-        lengths = new.lengths.tolist()
-        self.replay.add(
-            state=[(clip, 0, p) for p in lengths],
-            action=to_uint8(new.actions).cpu(),
-            reward=new.rewards.cpu(),
-            true_frame=[(clip, p) for p in lengths],
-            position=[p + 1 for p in lengths],
-            terminal=new.terminals.cpu(),
-        )
-        clip.release()
-
     def recalled(self, drawn: ReplayBatch, device: torch.device) -> Transitions:
         """Stored transitions as the networks see them."""
-        lengths, rewards, terminals = (v.to(device) for v in (drawn.lengths, drawn.rewards, drawn.terminals))
         states, actions, true_frames = (
-            to_model(v.to(device)) for v in (drawn.states, drawn.actions, drawn.true_frames)
+            to_model(on_device(v, device)) for v in (drawn.states, drawn.actions, drawn.true_frames)
         )
-        return Transitions(states, lengths, actions, rewards, true_frames, terminals)
+        lengths, rewards, terminals, weights = (
+            on_device(v, device) for v in (drawn.lengths, drawn.rewards, drawn.terminals, drawn.weights)
+        )
+        if device.type == "cuda":  # the buffer may not use the memory again while it is copied from
+            self.pending.append(Held(drawn).wait)
+        return Transitions(states, lengths, actions, rewards, true_frames, terminals, weights)
 
-    def critic_loss(self, batch: Transitions, recall: Recall) -> Tensor:
-        """mean w (y - Q(s, a))^2; the errors become the stored transitions' priorities."""
-        targets = critic_targets(self.q_target, self.policies_target, batch, self.config.gamma)
-        loss, errors = critic_loss(self.q, batch, targets, recall.weights)
-        if self.config.replay_alpha and len(recall.ids):
-            self.replay.update_priorities(recall.ids, errors[-len(recall.ids) :].abs().cpu() + 1e-6)
-        return loss
+    def critic_loss(self, batch: Transitions) -> tuple[Tensor, Tensor]:
+        """mean w (y - Q(s, a))^2, and the errors y - Q(s, a), (n,)."""
+        return critic_loss(self.q, batch, critic_targets(self.q_target, self.policies_target, batch, self.config.gamma))
+
+    def prioritise(self, recall: Recall, errors: Tensor) -> None:
+        """The errors become the stored transitions' priorities."""
+        if not self.config.replay_alpha:
+            return
+        found = HostCopy(errors.abs() + 1e-6)
+        num = self.config.transitions
+        for where, ids in recall.drawn:
+            self.pending.append(partial(prioritise, self.replays[where.start // num], ids, found, where))
 
     def actor_loss(self, batch: Transitions) -> Tensor:
         """-J on M's states; the critic's weights take no gradient from it."""
@@ -303,11 +316,31 @@ class Agent:
         return loss
 
 
-def build_agents(nets: Nets, targets: Nets, config: Config, rank: int = 0) -> dict[str, Agent]:
-    """The agents of both domains, each with a replay buffer of its own: draws come from (seed, rank, domain)."""
+def remember(replay: PrioritizedReplay, found: HostCopy, lengths: Sequence[int]) -> None:
+    """B += transitions of one clip: its frames uint8 (T,H,W,3), actions uint8 (n,H,W,3), rewards and lengths p (n,)."""
+    frames, actions, rewards = found.read()
+    clip = replay.put_clip(frames)
+    replay.add(
+        state=[(clip, 0, p) for p in lengths],
+        action=actions,
+        reward=rewards,
+        true_frame=[(clip, p) for p in lengths],
+        position=[p + 1 for p in lengths],
+        terminal=[p == len(frames) - 1 for p in lengths],
+    )
+    clip.release()
 
-    def replay(domain: str) -> PrioritizedReplay:
-        address = np.random.SeedSequence([config.seed, rank, DOMAINS.index(domain)])
+
+def prioritise(replay: PrioritizedReplay, ids: Tensor, errors: HostCopy, where: slice) -> None:
+    """Give transitions the priorities that stand at `where` in what has been copied."""
+    replay.update_priorities(ids, errors.read()[0][where])
+
+
+def build_agents(nets: Nets, targets: Nets, config: Config, replicas: Sequence[int] = (0,)) -> dict[str, Agent]:
+    """The agents of both domains, each with a replay buffer a replica: draws come from (seed, replica, domain)."""
+
+    def replay(domain: str, replica: int) -> PrioritizedReplay:
+        address = np.random.SeedSequence([config.seed, replica, DOMAINS.index(domain)])
         return PrioritizedReplay(
             config.replay_capacity,
             (config.size, config.size, 3),
@@ -317,7 +350,10 @@ def build_agents(nets: Nets, targets: Nets, config: Config, rank: int = 0) -> di
             seed=int(address.generate_state(1, np.uint64)[0]),
         )
 
-    return {domain: Agent(domain, nets, targets, replay(domain), config) for domain in DOMAINS}
+    return {
+        domain: Agent(domain, nets, targets, [replay(domain, replica) for replica in replicas], config)
+        for domain in DOMAINS
+    }
 
 
 def annealed(start: float, end: float, progress: float) -> float:

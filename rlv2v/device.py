@@ -1,8 +1,10 @@
-"""Which device and how many threads torch shall use."""
+"""Which device torch shall use, and the ways to and from it that do not stop the host."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from rlv2v.errors import UserError
 
@@ -20,3 +22,45 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device: expected one that torch can use here, got {name!r} ({reason}); try cpu") from None
+
+
+def on_device(values: Tensor | np.ndarray, device: torch.device) -> Tensor:
+    """A tensor or array of the host on `device`; a GPU is not waited for."""
+    tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+class HostCopy:
+    """Copies of tensors on the host that may still be under way; `read()` gives them, waiting only if they are.
+
+    On the CPU they are the tensors themselves: for tensors that nobody writes to again.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if tensors and tensors[0].device.type == "cuda":
+            copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+            for copy, tensor in zip(copies, tensors, strict=True):
+                copy.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+            tensors = tuple(copies)
+        self._tensors = tensors
+
+    def read(self) -> tuple[Tensor, ...]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tensors
+
+
+class Held:
+    """Keeps memory of the host alive until a GPU has done what it was asked for before now."""
+
+    def __init__(self, kept: object) -> None:
+        self._kept, self._event = kept, torch.cuda.Event()
+        self._event.record()
+
+    def wait(self) -> None:
+        self._event.synchronize()

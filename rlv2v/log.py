@@ -20,15 +20,17 @@ class RunLog:
         run: the run's folder.
         step: where the run starts; lines of later steps, left by a run killed after its last checkpoint, are dropped.
         total: (unit, amount) of the whole run, ("step", 300) or ("s", 300.0), for the progress bar.
+        frames: that a step takes in, over all ranks, for the frames a second.
     """
 
-    def __init__(self, run: Path, *, step: int, seconds: float, total: tuple[str, float]) -> None:
+    def __init__(self, run: Path, *, step: int, seconds: float, total: tuple[str, float], frames: int) -> None:
         path = run / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
         path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.file = path.open("a", buffering=1)
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
         self.unit, self.total = total
+        self.frames, self.last = frames, (step, seconds)
         self.bar = tqdm(
             total=self.total,
             initial=min(self.total, step if self.unit == "step" else round(seconds, 1)),
@@ -44,12 +46,15 @@ class RunLog:
         self.bar.update(min(step if self.unit == "step" else seconds, self.total) - self.bar.n)
 
     def write(self, step: int, seconds: float, values: Mapping[str, float]) -> None:
-        """One line of numbers, everywhere."""
+        """One line of numbers, everywhere, with the frames a second since the last one."""
+        before, self.last = self.last, (step, seconds)
+        rate = self.frames * (step - before[0]) / max(seconds - before[1], 1e-9)
+        values = {**values, "frames_per_second": round(rate, 2)}
         self.file.write(json.dumps({"step": step, "seconds": round(seconds, 3), **values}) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
         shown = {name: f"{values[name]:.3g}" for name in ("loss", "loss_d", "loss_q", "gap") if name in values}
-        self.bar.set_postfix({"step": str(step)} | shown)
+        self.bar.set_postfix({"step": str(step), "frames/s": f"{rate:.0f}"} | shown)
 
     def strip(self, path: Path, rows: list[np.ndarray]) -> None:
         """Save clips (T,H,W,3) uint8 as rows of one PNG, a frame a column."""

@@ -14,6 +14,7 @@ from rlv2v.additions import contrast_loss, domain_gap, mask_prior
 from rlv2v.config import Config
 from rlv2v.data import to_model
 from rlv2v.data.pipeline import Batch
+from rlv2v.device import on_device
 from rlv2v.losses import Nets, Rollout, judge
 from rlv2v.model import Judge
 
@@ -38,19 +39,19 @@ class Clips:
         def move(frames: Tensor | None) -> Tensor | None:
             if frames is None:
                 return None
-            video = to_model(frames.to(device, non_blocking=True))
+            video = to_model(on_device(frames, device))
             return video.flatten(0, 1).unsqueeze(1) if per_frame else video
 
         x, y, z = move(batch.x), move(batch.y), move(batch.z)
         assert x is not None and y is not None
-        return cls(x, y, z, None if batch.s is None else to_model(batch.s.to(device)[:, None]))
+        return cls(x, y, z, None if batch.s is None else to_model(on_device(batch.s, device)[:, None]))
 
 
 class Gains(NamedTuple):
     """What the schedule scales: the adversarial terms, and the contrast and mask terms."""
 
-    adversarial: float
-    content: float
+    adversarial: float | Tensor
+    content: float | Tensor
 
 
 def single_frames(video: Tensor, at: Tensor) -> Tensor:

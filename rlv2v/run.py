@@ -1,49 +1,32 @@
-"""The plumbing of a run: its folder, its data, what is restored on --resume, and how it is interrupted."""
+"""The plumbing of a run: its folder, its data, its samples, and how it is interrupted."""
 
 from __future__ import annotations
 
 import itertools
 import logging
-import math
+import os
 import signal
-from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
-from rlv2v.checkpoint import checkpoints, load_checkpoint, write_atomically
-from rlv2v.config import FREE_ON_RESUME, Config
+from rlv2v.checkpoint import write_atomically
+from rlv2v.config import Config
 from rlv2v.data.index import Dataset, open_dataset
 from rlv2v.data.pipeline import evaluation_clips
 from rlv2v.data.synth import write_dataset
 from rlv2v.errors import UserError
+from rlv2v.lock import Lock, lock_folder
+from rlv2v.model import Translator
+from rlv2v.resume import resumed_config
+from rlv2v.store import Checkpoints
+from rlv2v.translate import translate_clip
 
+Samples = list[tuple[np.ndarray, list[np.ndarray]]]
 NUM_SAMPLES = 3  # clips in a strip
 log = logging.getLogger(__name__)
-
-
-def resumed_config(given: Config) -> Config:
-    """Check the flags of a resumed run against its `config.json`: what shapes the run may not change."""
-    path = given.out / "config.json"
-    if not path.is_file():
-        raise UserError(
-            f"{given.out}: expected the folder of a run to resume, found no config.json; leave out --resume"
-        )
-    before = Config.from_json(path.read_text(), str(path))
-    for field in fields(Config):
-        was, now = getattr(before, field.name), getattr(given, field.name)
-        if field.name not in FREE_ON_RESUME and was != now:
-            flag = field.name.replace("_", "-")
-            raise UserError(
-                f"--{flag}: the run in {given.out} has {was!r}, got {now!r}; leave it out or start a new run"
-            )
-    return before
 
 
 def prepare_folder(config: Config) -> Config:
@@ -54,9 +37,9 @@ def prepare_folder(config: Config) -> Config:
     if config.resume:
         before = resumed_config(config)
         config = config if config.data else replace(config, data=before.data)
-    elif checkpoints(config.out):
-        raise UserError(f"{config.out}: holds a run already; go on with it by --resume, or choose another --out")
-    elif config.out.exists() and not config.out.is_dir():
+    elif config.out.is_dir():
+        refuse_taken(config.out)
+    elif config.out.exists():
         raise UserError(f"{config.out}: expected a folder for the run, got a file; choose another --out")
     if config.data is None:
         config = replace(config, data=Path("data") / f"synth-{config.size}x{config.frames}")
@@ -67,11 +50,27 @@ def prepare_folder(config: Config) -> Config:
     return config
 
 
-def claim_folder(config: Config) -> None:
-    """Write `config.json` and make the folders of a run; it becomes one to resume with its first checkpoint."""
+def claim_folder(config: Config) -> Lock:
+    """Make the run's folder this process's own and write `config.json`; from then on it can be resumed.
+
+    Returns the lock, to be held as long as the run.
+
+    Raises:
+        UserError: another run is at work in it, or has left a checkpoint there meanwhile.
+    """
     for folder in (config.out, config.out / "samples", config.out / "checkpoints"):
         folder.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(config.out)
+    if not config.resume:
+        refuse_taken(config.out)
     write_atomically(config.out / "config.json", config.to_json().encode())
+    return lock
+
+
+def refuse_taken(out: Path) -> None:
+    """Raise UserError if a folder holds a checkpoint: nothing that exists is overwritten."""
+    if Checkpoints(out, keep=1, num_replicas=1).steps:
+        raise UserError(f"{out}: holds a run already; go on with it by --resume, or choose another --out")
 
 
 def open_data(config: Config) -> Dataset:
@@ -82,22 +81,7 @@ def open_data(config: Config) -> Dataset:
     return open_dataset(config.data, frames=config.frames)
 
 
-def restore(state: Mapping[str, Any], config: Config, device: torch.device) -> None:
-    """Load every part of a run from its newest checkpoint."""
-    saved = load_checkpoint(config.out, device)
-    if missing := state.keys() - saved.keys():
-        raise UserError(
-            f"{config.out}: the checkpoint lacks {sorted(missing)[0]!r}; it is of another set-up of the run"
-        )
-    for name, part in state.items():
-        try:
-            part.load_state_dict(saved[name])
-        except (RuntimeError, KeyError, TypeError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise UserError(f"{config.out}: the checkpoint's {name!r} does not fit this run: {first}") from None
-
-
-def pick_samples(config: Config) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+def pick_samples(config: Config) -> Samples:
     """A few clips to look at while training: (source, [truth] or []), of valX, or of trainX where there is none."""
     assert config.data is not None
 
@@ -110,29 +94,26 @@ def pick_samples(config: Config) -> list[tuple[np.ndarray, list[np.ndarray]]]:
     return [(clip, [truths[name]] if name in truths else []) for name, clip in clips(names[0])]
 
 
-def descend(optimiser: torch.optim.Optimizer, loss: Tensor, weights: list[Tensor], limit: float) -> Tensor:
-    """One step down a loss; returns the norm of its gradient, which is clipped to `limit` (0: not)."""
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = clip_grad_norm_([w for w in weights if w.grad is not None], limit or math.inf)
-    optimiser.step()
-    return norm
+def look(g: Translator, config: Config, samples: Samples) -> tuple[list[np.ndarray], float | None]:
+    """The rows of a strip (each source, its translation, its truth), and the mean absolute error in 0..1.
 
-
-def finite(values: Mapping[str, Tensor], step: int) -> dict[str, float]:
-    """The numbers of a step; a loss that is none stops the run by its name."""
-    numbers = {name: value.item() for name, value in values.items()}
-    for name, value in numbers.items():
-        if not math.isfinite(value):
-            raise UserError(
-                f"loss {name!r} is {value} at step {step}: the run stops; the last checkpoint is whole. "
-                f"Try a smaller --lr or --judge-lr"
-            )
-    return numbers
+    None: there is no truth to tell it by.
+    """
+    rows, errors = [], []
+    g.eval()
+    for source, truths in samples:
+        translated = translate_clip(g, config, source)
+        rows += [source, translated, *truths]
+        errors += [np.abs(translated.astype(np.float32) - truth).mean() / 255 for truth in truths]
+    g.train()
+    return rows, float(np.mean(errors)) if errors else None
 
 
 class Interrupt:
-    """Ctrl-C or SIGTERM asks the loop to end after its step (`by` names the signal); a second one ends at once."""
+    """Ctrl-C or SIGTERM asks the run to end after its step (`by` names the signal); a second one ends it at once.
+
+    At once is as safe as a kill: what is on the disk is whole at every moment.
+    """
 
     def __init__(self) -> None:
         self.by = ""
@@ -147,10 +128,5 @@ class Interrupt:
 
     def ask(self, number: int, _: FrameType | None) -> None:
         if self.by:
-            raise KeyboardInterrupt
+            os._exit(128 + number)
         self.by = signal.Signals(number).name
-
-
-def parameters(nets: torch.nn.Module, names: Iterable[str]) -> list[Tensor]:
-    """The weights of the named networks."""
-    return [p for name in names for p in getattr(nets, name).parameters()]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from rlv2v.config import Config
 from rlv2v.objective import Gains
@@ -10,9 +13,9 @@ from rlv2v.objective import Gains
 START = 0.1  # share of the contrast and mask weights before the ramp
 RAMP = 0.2  # progress over which the ramp goes from 0 to 1
 SMOOTH = 0.9  # of the average of the gap
+MEASURED = ("gap", "whole_gap", "floor", "ramp")
 
 
-@dataclass
 class Schedule:
     """The state of a run's schedule; a checkpoint holds it.
 
@@ -22,16 +25,13 @@ class Schedule:
     `config.ramp_at` of the distance between the two domains. It falls while they are not: content terms that pull them
     back to the source loosen by themselves. The same ramp opens the generators' copy mask: open from the first step
     on, it copies all, and what it copies takes no gradient.
+
+    What is measured lives on the device and is never read by the host: `gap`, `whole_gap`, `floor`, `ramp`, float32 ().
     """
 
-    config: Config
-    step: int = 0
-    seconds: float = 0.0
-    gap: float = 0.0
-    whole_gap: float = 0.0
-    floor: float = 0.0
-    num_measured: int = 0
-    ramp: float = 0.0
+    def __init__(self, config: Config, device: torch.device | str = "cpu") -> None:
+        self.config, self.step, self.seconds, self.num_measured = config, 0, 0.0, 0
+        self.gap, self.whole_gap, self.floor, self.ramp = (torch.zeros((), device=device) for _ in MEASURED)
 
     @property
     def progress(self) -> float:
@@ -51,30 +51,32 @@ class Schedule:
         return Gains(1.0 + (self.config.adversarial_end - 1.0) * self.ramp, START + (1.0 - START) * self.ramp)
 
     @property
-    def share(self) -> float:
+    def share(self) -> Tensor:
         """How far the translations still are from the target domain: 1 where the source is, 0 when they are there."""
-        return (self.gap - self.floor) / max(self.whole_gap - self.floor, 1e-9)
+        return (self.gap - self.floor) / (self.whole_gap - self.floor).clamp(min=1e-9)
 
-    def measure(self, whole_gap: float, floor: float) -> None:
+    def measure(self, whole_gap: Tensor, floor: Tensor) -> None:
         """One batch's distance between the domains, and within the target domain (`gap_floor`); they are averaged."""
         self.num_measured += 1
         self.whole_gap += (whole_gap - self.whole_gap) / self.num_measured
         self.floor += (floor - self.floor) / self.num_measured
 
-    def advance(self, seconds: float, gap: float) -> None:
+    def advance(self, seconds: float, gap: Tensor) -> None:
         """Count one step that ended `seconds` into the run, with the translations' distance to the target domain."""
         self.gap += (1.0 - SMOOTH if self.step else 1.0) * (gap - self.gap)
         before = self.progress
         self.step, self.seconds = self.step + 1, seconds
         change = (self.progress - before) / RAMP
-        self.ramp = min(1.0, max(0.0, self.ramp + (change if self.share < self.config.ramp_at else -change)))
+        near = (self.share < self.config.ramp_at).float()
+        self.ramp.copy_((self.ramp + change * (2.0 * near - 1.0)).clamp(0.0, 1.0))
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         """Everything but the config."""
-        names = ("step", "seconds", "gap", "whole_gap", "floor", "num_measured", "ramp")
-        return {name: getattr(self, name) for name in names}
+        counted = {name: getattr(self, name) for name in ("step", "seconds", "num_measured")}
+        return counted | {name: getattr(self, name) for name in MEASURED}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
-        self.step, self.num_measured = int(self.step), int(self.num_measured)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        self.num_measured = int(state["num_measured"])
+        for name in MEASURED:
+            getattr(self, name).copy_(state[name])

@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -15,10 +17,12 @@ from safetensors.torch import save
 from torch.nn.functional import l1_loss
 from tqdm import tqdm
 
+from rlv2v.algorithm import Descent, autocast
 from rlv2v.checkpoint import VERSION, write_atomically
 from rlv2v.config import Config
 from rlv2v.data.index import Dataset
 from rlv2v.data.pipeline import Loader
+from rlv2v.dist import Orders, World
 from rlv2v.losses import Nets, l_tau
 from rlv2v.objective import Clips
 
@@ -36,65 +40,80 @@ SHAPING = (
     "warmup_steps",
     "warmup_lr",
     "method",
+    "precision",
+    "memory",
+    "replicas",
 )
 
 
-def warm_up(nets: Nets, dataset: Dataset, config: Config, device: torch.device) -> float:
+def warm_up(nets: Nets, dataset: Dataset, config: Config, world: World, stop: Callable[[], bool]) -> float | None:
     """Train g_y as auto-encoder and p_y as predictor on clips of all sets, then copy them to g_x and p_x.
 
     The copy mask is off meanwhile: copying its input would satisfy an auto-encoder at once. Weights are kept in the
     user's cache folder under a hash of all that shapes them, unless `config.warmup_cache` is off.
 
     Returns:
-        The seconds that it took; from the cache: that it took then, so that a budget means the same.
+        The seconds that it took; from the cache: that it took then, so that a budget means the same. None: `stop` said
+        so on some rank.
     """
     if not config.warmup_steps:
+        world.share_weights(nets)
         return 0.0
     began = time.monotonic()
-    path = cache_path(dataset, config, device)
-    seconds = recall(nets, path) if config.warmup_cache else None
+    path = cache_path(dataset, config, world)
+    seconds = world.share(lambda: recall(nets, path) if config.warmup_cache else None)
     if seconds is None:
-        learn(nets, dataset, config, device)
-        seconds = time.monotonic() - began
-        if config.warmup_cache:
+        if not learn(nets, dataset, config, world, stop):
+            return None
+        seconds = world.share(lambda: time.monotonic() - began)
+        if config.warmup_cache and world.first:
             remember(nets, path, seconds)
+    world.share_weights(nets)
     nets.g_x.load_state_dict(nets.g_y.state_dict())
     nets.p_x.load_state_dict(nets.p_y.state_dict())
     return seconds
 
 
-def learn(nets: Nets, dataset: Dataset, config: Config, device: torch.device) -> None:
-    """The warm-up itself: mean |G(v) - v| + L_tau, by Adam."""
+def learn(nets: Nets, dataset: Dataset, config: Config, world: World, stop: Callable[[], bool]) -> bool:
+    """The warm-up itself: mean |G(v) - v| + L_tau, by Adam; False: it was stopped."""
+    share = (config.replicas or world.size) // world.size
     loader = Loader(
         dataset,
-        batch={"x": config.batch_x, "y": config.batch_y, "z": config.batch_z},
+        batch={"x": share * config.batch_x, "y": share * config.batch_y, "z": share * config.batch_z},
         frames=config.frames,
         size=config.size,
         seed=config.seed,
+        rank=world.rank,
+        world_size=world.size,
         augment=config.augment,
     )
-    optimiser = torch.optim.Adam([*nets.g_y.parameters(), *nets.p_y.parameters()], config.warmup_lr, fused=True)
+    weights = [*nets.g_y.parameters(), *nets.p_y.parameters()]
+    descent = Descent(torch.optim.Adam(weights, config.warmup_lr, fused=True), 0.0, config)
     nets.g_y.mask_gain.zero_()
     nets.p_y.mask_gain.zero_()
-    for _ in tqdm(range(config.warmup_steps), desc="warm-up", unit="step", leave=False):
-        clips = Clips.of(next(loader), device, config.per_frame)
-        videos = torch.cat((clips.x, clips.yz))
-        loss = l1_loss(nets.g_y(videos)[0], videos)
-        if videos.shape[1] > 1:
-            loss = loss + l_tau(videos, nets.p_y(videos)[0], "l1")
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
+    stopped = False
+    with closing(loader), closing(descent.reducer):
+        for _ in tqdm(range(config.warmup_steps), desc="warm-up", unit="step", leave=False, disable=not world.first):
+            clips = Clips.of(next(loader), world.device, config.per_frame)
+            videos = torch.cat((clips.x, clips.yz))
+            with autocast(config, world.device):
+                loss = l1_loss(nets.g_y(videos)[0], videos)
+                if videos.shape[1] > 1:
+                    loss = loss + l_tau(videos, nets.p_y(videos)[0], "l1")
+            descent(loss)
+            if stopped := world.agree(Orders(stop(), 0.0, False)).stop:
+                break
     nets.p_y.mask_gain.fill_(1.0)
-    loader.close()
+    return not (world.settle().stop or stopped)
 
 
-def cache_path(dataset: Dataset, config: Config, device: torch.device) -> Path:
+def cache_path(dataset: Dataset, config: Config, world: World) -> Path:
     """Where the warmed-up weights of this very set-up are kept."""
     shape = {name: getattr(config, name) for name in SHAPING} | {
         "batch": (config.batch_x, config.batch_y, config.batch_z)
     }
-    about = [VERSION, torch.__version__, device.type, torch.get_num_threads(), dataset.fingerprint, shape]
+    where = (world.device.type, world.size, torch.get_num_threads())
+    about = [VERSION, torch.__version__, where, dataset.fingerprint, shape]
     name = hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:32]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "rlv2v" / f"warmup-{name}.safetensors"

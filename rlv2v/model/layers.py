@@ -13,12 +13,15 @@ one other frame, costs one extra step instead of T passes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, conv2d, interpolate, leaky_relu, pixel_unshuffle
 
+from rlv2v.dist import mean as mean_over_ranks
 from rlv2v.kernels import convlstm_cells
 
 State = Any
@@ -82,7 +85,8 @@ class SequenceNorm(nn.Module):
 
     Mean and variance of a channel run over all pixels of all frames *so far*: of this clip (`kind="clip"`), or of all
     clips of the mini-batch (`kind="batch"`, the paper's form, section 3.4; a running average of the whole clips'
-    statistics serves in eval mode). `kind="none"` leaves x as it is.
+    statistics serves in eval mode). `kind="none"` leaves x as it is. A mini-batch is that of all ranks, but within
+    `apart`. Statistics are float32 whatever x is.
     """
 
     running_mean: Tensor
@@ -92,7 +96,7 @@ class SequenceNorm(nn.Module):
         super().__init__()
         if kind not in ("clip", "batch", "none"):
             raise ValueError(f"SequenceNorm: kind must be 'clip', 'batch' or 'none', got {kind!r}")
-        self.kind, self.eps, self.momentum = kind, eps, momentum
+        self.kind, self.eps, self.momentum, self.apart = kind, eps, momentum, False
         if kind == "none":
             return
         self.weight = nn.Parameter(torch.ones(channels))
@@ -109,23 +113,26 @@ class SequenceNorm(nn.Module):
         if self.kind == "batch" and not self.training:
             mean, square = self.running_mean.expand(x.shape[:3]), self.running_square.expand(x.shape[:3])
             return self.apply_moments(x, mean, square), None
-        frame_mean, frame_square = x.mean((3, 4)), x.square().mean((3, 4))  # (B,T,C)
+        real = torch.promote_types(x.dtype, torch.float32)
+        frame_mean, frame_square = x.mean((3, 4), dtype=real), x.to(real).square().mean((3, 4))  # (B,T,C)
         if self.kind == "batch":
-            frame_mean = frame_mean.mean(0, keepdim=True).expand_as(frame_mean)
-            frame_square = frame_square.mean(0, keepdim=True).expand_as(frame_square)
+            moments = torch.stack((frame_mean.mean(0), frame_square.mean(0)))
+            moments = moments if self.apart else mean_over_ranks(moments)
+            frame_mean, frame_square = (m.expand_as(frame_mean) for m in moments)
         if fork:
             assert state is not None
             count = state.frames + 1.0
             mean = state.mean + (frame_mean - state.mean) / count[..., None]
             square = state.square + (frame_square - state.square) / count[..., None]
             return self.apply_moments(x, mean, square), None
-        before, mean0, square0 = state or Moments(x.new_zeros(x.shape[0]), x.new_zeros(()), x.new_zeros(()))
-        count = before[:, None] + torch.arange(1, x.shape[1] + 1, device=x.device, dtype=x.dtype)  # (B,T)
+        zero = frame_mean.new_zeros(())
+        before, mean0, square0 = state or Moments(zero.expand(x.shape[0]), zero, zero)
+        count = before[:, None] + torch.arange(1, x.shape[1] + 1, device=x.device, dtype=real)  # (B,T)
         if state is not None:
             mean0, square0 = ((before[:, None] * m)[:, None] for m in (mean0, square0))
         mean = (mean0 + frame_mean.cumsum(1)) / count[..., None]
         square = (square0 + frame_square.cumsum(1)) / count[..., None]
-        if self.kind == "batch":
+        if self.kind == "batch" and not self.apart:
             self.running_mean.lerp_(mean[0, -1].detach(), self.momentum)
             self.running_square.lerp_(square[0, -1].detach(), self.momentum)
         y = self.apply_moments(x, mean, square)
@@ -133,7 +140,23 @@ class SequenceNorm(nn.Module):
 
     def apply_moments(self, x: Tensor, mean: Tensor, square: Tensor) -> Tensor:
         scale = self.weight * torch.rsqrt((square - mean.square()).clamp(min=0) + self.eps)
-        return torch.addcmul((self.bias - mean * scale)[..., None, None], x, scale[..., None, None])
+        return torch.addcmul((self.bias - mean * scale)[..., None, None], x, scale[..., None, None]).to(x.dtype)
+
+
+@contextmanager
+def apart(*nets: nn.Module) -> Iterator[None]:
+    """Within it, `kind="batch"` normalises over this rank's clips alone and leaves its running averages as they are.
+
+    For runs that not every rank makes, or not over as many clips.
+    """
+    norms = [m for net in nets for m in net.modules() if isinstance(m, SequenceNorm) and m.kind == "batch"]
+    for norm in norms:
+        norm.apart = True
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.apart = False
 
 
 class Residual(nn.Module):

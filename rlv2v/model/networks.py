@@ -11,6 +11,11 @@ from torch.nn.functional import leaky_relu, pixel_shuffle
 from rlv2v.model.layers import RPB, SLOPE, URB, ConvLSTM, State, cat_channels, per_frame, space_to_depth, xavier_linear
 
 
+def exact(y: Tensor) -> torch.autocast:
+    """Within it autocast is off: what leaves a network is float32, and so are the last layers that make it."""
+    return torch.autocast(y.device.type, enabled=False)
+
+
 class Translator(nn.Module):
     """Generator or predictor: one RPB a width, as many URBs with skips, a head; video in, video out, causal.
 
@@ -91,7 +96,7 @@ class Translator(nn.Module):
         y, memory = self.last(y, before[-1], **how)
         after.append(memory)
         if self.to_rgbm is None:
-            return y, None, tuple(after)
+            return y.to(x.dtype), None, tuple(after)
         y, mask = self.blend(x, y)
         return y, mask, tuple(after)
 
@@ -100,7 +105,8 @@ class Translator(nn.Module):
         assert self.fuse is not None and self.to_rgbm is not None
         y = cat_channels(per_frame(pixel_shuffle, features, self.patch), x)
         y = leaky_relu(per_frame(self.fuse, y), SLOPE)
-        rgb, mask = per_frame(self.to_rgbm, y).split((3, 1), 2)
+        with exact(y):
+            rgb, mask = per_frame(self.to_rgbm, y.to(x.dtype)).split((3, 1), 2)
         mask = self.mask_gain * mask.sigmoid()
         return torch.lerp(rgb.tanh(), x, mask), mask
 
@@ -139,5 +145,6 @@ class Judge(nn.Module):
         for block, memory in zip(self.blocks, before, strict=True):
             y, _, memory = block(y, memory)
             after.append(memory)
-        y = self.out(leaky_relu(self.hidden(y.mean((3, 4))), SLOPE))
+        with exact(y):
+            y = self.out(leaky_relu(self.hidden(y.mean((3, 4), dtype=x.dtype)), SLOPE))
         return (y.relu() if self.positive else y), tuple(after)

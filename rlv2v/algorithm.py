@@ -1,0 +1,295 @@
+"""One step of RL-V2V-GAN, Algorithm 1: the mini-batch M, critic, actor with G and P, target networks, and D.
+
+Each section opens with the line or equation that it implements. What a phase computes is a function of tensors, without
+a number that the host would have to wait for: `rlv2v.graphs` can record it. What every rank or replica draws comes from
+(seed, step) or (seed, step, replica), so that a step is the same on any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Adam, AdamW
+
+from rlv2v import dist
+from rlv2v.additions import domain_gap, gap_floor
+from rlv2v.checkpoint import build_nets
+from rlv2v.config import Config
+from rlv2v.ddpg import Agent, Transitions, build_agents, polyak
+from rlv2v.device import on_device
+from rlv2v.graphs import Graphs, record_cuda
+from rlv2v.objective import Clips, discriminator_losses, generator_losses
+from rlv2v.schedule import Schedule
+
+MEASURE_EVERY = 10  # steps from one measure of the distance between the domains to the next
+NUM_DIRECTIONS = 4  # of colour space, in domain_gap
+GENERATORS, JUDGES = ("g_x", "g_y", "p_x", "p_y"), ("d_x", "d_y")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Mark = Callable[[str], None]
+
+
+def unmarked(part: str) -> None:
+    """A `Mark` that books nothing."""
+
+
+def kept(told: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a phase said, without its graph, in memory that no recording writes to again."""
+    return {name: value.detach().clone() for name, value in told.items()}
+
+
+def autocast(config: Config, device: torch.device, *, cache: bool = True) -> torch.autocast:
+    """In which networks run in the config's precision; what leaves them is float32."""
+    dtype, on = DTYPES[config.precision], config.precision != "fp32"
+    return torch.autocast(device.type, dtype, enabled=on, cache_enabled=cache)
+
+
+class Descent:
+    """An optimiser's steps down the losses of one phase: backward, mean over ranks, clipping, step.
+
+    Args:
+        optimiser: of the weights that it moves, one group of them.
+        limit: largest norm of the gradient; 0: none.
+        config: its precision says whether losses are scaled.
+    """
+
+    def __init__(self, optimiser: Adam, limit: float, config: Config) -> None:
+        self.optimiser, self.limit = optimiser, limit
+        self.weights: list[Tensor] = optimiser.param_groups[0]["params"]
+        self.lr = float(optimiser.param_groups[0]["lr"])
+        self.scaler = torch.amp.GradScaler(self.weights[0].device.type, enabled=config.precision == "fp16")
+        self.reducer = dist.Reducer(self.weights)
+
+    def set_rate(self, factor: float) -> None:
+        """The learning rate of the next steps, as a share of that at the start."""
+        for group in self.optimiser.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(self.lr * factor)
+            else:
+                group["lr"] = self.lr * factor
+
+    def __call__(self, loss: Tensor, phase: str = "", mark: Mark = unmarked) -> Tensor:
+        """One step down a loss; returns the norm of its gradient before clipping."""
+        self.optimiser.zero_grad(set_to_none=True)
+        with self.reducer:
+            self.scaler.scale(loss).backward()
+        mark(phase)
+        self.reducer.finish()
+        mark("all_reduce")
+        self.scaler.unscale_(self.optimiser)
+        norm = clip_grad_norm_([w for w in self.weights if w.grad is not None], self.limit or float("inf"))
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        mark("optimiser")
+        return norm
+
+    @property
+    def scale(self) -> Tensor | None:
+        """The loss scale of fp16."""
+        return self.scaler._scale if self.scaler.is_enabled() else None
+
+
+class Algorithm:
+    """The networks of a run and what moves them; `step` is one step of Algorithm 1.
+
+    Args:
+        config: with `replicas` settled, a multiple of the ranks.
+        device: where it runs.
+        rank, num_ranks: which replicas of the batch are this rank's.
+        graphs: record the phases as CUDA graphs; by default as the config says, on a GPU.
+    """
+
+    def __init__(
+        self, config: Config, device: torch.device, *, rank: int = 0, num_ranks: int = 1, graphs: Graphs | None = None
+    ) -> None:
+        assert config.replicas is not None and config.replicas % num_ranks == 0
+        self.config, self.device = config, device
+        share = config.replicas // num_ranks
+        self.replicas = range(rank * share, (rank + 1) * share)
+        record = config.graphs and device.type == "cuda"
+        self.graphs = graphs or Graphs(record_cuda if record else None)
+        self.quiet = record or graphs is not None  # a recording has no marks inside
+        torch.manual_seed(config.seed)
+        self.nets, self.targets = (build_nets(config).to(device) for _ in range(2))
+        self.average = build_nets(config, judges=False).to(device)
+        self.agents = build_agents(self.nets, self.targets, config, self.replicas) if config.rl else {}
+        self.schedule = Schedule(config, device)
+
+        def descent(names: tuple[str, ...], lr: float, limit: float) -> Descent:
+            weights = [p for name in names for p in getattr(self.nets, name).parameters()]
+            # A number would become part of a recording.
+            rate = torch.tensor(lr, device=device) if record else lr
+            adam = AdamW(weights, rate, config.betas, weight_decay=config.weight_decay, fused=True, capturable=record)
+            return Descent(adam, limit, config)
+
+        self.descents = {
+            "generators": descent(GENERATORS, config.lr, config.clip_grad),
+            "judges": descent(JUDGES, config.judge_lr, config.clip_grad),
+        } | {f"critic_{domain}": descent((f"q_{domain}",), config.judge_lr, 0.0) for domain in self.agents}
+
+    @property
+    def parts(self) -> Mapping[str, Any]:
+        """All that is alike on every rank, by name, each with a `state_dict`."""
+        parts: dict[str, Any] = {"nets": self.nets, "targets": self.targets, "average": self.average}
+        parts["schedule"] = self.schedule
+        for name, descent in self.descents.items():
+            parts |= {f"adam_{name}": descent.optimiser, f"scaler_{name}": descent.scaler}
+        return parts
+
+    def start(self) -> None:
+        """Q' = Q, pi' = pi, and the average, of warmed-up networks."""
+        state = self.nets.state_dict()
+        self.targets.load_state_dict(state)
+        self.average.load_state_dict({key: state[key] for key in self.average.state_dict()})
+
+    def autocast(self) -> torch.autocast:
+        """In which the networks run. A recording would keep the first step's casts of the weights: no cache there."""
+        return autocast(self.config, self.device, cache=not self.quiet)
+
+    def step(self, clips: Clips, mark: Mark = unmarked) -> dict[str, Tensor]:
+        """One step on this rank's clips; returns its losses and norms, () each.
+
+        Among them `distance`, of the translations to the target domain, which `advance` wants.  mark: see
+        `rlv2v.timing.Clock`.
+        """
+        config, schedule = self.config, self.schedule
+        rng = np.random.default_rng([config.seed, schedule.step])
+        length = clips.x.shape[1]
+        num_frames = min(config.judge_frames or length, length)
+        at = on_device(np.sort(rng.permutation(length)[:num_frames]), self.device)
+        directions = on_device(rng.standard_normal((3, NUM_DIRECTIONS)).astype(np.float32), self.device)
+        directions = normalize(directions, dim=0)
+        for descent in self.descents.values():
+            descent.set_rate(schedule.learning)
+        told: dict[str, Tensor] = {}
+
+        # M = m transitions of one clip v: stored with probability eta1, else new       (Algorithm 1, inner loop)
+        agent = batch = None
+        if self.agents and schedule.step % config.rl_every == 0:
+            agent = self.agents["xy"[schedule.step // config.rl_every % 2]]
+            rngs = [np.random.default_rng([config.seed, schedule.step, 1 + replica]) for replica in self.replicas]
+            with self.autocast():
+                batch, recall = agent.gather(self.videos(clips, agent.domain, rngs), rngs, schedule.progress)
+            mark("replay")
+            critics, name = partial(self.critics, agent, mark), f"critics_{agent.domain}"
+            spoken, errors = self.graphs(name, critics, *batch)
+            told |= kept(spoken)
+            agent.prioritise(recall, errors)
+
+        # G and P descend L and climb J, target networks follow
+        name = f"generators_{agent.domain}" if agent else "generators"
+        generators, given = partial(self.generators, agent, mark), (clips.x, clips.y, clips.z, clips.s)
+        spoken, fake_y, fake_x = self.graphs(name, generators, *given, at, directions, *(batch or ()))
+        told |= kept(spoken)
+
+        # D ascends L_g + l_v L_v on real and generated clips                              (Algorithm 1, last lines)
+        discriminators = partial(self.discriminators, mark)
+        spoken = self.graphs("discriminators", discriminators, *given, fake_y, fake_x, at)
+        told |= kept(spoken)
+
+        if schedule.step % MEASURE_EVERY == 0:
+            target = [clips.y] if clips.z is None else [clips.y, clips.z]
+            with torch.no_grad():
+                whole_gap = domain_gap(clips.x, clips.yz, directions)
+                schedule.measure(whole_gap, gap_floor(target, len(clips.x), directions))
+        return told
+
+    def advance(self, seconds: float, distance: Tensor) -> dict[str, Tensor]:
+        """End a step, `seconds` into the run: the schedule follows how near the target domain the translations are."""
+        self.schedule.advance(seconds, distance)
+        return {"gap": self.schedule.share, "ramp": self.schedule.ramp.clone()}
+
+    def videos(self, clips: Clips, domain: str, rngs: list[np.random.Generator]) -> list[Tensor]:
+        """The clip (T,3,H,W) of a domain that each replica plays on, drawn from its share of the batch."""
+        sets = [s for s in ((clips.x,) if domain == "x" else (clips.y, clips.z)) if s is not None]
+        found = []
+        for replica, rng in enumerate(rngs):
+            shares = [s.unflatten(0, (len(rngs), -1))[replica] for s in sets]
+            number = int(rng.integers(sum(map(len, shares))))
+            found.append([video for share in shares for video in share][number])
+        return found
+
+    def critics(self, agent: Agent, mark: Mark, *batch: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Critic: minimise mean (y - Q(s, a))^2,  y = r + gamma Q'(s', pi'(s'))             (section 3.3)."""
+        transitions, descent = Transitions(*batch), self.descents[f"critic_{agent.domain}"]
+        with self.autocast():
+            loss_q, errors = agent.critic_loss(transitions)
+        told = {"loss_q": loss_q, "reward": transitions.rewards.mean()}
+        told["grad_q"] = descent(loss_q, "critics", self.inner(mark))
+        mark("critics")
+        return told | self.scale("scale_q", descent), errors
+
+    def generators(
+        self, agent: Agent | None, mark: Mark, *inputs: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """G and P descend L (eq. 10; reading 6) and climb J = mean Q(s, pi(s)); then the targets follow (3.3)."""
+        x, y, z, s, at, directions, *batch = inputs
+        assert x is not None and y is not None and at is not None and directions is not None
+        config, nets, descent = self.config, self.nets, self.descents["generators"]
+        for g in (nets.g_x, nets.g_y):
+            g.mask_gain.copy_(self.schedule.ramp if config.mask_prior else torch.zeros_like(self.schedule.ramp))
+        clips = Clips(x, y, z, s)
+        for judge in (nets.d_x, nets.d_y):
+            judge.requires_grad_(False)
+        with self.autocast():
+            told, out, back = generator_losses(nets, clips, config, self.schedule.gains, at, directions)
+            if agent:
+                told["actor"] = config.rl_weight * agent.actor_loss(Transitions(*batch))  # type: ignore[arg-type]
+        told["loss"] = torch.stack(list(told.values())).sum()
+        told["grad"] = descent(told["loss"], "generators", self.inner(mark))
+        for judge in (nets.d_x, nets.d_y):
+            judge.requires_grad_(True)
+
+        # theta' = (1 - tau) theta' + tau theta                                           (section 3.3)
+        if agent:
+            for name in (*GENERATORS, f"q_{agent.domain}"):
+                polyak(getattr(self.targets, name), getattr(nets, name), config.tau)
+        for name in ("g_x", "g_y") if config.average else ():
+            polyak(getattr(self.average, name), getattr(nets, name), 1.0 - config.average)
+        fake_y, fake_x = out.fake.detach(), back.fake.detach()
+        if config.colours:
+            told["distance"] = told["colours_y"].detach() / config.colours
+        else:
+            with torch.no_grad():
+                told["distance"] = domain_gap(fake_y, clips.yz, directions)
+        mark("generators")
+        return told | self.scale("scale", descent), fake_y, fake_x
+
+    def discriminators(self, mark: Mark, *inputs: Tensor | None) -> dict[str, Tensor]:
+        """What D descends: the sign of eq. 10 turned, on clips and on the generators' translations of them."""
+        x, y, z, s, fake_y, fake_x, at = inputs
+        assert x is not None and y is not None and fake_y is not None and fake_x is not None and at is not None
+        descent = self.descents["judges"]
+        with self.autocast():
+            told = discriminator_losses(self.nets, Clips(x, y, z, s), fake_y, fake_x, self.config, at)
+        told["loss_d"] = torch.stack(list(told.values())).sum()
+        told["grad_d"] = descent(told["loss_d"], "discriminators", self.inner(mark))
+        mark("discriminators")
+        return told | self.scale("scale_d", descent)
+
+    def inner(self, mark: Mark) -> Mark:
+        """The mark of what lies within a phase; none where phases are recorded."""
+        return unmarked if self.quiet else mark
+
+    def scale(self, name: str, descent: Descent) -> dict[str, Tensor]:
+        """A phase's loss scale in fp16, else nothing."""
+        return {} if descent.scale is None else {name: descent.scale}
+
+    def settle(self) -> None:
+        """Let the replay buffers take in what is on its way to them; before they are saved."""
+        for agent in self.agents.values():
+            agent.settle()
+
+    def replays(self) -> dict[int, dict[str, Any]]:
+        """The replay buffers of each of this rank's replicas."""
+        return {
+            replica: {f"replay_{domain}": agent.replays[number] for domain, agent in self.agents.items()}
+            for number, replica in enumerate(self.replicas)
+        }
