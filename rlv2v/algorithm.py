@@ -45,10 +45,14 @@ def kept(told: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in told.items()}
 
 
-def autocast(config: Config, device: torch.device, *, cache: bool = True) -> torch.autocast:
-    """In which networks run in the config's precision; what leaves them is float32."""
+def autocast(config: Config, device: torch.device) -> torch.autocast:
+    """In which networks run in the config's precision; what leaves them is float32.
+
+    Without a cache of cast weights: a recording would keep those of its first step, and the gradients of a weight that
+    is used several times are then summed in float32.
+    """
     dtype, on = DTYPES[config.precision], config.precision != "fp32"
-    return torch.autocast(device.type, dtype, enabled=on, cache_enabled=cache)
+    return torch.autocast(device.type, dtype, enabled=on, cache_enabled=False)
 
 
 class Descent:
@@ -149,10 +153,6 @@ class Algorithm:
         self.targets.load_state_dict(state)
         self.average.load_state_dict({key: state[key] for key in self.average.state_dict()})
 
-    def autocast(self) -> torch.autocast:
-        """In which the networks run. A recording would keep the first step's casts of the weights: no cache there."""
-        return autocast(self.config, self.device, cache=not self.quiet)
-
     def step(self, clips: Clips, mark: Mark = unmarked) -> dict[str, Tensor]:
         """One step on this rank's clips; returns its losses and norms, () each.
 
@@ -175,7 +175,7 @@ class Algorithm:
         if self.agents and schedule.step % config.rl_every == 0:
             agent = self.agents["xy"[schedule.step // config.rl_every % 2]]
             rngs = [np.random.default_rng([config.seed, schedule.step, 1 + replica]) for replica in self.replicas]
-            with self.autocast():
+            with autocast(config, self.device):
                 batch, recall = agent.gather(self.videos(clips, agent.domain, rngs), rngs, schedule.progress)
             mark("replay")
             critics, name = partial(self.critics, agent, mark), f"critics_{agent.domain}"
@@ -219,7 +219,7 @@ class Algorithm:
     def critics(self, agent: Agent, mark: Mark, *batch: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Critic: minimise mean (y - Q(s, a))^2,  y = r + gamma Q'(s', pi'(s'))             (section 3.3)."""
         transitions, descent = Transitions(*batch), self.descents[f"critic_{agent.domain}"]
-        with self.autocast():
+        with autocast(self.config, self.device):
             loss_q, errors = agent.critic_loss(transitions)
         told = {"loss_q": loss_q, "reward": transitions.rewards.mean()}
         told["grad_q"] = descent(loss_q, "critics", self.inner(mark))
@@ -238,7 +238,7 @@ class Algorithm:
         clips = Clips(x, y, z, s)
         for judge in (nets.d_x, nets.d_y):
             judge.requires_grad_(False)
-        with self.autocast():
+        with autocast(config, self.device):
             told, out, back = generator_losses(nets, clips, config, self.schedule.gains, at, directions)
             if agent:
                 told["actor"] = config.rl_weight * agent.actor_loss(Transitions(*batch))  # type: ignore[arg-type]
@@ -267,7 +267,7 @@ class Algorithm:
         x, y, z, s, fake_y, fake_x, at = inputs
         assert x is not None and y is not None and fake_y is not None and fake_x is not None and at is not None
         descent = self.descents["judges"]
-        with self.autocast():
+        with autocast(self.config, self.device):
             told = discriminator_losses(self.nets, Clips(x, y, z, s), fake_y, fake_x, self.config, at)
         told["loss_d"] = torch.stack(list(told.values())).sum()
         told["grad_d"] = descent(told["loss_d"], "discriminators", self.inner(mark))

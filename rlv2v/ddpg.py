@@ -211,25 +211,23 @@ class Agent:
         parts: list[Transitions] = []
         drawn: list[tuple[slice, Tensor]] = []
         for replica, (replay, video, rng) in enumerate(zip(self.replays, videos, rngs, strict=True)):
-            stored = int(explore(rng, num, annealed(*config.eta1, progress)).sum()) if len(replay) else 0
+            stored = int(explore(rng, num, annealed(*config.eta1, progress)).numpy().sum()) if len(replay) else 0
             if stored < num:
-                parts.append(self.play(replay, video, num - stored, rng, annealed(*config.eta2, progress)))
+                lengths = rng.integers(1, len(video), num - stored)  # p uniform in 1..T-1
+                new = self.play(video, lengths, rng, annealed(*config.eta2, progress))
+                parts.append(new)
+                found = HostCopy(to_uint8(video), to_uint8(new.actions), new.rewards)
+                self.pending.append(partial(remember, replay, found, lengths.tolist()))
             if stored:
                 sample = replay.sample(stored)
                 parts.append(self.recalled(sample, video.device))
                 drawn.append((slice((replica + 1) * num - stored, (replica + 1) * num), sample.ids.clone()))
         return Transitions(*(torch.cat(field) for field in zip(*parts, strict=True))), Recall(tuple(drawn))
 
-    def play(
-        self, replay: PrioritizedReplay, video: Tensor, num: int, rng: np.random.Generator, eta2: float
-    ) -> Transitions:
-        """New transitions: p uniform in 1..T-1, a the critic's choice of a1, a2 or (1 - eta2) a random frame.
-
-        B += them; the clip's frames are stored once.
-        """
-        length, device = len(video), video.device
-        ends = rng.integers(1, length, num)
-        lengths = on_device(ends, device)
+    def play(self, video: Tensor, prefixes: np.ndarray, rng: np.random.Generator, eta2: float) -> Transitions:
+        """New transitions, one a prefix length p: a is the critic's choice of a1, a2 or (1 - eta2) a random frame."""
+        num, length, device = len(prefixes), len(video), video.device
+        lengths = on_device(prefixes, device)
         states = video[None, : length - 1].expand(num, -1, -1, -1, -1)
         with apart(*self.policies, self.d):
             first, second = candidates(self.policies, states, lengths)
@@ -241,8 +239,6 @@ class Agent:
             actions = torch.where(greedy[:, None, None, None], actions, random_frames)
             true_frames, terminals = video[lengths], lengths == length - 1
             rewards = self.reward(states, lengths, actions, true_frames, terminals, first, second)
-        found = HostCopy(to_uint8(video), to_uint8(actions), rewards)
-        self.pending.append(partial(remember, replay, found, ends.tolist()))
         return Transitions(states, lengths, actions, rewards, true_frames, terminals, torch.ones_like(rewards))
 
     def reward(

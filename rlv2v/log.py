@@ -53,7 +53,9 @@ class RunLog:
         self.file.write(json.dumps({"step": step, "seconds": round(seconds, 3), **values}) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
-        shown = {name: f"{values[name]:.3g}" for name in ("loss", "loss_d", "loss_q", "gap") if name in values}
+        shown: dict[str, str] = {
+            name: f"{values[name]:.3g}" for name in ("loss", "loss_d", "loss_q", "gap") if name in values
+        }
         self.bar.set_postfix({"step": str(step), "frames/s": f"{rate:.0f}"} | shown)
 
     def strip(self, path: Path, rows: list[np.ndarray]) -> None:

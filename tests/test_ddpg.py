@@ -126,20 +126,23 @@ def test_the_critic_loss_is_the_weighted_square_of_its_errors() -> None:
     nets = nets_of(Config.of("default", **SMALL)).double()
     states, lengths, actions = ragged(4, 3)
     zeros = torch.zeros(4, dtype=torch.float64)
-    batch = Transitions(states, lengths, actions, zeros, actions, zeros.bool())
     targets, weights = torch.tensor([1.0, -1.0, 0.5, 0.0]).double(), torch.tensor([1.0, 0.5, 0.25, 1.0]).double()
+    batch = Transitions(states, lengths, actions, zeros, actions, zeros.bool(), weights)
     errors = targets - ddpg.q_value(nets.q_x, states, lengths, actions)
-    loss, reported = critic_loss(nets.q_x, batch, targets, weights)
+    loss, reported = critic_loss(nets.q_x, batch, targets)
     torch.testing.assert_close(loss, (weights * errors**2).sum() / 4, **CLOSE)
     torch.testing.assert_close(reported, errors, **CLOSE)
-    torch.testing.assert_close(critic_loss(nets.q_x, batch, targets)[0], (errors**2).mean(), **CLOSE)
 
 
 def test_the_target_is_that_of_the_better_proposal_in_the_next_state() -> None:
     nets = nets_of(Config.of("default", **SMALL)).double()
     states, lengths, actions = ragged(24, 3)
     rewards, terminals = torch.linspace(-1, 1, 24).double(), lengths == 3
-    batch, policies = Transitions(states, lengths, actions, rewards, actions, terminals), Policies.of(nets, "x")
+    weights = torch.ones_like(rewards)
+    batch, policies = (
+        Transitions(states, lengths, actions, rewards, actions, terminals, weights),
+        Policies.of(nets, "x"),
+    )
     got = critic_targets(nets.q_y, policies, batch, 0.9)
     winners = set()
     for i, p in enumerate(lengths.tolist()):
@@ -177,13 +180,20 @@ def test_probabilities_anneal_linearly() -> None:
 # --- the agent ---
 
 
-def agent_of(domain: str = "x", preset: str = "default", **changes: object) -> Agent:
+def agent_of(domain: str = "x", preset: str = "default", num_replicas: int = 1, **changes: object) -> Agent:
     config = Config.of(preset, **SMALL | changes)
     nets = nets_of(config)
-    replay = PrioritizedReplay(
-        config.replay_capacity, (SIZE, SIZE, 3), T - 1, alpha=config.replay_alpha, beta=config.replay_beta, seed=0
-    )
-    return Agent(domain, nets, copy.deepcopy(nets), replay, config)
+    how = {"alpha": config.replay_alpha, "beta": config.replay_beta}
+    replays = [
+        PrioritizedReplay(config.replay_capacity, (SIZE, SIZE, 3), T - 1, seed=seed, **how)
+        for seed in range(num_replicas)
+    ]
+    return Agent(domain, nets, copy.deepcopy(nets), replays, config)
+
+
+def ids_of(recall: Recall) -> list[int]:
+    """Of all stored transitions in M."""
+    return [i for _, ids in recall.drawn for i in ids.tolist()]
 
 
 def clip(seed: int = 0) -> Tensor:
@@ -207,24 +217,25 @@ def test_m_mixes_new_and_stored_transitions_and_the_buffer_gives_back_what_it_go
     known: set[tuple] = set()
     total = 0
     for round_ in range(4):
-        batch, recall = agent.gather(clip(round_), rng, 0.0)
-        num_new = 8 - len(recall.ids)
+        batch, recall = agent.gather([clip(round_)], [rng], 0.0)
+        num_new = 8 - len(ids_of(recall))
         assert (num_new == 8) if round_ == 0 else (0 < num_new < 8)
         assert all(len(field) == 8 for field in batch) and torch.isfinite(batch.rewards).all()
         total += num_new
         known |= {shown(batch, i) for i in range(num_new)}
         assert {shown(batch, i) for i in range(num_new, 8)} <= known, "stored ones are what was put in"
-        assert recall.weights.tolist() == pytest.approx([1.0] * 8), "uniform replay"
-    assert len(agent.replay) == total
-    loss = agent.critic_loss(batch, recall)
+        assert batch.weights.tolist() == pytest.approx([1.0] * 8), "uniform replay"
+    agent.settle()
+    assert len(agent.replays[0]) == total
+    loss, _ = agent.critic_loss(batch)
     loss.backward()
     assert any(p.grad is not None and p.grad.any() for p in agent.q.parameters()) or agent.config.q_positive
 
 
 def test_new_transitions_are_prefixes_of_their_clip() -> None:
     agent, video = agent_of(eta1=(0.0, 0.0)), clip()
-    batch, recall = agent.gather(video, np.random.default_rng(1), 0.0)
-    assert len(recall.ids) == 0 and set(batch.lengths.tolist()) <= set(range(1, T))
+    batch, recall = agent.gather([video], [np.random.default_rng(1)], 0.0)
+    assert not ids_of(recall) and set(batch.lengths.tolist()) <= set(range(1, T))
     for i, p in enumerate(batch.lengths.tolist()):
         assert torch.equal(batch.states[i, :p], video[:p]) and torch.equal(batch.true_frames[i], video[p])
         assert batch.terminals[i] == (p == T - 1)
@@ -235,11 +246,11 @@ def test_eta2_says_how_often_the_critic_chooses() -> None:
     agent = agent_of()
     frames = {f.numpy().tobytes() for f in video}
     for eta2, share in ((1.0, 0.0), (0.0, 1.0), (0.75, 0.25)):
-        actions = agent.play(video, 400, rng, eta2).actions
+        actions = agent.play(video, rng.integers(1, T, 400), rng, eta2).actions
         random = np.mean([a.detach().numpy().tobytes() in frames for a in actions])
         assert random == pytest.approx(share, abs=0.08 if 0 < share < 1 else 0)
     with torch.no_grad():
-        batch = agent.play(video, 30, rng, 1.0)
+        batch = agent.play(video, rng.integers(1, T, 30), rng, 1.0)
         proposals = candidates(agent.policies, batch.states, batch.lengths)
         best = torch.maximum(*(ddpg.q_value(agent.q, batch.states, batch.lengths, a) for a in proposals))
         chosen = ddpg.q_value(agent.q, batch.states, batch.lengths, batch.actions)
@@ -250,7 +261,8 @@ def test_the_literal_reward_judges_the_proposals_and_the_whole_video() -> None:
     agent, video = agent_of(reward="paper"), clip()
     config = agent.config
     with torch.no_grad():
-        batch = agent.play(video, 12, np.random.default_rng(3), 0.5)
+        rng = np.random.default_rng(3)
+        batch = agent.play(video, rng.integers(1, T, 12), rng, 0.5)
         assert batch.terminals.any() and not batch.terminals.all()
         a1, a2 = candidates(agent.policies, batch.states, batch.lengths)
         for i, p in enumerate(batch.lengths.tolist()):
@@ -262,38 +274,71 @@ def test_the_literal_reward_judges_the_proposals_and_the_whole_video() -> None:
             torch.testing.assert_close(batch.rewards[i], want, rtol=1e-4, atol=1e-5)
 
 
-def test_prioritised_replay_learns_from_the_errors() -> None:
-    agent, rng = agent_of(replay_alpha=0.6, eta1=(0.5, 0.5)), np.random.default_rng(0)
-    agent.gather(clip(), rng, 0.0)
-    batch, recall = agent.gather(clip(1), rng, 0.0)
-    before = agent.replay.state_dict()["priorities"].clone()
-    agent.critic_loss(batch, recall)
-    changed = (agent.replay.state_dict()["priorities"] != before).nonzero().flatten().tolist()
-    assert changed and set(changed) <= set(recall.ids.tolist())
+def test_prioritised_replay_learns_from_the_errors_of_each_replica() -> None:
+    agent = agent_of(replay_alpha=0.6, eta1=(0.5, 0.5), num_replicas=2)
+    rngs = [np.random.default_rng(seed) for seed in range(2)]
+    agent.gather([clip(), clip(1)], rngs, 0.0)
+    batch, recall = agent.gather([clip(2), clip(3)], rngs, 0.0)
+    assert len(batch.lengths) == 16 and len(recall.drawn) == 2
+    agent.settle()
+    before = [replay.state_dict() for replay in agent.replays]
+    _, errors = agent.critic_loss(batch)
+    agent.prioritise(recall, errors)
+    agent.settle()
+    for replay, (where, ids), was in zip(agent.replays, recall.drawn, before, strict=True):
+        now = replay.state_dict()
+        for i, error in zip(ids.tolist(), errors[where].abs().tolist(), strict=True):
+            assert batch.lengths[where].tolist() == [int(now["positions"][j]) - 1 for j in ids.tolist()]
+            if ids.tolist().count(i) == 1:
+                assert now["priorities"][i].item() == pytest.approx(error + 1e-6, rel=1e-5)
+        others = [j for j in range(len(replay)) if j not in ids.tolist()]
+        assert torch.equal(now["priorities"][others], was["priorities"][others])
+
+
+def test_when_the_buffers_take_in_what_is_new_changes_nothing() -> None:
+    """A checkpoint between two mini-batches settles the first one early."""
+    batches = []
+    for early in (False, True):
+        agent, rng = agent_of(replay_alpha=0.6, eta1=(0.5, 0.5)), np.random.default_rng(5)
+        for round_ in range(5):
+            batch, recall = agent.gather([clip(round_)], [rng], 0.0)
+            agent.prioritise(recall, agent.critic_loss(batch)[1])
+            if early:
+                agent.settle()
+        batches.append(batch)
+    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+
+
+def test_two_replicas_in_one_rank_are_two_ranks_of_one() -> None:
+    both = agent_of(eta1=(0.5, 0.5), num_replicas=2)
+    each = [agent_of(eta1=(0.5, 0.5), num_replicas=2) for _ in range(2)]
+    for number, agent in enumerate(each):
+        agent.replays = agent.replays[number : number + 1]
+    together, alone = ([np.random.default_rng(seed) for seed in range(2)] for _ in range(2))
+    for round_ in range(3):
+        videos = [clip(2 * round_), clip(2 * round_ + 1)]
+        batch, _ = both.gather(videos, together, 0.0)
+        halves = [each[r].gather(videos[r : r + 1], alone[r : r + 1], 0.0)[0] for r in range(2)]
+        for whole, *parts in zip(batch, *halves, strict=True):
+            torch.testing.assert_close(whole, torch.cat(parts))
 
 
 def test_the_actor_moves_every_policy_and_not_the_critic() -> None:
     agent = agent_of()
-    batch, _ = agent.gather(clip(), np.random.default_rng(0), 0.0)
+    batch, _ = agent.gather([clip()], [np.random.default_rng(0)], 0.0)
     agent.actor_loss(batch).backward()
     for net in agent.policies:
         assert any(p.grad is not None and p.grad.any() for p in net.parameters())
     assert all(p.grad is None and p.requires_grad for p in agent.q.parameters())
 
 
-def test_every_rank_and_domain_draws_from_a_seed_of_its_own() -> None:
+def test_every_replica_and_domain_draws_from_a_seed_of_its_own() -> None:
     config = Config.of("default", **SMALL)
     nets = nets_of(config)
-    seeds = [
-        agent.replay.state_dict()["seed"]
-        for rank in range(3)
-        for agent in build_agents(nets, copy.deepcopy(nets), config, rank).values()
-    ]
-    assert len(set(seeds)) == 6
-    again = build_agents(nets, copy.deepcopy(nets), config, rank=1)
-    assert [agent.replay.state_dict()["seed"] for agent in again.values()] == seeds[2:4]
 
+    def seeds(replicas: list[int]) -> list[int]:
+        agents = build_agents(nets, copy.deepcopy(nets), config, replicas).values()
+        return [replay.state_dict()["seed"] for agent in agents for replay in agent.replays]
 
-def test_an_empty_recall_weighs_everything_alike() -> None:
-    recall = Recall.none(3, torch.device("cpu"))
-    assert recall.ids.numel() == 0 and recall.weights.tolist() == [1, 1, 1]
+    assert len(set(seeds([0, 1, 2]))) == 6
+    assert seeds([1]) == seeds([0, 1, 2])[1::3], "whichever rank has it"

@@ -42,7 +42,9 @@ def lq_batch(rng: torch.Generator, num: int) -> tuple[Transitions, Tensor, Tenso
     levels = torch.rand(num, LENGTH - 1, generator=rng) * 2 - 1
     lengths = torch.randint(1, LENGTH, (num,), generator=rng)
     m, a = ddpg.last_of(levels, lengths), torch.rand(num, generator=rng) * 2 - 1
-    return Transitions(grey(levels), lengths, grey(a), lq_reward(m, a), grey(a), lengths == LENGTH - 1), m, a
+    rewards = lq_reward(m, a)
+    ends, weights = lengths == LENGTH - 1, torch.ones_like(rewards)
+    return Transitions(grey(levels), lengths, grey(a), rewards, grey(a), ends, weights), m, a
 
 
 class Gain(nn.Module):

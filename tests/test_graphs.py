@@ -1,0 +1,148 @@
+"""What is recorded and replayed: a tape of the operators that a phase calls stands in for a CUDA graph.
+
+The tape keeps what a CUDA graph keeps: which operators ran, on which memory. A replay runs them again on that memory
+and nothing else; a number of the host that changed since, or memory that the recording did not know, is missed as a
+graph would miss it. An operator that reads a number back to the host is refused, as it is while a graph is captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from rlv2v.algorithm import Algorithm
+from rlv2v.config import Config
+from rlv2v.graphs import NUM_PLAIN, Graphs
+from rlv2v.objective import Clips
+
+READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+
+class Tape(TorchDispatchMode):
+    """Records every operator; `replay` runs them again, each result into the memory of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in READS:
+            raise RuntimeError(f"{name}: the host would wait for the device")
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+        self.calls.append((func, args, kwargs or {}, tensors))
+        return out
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for func, args, kwargs, outputs in self.calls:
+                again = [t for t in tree_flatten(func(*args, **kwargs))[0] if isinstance(t, Tensor)]
+                for mine, new in zip(outputs, again, strict=True):
+                    if mine.data_ptr() != new.data_ptr():  # neither a view nor in place
+                        mine.copy_(new)
+
+
+def record(phase: Callable[..., Any], inputs: tuple[Tensor | None, ...]) -> tuple[Callable[[], None], Any]:
+    """As `record_cuda`: nothing has been changed by the recording when it returns."""
+    live = [t for t in gc_tensors() if t.is_leaf]
+    before = [(t, t.detach().clone()) for t in live]
+    with Tape() as tape:
+        outputs = phase(*inputs)
+    with torch.no_grad():
+        for tensor, value in before:
+            tensor.copy_(value)
+    return tape.replay, outputs
+
+
+STATE: list[Algorithm] = []
+
+
+def gc_tensors() -> list[Tensor]:
+    """All that a phase may change: weights, buffers, moments, the schedule."""
+    algorithm = STATE[-1]
+    found: list[Tensor] = []
+    for part in algorithm.parts.values():
+        state = part.state_dict()
+        found += [t for t in tree_flatten(state)[0] if isinstance(t, Tensor)]
+    return found
+
+
+def clips_of(config: Config, seed: int) -> Clips:
+    rng = torch.Generator().manual_seed(seed)
+
+    def noise(num: int, frames: int) -> Tensor:
+        return torch.rand(num, frames, 3, config.size, config.size, generator=rng) * 2 - 1
+
+    sets = [noise(num, config.frames) for num in (config.batch_x, config.batch_y, config.batch_z)]
+    return Clips(*sets, noise(config.batch_s, 1))
+
+
+def run(config: Config, graphs: Graphs | None, steps: int) -> tuple[list[dict[str, float]], Algorithm]:
+    algorithm = Algorithm(config, torch.device("cpu"), graphs=graphs)
+    STATE.append(algorithm)
+    algorithm.start()
+    told = []
+    for step in range(steps):
+        values = algorithm.step(clips_of(config, step))
+        values |= algorithm.advance(float(step + 1), values.pop("distance"))
+        told.append({name: value.item() for name, value in values.items()})
+    return told, algorithm
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("preset", ["tiny", "paper"])
+def test_a_recorded_run_is_the_plain_run(preset: str, precision: str) -> None:
+    small = {"size": 16, "frames": 4, "widths": (4, 8), "judge_widths": (4, 8), "rl_every": 1, "steps": 40}
+    config = Config.of(preset, replicas=1, precision=precision, replay_alpha=0.5, **small).check()
+    steps = 2 * NUM_PLAIN + 5  # each domain's turn comes every second step
+    graphs = Graphs(record)
+    recorded, ours = run(config, graphs, steps)
+    plain, theirs = run(config, None, steps)
+    assert set(graphs._recorded) == {"critics_x", "critics_y", "generators_x", "generators_y", "discriminators"}
+    assert recorded == plain
+    for name, part in ours.parts.items():
+        mine, other = (tree_flatten(p.state_dict())[0] for p in (part, theirs.parts[name]))
+        for a, b in zip(mine, other, strict=True):
+            assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, name
+
+
+def test_a_number_of_the_host_would_be_missed() -> None:
+    """The tape is no tautology: what it may not replay right, it replays wrong."""
+    number, held = [1.0], torch.zeros(2)
+    graphs = Graphs(lambda phase, inputs: simple(phase, inputs))
+
+    def simple(phase: Callable[..., Any], inputs: Any) -> Any:
+        with Tape() as tape:
+            outputs = phase(*inputs)
+        return tape.replay, outputs
+
+    def phase(x: Tensor) -> Tensor:
+        held.add_(x)
+        return x * number[0] + held
+
+    for call in range(NUM_PLAIN + 2):
+        number[0] = float(call)
+        got = graphs("phase", phase, torch.ones(2))
+    assert got.tolist() != (torch.ones(2) * number[0] + held).tolist()
+    with pytest.raises(RuntimeError, match="host would wait"), Tape():
+        torch.ones(1).item()
+
+
+def test_a_step_reads_nothing_back() -> None:
+    """Between the replay buffer and the log no operator of a step waits for the device."""
+    config = replace(Config.of("tiny", replicas=1, rl_every=1, replay_alpha=0.5), steps=9).check()
+    algorithm = Algorithm(config, torch.device("cpu"))
+    algorithm.start()
+    for step in range(4):
+        with Tape():
+            told = algorithm.step(clips_of(config, step))
+            algorithm.advance(float(step), told.pop("distance"))
+        algorithm.settle()
