@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, l1_loss
+from torch.nn.functional import adaptive_avg_pool1d, avg_pool2d, l1_loss
 
 from rlv2v.dist import gather, num_ranks
 
@@ -52,24 +52,25 @@ def colours(frames: Tensor, directions: Tensor) -> Tensor:
     """Pixel colours of clips (B,T,3,H,W), pooled to about 16 pixels a side, along `directions` (3,K): (B,T,K,n)."""
     pooled = avg_pool2d(frames.flatten(0, 1), max(1, min(frames.shape[-2:]) // 16)).unflatten(0, frames.shape[:2])
     with torch.autocast(frames.device.type, enabled=False):
-        return torch.einsum("btchw,ck->btkhw", pooled, directions).flatten(3)
+        return torch.einsum("btchw,ck->btkhw", pooled, directions.to(pooled.dtype)).flatten(3)
 
 
-def quantile_gap(a: Tensor, b: Tensor, quantiles: int = 64) -> Tensor:
-    """Mean distance between the quantiles of two sets of `colours`, direction by direction and frame by frame."""
+def quantile_gap(a: Tensor, b: Tensor, bins: int = 64) -> Tensor:
+    """Mean distance between two sets of `colours`, sorted and averaged in bins, by direction and by frame.
 
-    def quantile_table(values: Tensor) -> Tensor:
-        values = values.permute(1, 2, 0, 3).flatten(2).sort(-1).values
-        levels = torch.linspace(0, values.shape[-1] - 1, quantiles, device=values.device).long()
-        return values[..., levels]
+    Averages rather than single quantiles: which one of equal pixels a quantile is, is chance, and so is its gradient.
+    """
 
-    return l1_loss(quantile_table(a), quantile_table(b))
+    def table(values: Tensor) -> Tensor:
+        return adaptive_avg_pool1d(values.permute(1, 2, 0, 3).flatten(2).sort(-1).values, bins)
+
+    return l1_loss(table(a), table(b))
 
 
 def domain_gap(a: Tensor, b: Tensor, directions: Tensor) -> Tensor:
     """Sliced Wasserstein-1 distance between the pixel colours of two sets of clips, averaged over frame indices.
 
-    Colours are projected on `directions` (3,K), sorted, and compared at 64 levels; the clips need not be paired nor as
+    Colours are projected on `directions` (3,K), sorted, and compared in 64 bins; the clips need not be paired nor as
     many; those of all ranks count. It knows nothing of shapes: it tells how far a translator has come towards a
     domain's colours and their course in time, which is what the schedule follows.
     """

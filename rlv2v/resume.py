@@ -15,7 +15,7 @@ from rlv2v.config import FREE_ON_RESUME, Config
 from rlv2v.data.pipeline import Loader
 from rlv2v.dist import World
 from rlv2v.errors import UserError
-from rlv2v.store import Checkpoints
+from rlv2v.store import Checkpoints, replica_name
 
 log = logging.getLogger(__name__)
 
@@ -103,9 +103,9 @@ def restore(store: Checkpoints, algorithm: Algorithm, loader: Loader, world: Wor
     assert num_replicas is not None
     for replica, replays in algorithm.replays().items():
         if replica < before:
-            mine = store.load(step, f"replica-{replica:05d}")
+            mine = store.load(step, replica_name(replica))
             load_parts(replays, mine, where)
-    cursor = store.load(step, f"replica-{min(algorithm.replicas[0], before - 1):05d}")["loader"]
+    cursor = store.load(step, replica_name(min(algorithm.replicas[0], before - 1)))["loader"]
     if num_replicas != before:  # go on at the first step that lies behind all clips that were drawn
         cursor = cursor | {"step": -(-cursor["step"] * before // num_replicas), "batch": loader.state_dict()["batch"]}
     load_parts({"loader": loader}, {"loader": cursor}, where)

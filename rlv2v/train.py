@@ -33,6 +33,7 @@ from rlv2v.timing import Clock
 from rlv2v.warmup import warm_up
 
 LOG_EVERY = 10  # steps
+log = logging.getLogger(__name__)
 
 
 def train(config: Config) -> None:
@@ -92,11 +93,12 @@ def learn(config: Config, world: World, interrupted: Interrupt) -> None:
             stack.enter_context(claim_folder(config))
         world.meet()
         store = Checkpoints(config.out, keep=config.keep, num_replicas=config.replicas, first=world.first)
-        stack.enter_context(closing(store))
         if world.first:
             store.tidy()
 
         resumed = config.resume and restore(store, algorithm, loader, world)
+        if config.resume and not resumed and world.first:
+            log.warning("%s: no checkpoint yet; starting from the beginning", config.out)
         if not resumed:
             # D, G, P = pre-trained; Q' = Q, pi' = pi                                     (Algorithm 1, first lines)
             seconds = warm_up(algorithm.nets, dataset, config, world, lambda: bool(interrupted.by))
