@@ -1,17 +1,13 @@
-"""Runs on disk: checkpoints to go on from, and `model.safetensors` to translate with. Nothing read here runs code.
+"""A run's networks, and `RUN/model.safetensors` to translate with: g_x and g_y, the config in the metadata.
 
-    RUN/config.json                    the config
-    RUN/checkpoints/00000300.pt        everything needed to go on; the newest two are kept
-    RUN/model.safetensors              g_x and g_y as they translate, the config in the metadata
-Every file is written beside its place, flushed to the disk and renamed: a reader sees the old one or the new one.
+Nothing read here runs code. Every file is written beside its place, flushed to the disk and renamed: a reader sees the
+old one or the new one. What a run needs to go on is in `rlv2v.store`.
 """
 
 from __future__ import annotations
 
-import io
+import errno
 import os
-import pickle
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +22,6 @@ from rlv2v.losses import Nets
 from rlv2v.model import Judge, Translator
 
 VERSION = 1
-KEEP = 2
 
 
 def build_nets(config: Config, *, judges: bool = True) -> Nets:
@@ -53,7 +48,11 @@ def build_nets(config: Config, *, judges: bool = True) -> Nets:
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Write beside `path`, flush to the disk, and rename into place; nothing is left on failure."""
+    """Write beside `path`, flush to the disk, and rename into place; nothing is left on failure.
+
+    Raises:
+        OSError: with the number the system gave, naming `path`.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with beside.open("wb") as file:
@@ -61,46 +60,23 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+        flush_folder(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         beside.unlink(missing_ok=True)
 
 
-def save_checkpoint(run: Path, step: int, state: Mapping[str, Any]) -> Path:
-    """Write `RUN/checkpoints/<step>.pt` and drop all but the newest `KEEP`."""
-    folder = run / "checkpoints"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{step:08d}.pt"
-    content = io.BytesIO()  # torch's own writer turns a full disk into an error without a name
-    torch.save({"version": VERSION, **state}, content)
-    write_atomically(path, content.getbuffer())
-    for old in checkpoints(run)[:-KEEP]:
-        old.unlink()
-    return path
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("*.pt") if p.stem.isdigit())
-
-
-def load_checkpoint(run: Path, device: torch.device) -> dict[str, Any]:
-    """The newest checkpoint of a run.
-
-    Raises:
-        UserError: there is none, or it is truncated, foreign, or holds anything but tensors and plain values.
-    """
-    found = checkpoints(run)
-    if not found:
-        raise UserError(f"{run}: expected a run with a checkpoint to resume, found none; train without --resume")
+def flush_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk: what was renamed in it stays renamed after a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        state = torch.load(found[-1], map_location=device, weights_only=True)
-        if not isinstance(state, dict) or state.get("version") != VERSION:
-            raise ValueError("not a checkpoint of this version of rlv2v")
-    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"{found[-1]}: expected a whole rlv2v checkpoint, got {brief(error)}; delete it to use the one before"
-        ) from None
-    return state
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems do it of themselves only
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def save_translators(run: Path, g_x: Translator, g_y: Translator, config: Config) -> None:
