@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from rlv2v.errors import UserError
 
-NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 log = logging.getLogger(__name__)
 
 
@@ -23,8 +24,7 @@ class Lock:
     def __init__(self, descriptor: int) -> None:
         self._descriptor: int | None = descriptor
         # A forked child shares the open file, and would hold the lock on after its parent's death.
-        held = weakref.ref(self)
-        os.register_at_fork(after_in_child=lambda: (lock := held()) and lock.close())
+        os.register_at_fork(after_in_child=functools.partial(_close, weakref.ref(self)))
 
     def close(self) -> None:
         """Release the lock; a second call does nothing."""
@@ -63,9 +63,7 @@ def lock_folder(run: Path) -> Lock:
         if error.errno not in NO_LOCKS_HERE:
             os.close(descriptor)
             raise OSError(error.errno, error.strerror, str(path)) from error
-        log.warning(
-            "%s: locks do not work here (%s); see to it that no other run uses the folder", path, error.strerror
-        )
+        log.warning("%s: no locks here (%s); see to it that no other run uses the folder", path, error.strerror)
         return Lock(descriptor)
     lock = Lock(descriptor)
     try:
@@ -75,6 +73,12 @@ def lock_folder(run: Path) -> Lock:
         lock.close()
         raise OSError(error.errno, error.strerror, str(path)) from error
     return lock
+
+
+def _close(held: weakref.ref[Lock]) -> None:
+    lock = held()
+    if lock is not None:
+        lock.close()
 
 
 def _holder(descriptor: int) -> str:

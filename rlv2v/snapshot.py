@@ -10,7 +10,7 @@ import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -67,16 +67,16 @@ class Copier:
     def _copy_tensor(self, value: Tensor, at: tuple[str | int, ...], devices: set[torch.device]) -> Tensor:
         memory = self._memory.get(at)
         on_device = value.device.type == "cuda"
-        if memory is None or (memory.shape, memory.dtype, memory.stride()) != (
-            value.shape,
-            value.dtype,
-            value.stride(),
-        ):
+        if memory is None or _form(memory) != _form(value):
             memory = self._memory[at] = torch.empty_like(value, device="cpu", pin_memory=on_device)
         memory.copy_(value, non_blocking=on_device)
         if on_device:
             devices.add(value.device)
         return memory
+
+
+def _form(value: Tensor) -> tuple[object, ...]:
+    return value.dtype, value.shape, value.stride()
 
 
 def _place(at: tuple[str | int, ...]) -> str:
@@ -86,7 +86,7 @@ def _place(at: tuple[str | int, ...]) -> str:
 class _Sink:
     """A file as `torch.save` sees it. torch's writer loses a write error's name, so that it is kept here instead."""
 
-    def __init__(self, file: io.BufferedWriter) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self.file = file
         self.error: OSError | None = None
 

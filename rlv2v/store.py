@@ -2,7 +2,7 @@
 
     RUN/checkpoints/00000300/state.pt           what all ranks have alike; the first rank writes it
     RUN/checkpoints/00000300/replica-00000.pt   what one replica has of its own: replay buffers, loader
-    RUN/checkpoints/00000300/manifest.json      version, step, num_replicas, metric, and of each file its bytes and XXH64
+    RUN/checkpoints/00000300/manifest.json      version, step, num_replicas, metric; of each file its bytes and XXH64
     RUN/checkpoints/.00000300.part/             while it is being written
 One folder a checkpoint, shared by all ranks. Each file is flushed to the disk, the manifest last; then one rename makes
 the checkpoint, so that a kill at any instant leaves the old set or the new one.
@@ -25,7 +25,7 @@ import torch
 
 from rlv2v.checkpoint import VERSION, brief, flush_folder, write_atomically
 from rlv2v.errors import UserError
-from rlv2v.snapshot import Copier, describe, parse_state, read_file, write_state
+from rlv2v.snapshot import Copier, parse_state, read_file, write_state
 
 PATIENCE = 600.0  # seconds that the first rank waits for the replicas of the others
 POLL = 0.02  # seconds from one look for them to the next
@@ -64,7 +64,8 @@ class Checkpoints:
         """Remove what a kill left half-written. The first rank's, under the run's lock, before any rank saves."""
         assert self.first, "the folder is the first rank's to tidy"
         for part in self.folder.glob(".*.part"):
-            shutil.rmtree(part)
+            if part.is_dir():
+                shutil.rmtree(part)
         for name in ("config.json", "model.safetensors"):  # what `write_atomically` had open
             for beside in self.run.glob(f".{name}.*"):
                 beside.unlink()
@@ -110,8 +111,9 @@ class Checkpoints:
 
     def check(self) -> None:
         """Raise what a background write ran into, once: OSError naming the file, or UserError."""
-        error, self._error = self._error, None
-        if error is not None:
+        error = self._error
+        if error is not None:  # then its thread has set it, and sets it no more
+            self._error = None
             raise error
 
     def wait(self) -> None:
@@ -163,7 +165,7 @@ class Checkpoints:
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """(step, metric) of the lowest metric among the checkpoints, the earliest of equals; None: none has a metric."""
+        """(step, metric) of the lowest metric among the checkpoints, the earliest of equals; None: no metrics."""
         measured = []
         for step in self.steps:
             try:
@@ -232,9 +234,9 @@ class Checkpoints:
                         write_atomically((part / name).with_suffix(".json"), json.dumps(described).encode())
             self._last = step
         except Exception as error:
-            self._error = error
             if self.first:
                 shutil.rmtree(part, ignore_errors=True)
+            self._error = error
 
     def _commit(self, step: int, part: Path, files: dict[str, Any], metric: float | None) -> None:
         """Wait for the other ranks' files; then the manifest, the rename, and the end of what is not kept."""
