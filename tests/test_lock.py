@@ -24,13 +24,12 @@ import os, subprocess, sys, time
 from pathlib import Path
 from rlv2v.lock import lock_folder
 lock = lock_folder(Path(sys.argv[1]))
-children = []
-if sys.argv[2] == "forks" and (pid := os.fork()):
-    children.append(pid)
+if sys.argv[2] == "alone":
+    print(flush=True)
 elif sys.argv[2] == "starts":
-    children.append(subprocess.Popen(["sleep", "60"], close_fds=False).pid)
-if sys.argv[2] != "forks" or children:
-    print(*children, flush=True)
+    print(subprocess.Popen(["sleep", "60"], close_fds=False).pid, flush=True)
+elif os.fork() == 0:
+    print(os.getpid(), flush=True)  # the child itself: it has come to run by now
 time.sleep(60)
 """
 
