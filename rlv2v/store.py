@@ -275,4 +275,7 @@ class Checkpoints:
 
     def _remove(self, checkpoint: Path) -> None:
         """Renamed first: a kill in between leaves no half of a checkpoint under its name."""
-        shutil.rmtree(checkpoint)
+        away = checkpoint.with_name(f".{checkpoint.name}.old.part")
+        shutil.rmtree(away, ignore_errors=True)
+        checkpoint.rename(away)
+        shutil.rmtree(away)

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlv2v.checkpoint import checkpoints
 from rlv2v.config import Config
 from rlv2v.data.index import open_dataset
 from rlv2v.data.readers import FrameReader
 from rlv2v.data.video import probe, read_frames
 from rlv2v.prepare import Args as PrepareArgs
 from rlv2v.prepare import main as prepare
+from rlv2v.store import Checkpoints
 from rlv2v.train import train
 from rlv2v.translate import Args
 from rlv2v.translate import main as translate
@@ -36,7 +36,7 @@ def test_train_resume_translate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     config = Config.of("tiny", data=tmp_path / "data", out=tmp_path / "run", steps=3)
     train(config)
     train(Config.of("tiny", data=tmp_path / "data", out=tmp_path / "run", steps=5, resume=True))
-    assert checkpoints(tmp_path / "run")[-1].stem == "00000005"
+    assert Checkpoints(tmp_path / "run", keep=1, num_replicas=1).steps[-1] == 5
 
     out = tmp_path / "translated.mp4"
     translate(Args(run=tmp_path / "run", source=bikes, out=out))
