@@ -79,31 +79,38 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def save_translators(run: Path, g_x: Translator, g_y: Translator, config: Config) -> None:
-    """Write `RUN/model.safetensors`: both generators and, in the metadata, the config."""
+def pack_translators(g_x: Translator, g_y: Translator, config: Config) -> bytes:
+    """A `model.safetensors`: both generators and, in the metadata, the config."""
     tensors: dict[str, Tensor] = {}
     for name, net in (("g_x", g_x), ("g_y", g_y)):
         tensors |= {f"{name}.{key}": value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
-    metadata = {"config": config.to_json(), "version": str(VERSION)}
-    write_atomically(run / "model.safetensors", save(tensors, metadata))
+    return save(tensors, {"config": config.to_json(), "version": str(VERSION)})
 
 
-def load_translator(run: Path, direction: str = "x2y", device: str | torch.device = "cpu") -> tuple[Translator, Config]:
+def save_translators(run: Path, g_x: Translator, g_y: Translator, config: Config) -> None:
+    """Write `RUN/model.safetensors`."""
+    write_atomically(run / "model.safetensors", pack_translators(g_x, g_y, config))
+
+
+def load_translator(
+    run: Path, direction: str = "x2y", device: str | torch.device = "cpu", *, best: bool = False
+) -> tuple[Translator, Config]:
     """The generator of a run, ready to translate, and the run's config.
 
     Args:
         run: folder with a `model.safetensors`.
         direction: "x2y" (G_Y) or "y2x" (G_X).
         device: where it shall run.
+        best: that of the best checkpoint, `best.safetensors`, instead of the newest.
 
     Raises:
         UserError: no model there, or not one of this package's.
     """
-    path = run / "model.safetensors"
+    path = run / ("best.safetensors" if best else "model.safetensors")
     if direction not in ("x2y", "y2x"):
         raise UserError(f"direction: expected 'x2y' or 'y2x', got {direction!r}")
     if not path.is_file():
-        raise UserError(f"{run}: expected a trained run with model.safetensors, found none; train one first")
+        raise UserError(f"{run}: expected a trained run with {path.name}, found none; train one first")
     prefix = {"x2y": "g_y.", "y2x": "g_x."}[direction]
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:

@@ -73,8 +73,19 @@ def changed(now: int, before: int) -> str:
     )
 
 
-def save(store: Checkpoints, algorithm: Algorithm, loader: Loader, world: World, metric: float | None) -> None:
-    """Begin to write a checkpoint of everything that a run needs to go on as if nothing had happened."""
+def save(
+    store: Checkpoints,
+    algorithm: Algorithm,
+    loader: Loader,
+    world: World,
+    *,
+    metric: float | None,
+    beside: Mapping[str, bytes],
+) -> None:
+    """Begin to write a checkpoint of everything that a run needs to go on as if nothing had happened.
+
+    metric, beside: see `Checkpoints.save`.
+    """
     algorithm.settle()
     state = {name: part.state_dict() for name, part in algorithm.parts.items()}
     state |= {"rng": random_states(world.device), "num_ranks": world.size}
@@ -82,7 +93,7 @@ def save(store: Checkpoints, algorithm: Algorithm, loader: Loader, world: World,
         replica: {name: part.state_dict() for name, part in replays.items()} | {"loader": loader.state_dict()}
         for replica, replays in algorithm.replays().items()
     }
-    store.save(algorithm.schedule.step, state if world.first else None, replicas, metric=metric)
+    store.save(algorithm.schedule.step, state if world.first else None, replicas, metric=metric, beside=beside)
 
 
 def restore(store: Checkpoints, algorithm: Algorithm, loader: Loader, world: World) -> bool:

@@ -66,7 +66,7 @@ class Checkpoints:
         for part in self.folder.glob(".*.part"):
             if part.is_dir():
                 shutil.rmtree(part)
-        for name in ("config.json", "model.safetensors"):  # what `write_atomically` had open
+        for name in ("config.json", "model.safetensors", "best.safetensors"):  # what `write_atomically` had open
             for beside in self.run.glob(f".{name}.*"):
                 beside.unlink()
 
@@ -77,6 +77,7 @@ class Checkpoints:
         replicas: Mapping[int, Mapping[str, Any]],
         *,
         metric: float | None = None,
+        beside: Mapping[str, bytes] | None = None,
     ) -> None:
         """Copy what belongs to a checkpoint, and return while it is being written; see `check` and `wait`.
 
@@ -89,6 +90,7 @@ class Checkpoints:
             replicas: this rank's replicas by number. Their tensors on the CPU are taken as they are, since a replay's
                 `state_dict()` is a copy already: nobody may change them any more.
             metric: what the best checkpoint has the lowest of; None: not measured.
+            beside: files of the run's folder that are written once the checkpoint is there, by name.
 
         Raises:
             OSError, UserError: the write before failed; see `check`.
@@ -106,7 +108,9 @@ class Checkpoints:
         contents = {} if state is None else {"state": self._copier.copy("state", state)}
         for replica, part in replicas.items():
             contents[replica_name(replica)] = self._copier.copy(replica_name(replica), part, taken=True)
-        self._writer = threading.Thread(target=self._write, args=(step, contents, metric), name="checkpoint")
+        self._writer = threading.Thread(
+            target=self._write, args=(step, contents, metric, beside or {}), name="checkpoint"
+        )
         self._writer.start()
 
     def check(self) -> None:
@@ -217,7 +221,9 @@ class Checkpoints:
             return str(error)
         return None
 
-    def _write(self, step: int, contents: dict[str, dict[Any, Any]], metric: float | None) -> None:
+    def _write(
+        self, step: int, contents: dict[str, dict[Any, Any]], metric: float | None, beside: Mapping[str, bytes]
+    ) -> None:
         """The background thread: this rank's files, and the first rank's putting together."""
         final = self._path(step)
         part = final.with_name(f".{final.name}.part")
@@ -232,6 +238,8 @@ class Checkpoints:
                 else:
                     for name, described in files.items():  # each says that the file beside it is complete
                         write_atomically((part / name).with_suffix(".json"), json.dumps(described).encode())
+            for name, content in beside.items():
+                write_atomically(self.run / name, content)
             self._last = step
         except Exception as error:
             if self.first:

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from rlv2v.algorithm import Algorithm
-from rlv2v.checkpoint import save_translators
+from rlv2v.checkpoint import pack_translators
 from rlv2v.cli import run_command
 from rlv2v.config import Config
 from rlv2v.data.pipeline import Loader
@@ -125,14 +125,16 @@ def learn(config: Config, world: World, interrupted: Interrupt) -> None:
             clock.mark("")
             watch.read(everything=True)
             check_weights(algorithm.nets.named_children(), schedule.step)
-            metric = None
+            metric, beside = None, dict[str, bytes]()
             if run_log:
-                translators = algorithm.average if config.average else algorithm.nets
-                rows, metric = look(translators.g_y, config, samples)
+                g = algorithm.average if config.average else algorithm.nets
+                rows, metric = look(g.g_y, config, samples)
                 run_log.strip(config.out / "samples" / f"{schedule.step:08d}.png", rows)
                 metric = schedule.share.item() if metric is None and schedule.step else metric
-                save_translators(config.out, translators.g_x, translators.g_y, config)
-            save(store, algorithm, loader, world, metric)
+                beside["model.safetensors"] = pack_translators(g.g_x, g.g_y, config)
+                if metric is not None and (store.best is None or metric < store.best[1]):
+                    beside["best.safetensors"] = beside["model.safetensors"]
+            save(store, algorithm, loader, world, metric=metric, beside=beside)
             clock.mark("checkpoint")
 
         if not resumed:
