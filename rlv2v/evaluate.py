@@ -47,6 +47,8 @@ class Args:
     """Choose settings on val, report on test."""
     json: Path | None = None
     """File for the result as JSON, in a folder that exists."""
+    best: bool = False
+    """Measure the best checkpoint's model instead of the newest."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: cuda where there is one."""
 
@@ -60,12 +62,12 @@ class Pair:
 
 
 def evaluate_run(
-    run: Path, data: Path, split: Split = "test", *, device: str = "auto", progress: bool = True
+    run: Path, data: Path, split: Split = "test", *, best: bool = False, device: str = "auto", progress: bool = True
 ) -> dict[str, Any]:
     """The result of `--json` (see DESIGN: `run, data, split, rows`) for a run folder on one split of a dataset."""
     pairs = open_split(data, split)
     synthetic = is_synthetic(data)
-    g, config = load_translator(run, "x2y", device=pick_device(device))
+    g, config = load_translator(run, "x2y", device=pick_device(device), best=best)
     rows: dict[str, list[Metrics]] = {name: [] for name in ROWS}
     for pair in tqdm(pairs, desc=f"evaluate {split}", unit="video", disable=not progress):
         for source, output, truth in translated_clips(g, config, pair):
@@ -164,7 +166,7 @@ def main(args: Args) -> None:
     """Evaluate, print the table, write the JSON."""
     if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
         raise UserError(f"--json {one_line(args.json)}: expected a file name in a folder that exists")
-    result = evaluate_run(args.run, args.data, args.split, device=args.device)
+    result = evaluate_run(args.run, args.data, args.split, best=args.best, device=args.device)
     print(table(result["rows"], first=args.split))
     if args.json is not None:
         write_text(args.json, json.dumps(result, indent=2, allow_nan=False) + "\n")

@@ -1,7 +1,9 @@
 """placeholder until the memory branch lands"""
 
 from __future__ import annotations
+
 import torch
+
 from rlv2v.config import Config
 
 

@@ -56,14 +56,20 @@ def claim_folder(config: Config) -> Lock:
     Returns the lock, to be held as long as the run.
 
     Raises:
-        UserError: another run is at work in it, or has left a checkpoint there meanwhile.
+        UserError: another run is at work in it, or has left a checkpoint there meanwhile; it cannot be written.
     """
-    for folder in (config.out, config.out / "samples", config.out / "checkpoints"):
-        folder.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(config.out)
-    if not config.resume:
-        refuse_taken(config.out)
-    write_atomically(config.out / "config.json", config.to_json().encode())
+    try:
+        for folder in (config.out, config.out / "samples", config.out / "checkpoints"):
+            folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(config.out)
+        if not config.resume:
+            refuse_taken(config.out)
+        write_atomically(config.out / "config.json", config.to_json().encode())
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or config.out}: expected a folder that a run can be written to, got "
+            f"{str(error.strerror).lower()}; choose another --out"
+        ) from None
     return lock
 
 

@@ -238,8 +238,8 @@ class Checkpoints:
                 else:
                     for name, described in files.items():  # each says that the file beside it is complete
                         write_atomically((part / name).with_suffix(".json"), json.dumps(described).encode())
-            for name, content in beside.items():
-                write_atomically(self.run / name, content)
+            for name, packed in beside.items():
+                write_atomically(self.run / name, packed)
             self._last = step
         except Exception as error:
             if self.first:

@@ -48,6 +48,8 @@ class Args:
     """Video to write (.mp4, .mov or .mkv; H.264), in a folder that exists. It appears when all frames are done."""
     direction: Direction = "x2y"
     """x2y: source domain to target domain; y2x: back."""
+    best: bool = False
+    """Use the best checkpoint's model instead of the newest."""
     side_by_side: bool = False
     """Show the source on the left of the translation."""
     size: int | None = None
@@ -134,7 +136,7 @@ def main(args: Args) -> None:
     about = probe(args.source)
     if not 0 < about.fps <= MAX_FPS:
         raise UserError(f"{one_line(args.source)}: expected a rate of up to {MAX_FPS} frames a second, got {about.fps}")
-    g, config = load_translator(args.run, args.direction, device=pick_device(args.device))
+    g, config = load_translator(args.run, args.direction, device=pick_device(args.device), best=args.best)
     size = config.size if args.size is None else args.size
 
     started = time.perf_counter()

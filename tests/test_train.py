@@ -99,6 +99,18 @@ def test_a_run_leaves_what_the_other_commands_read(data: Path, tmp_path: Path) -
         assert config.frames == 4
 
 
+def test_the_best_model_is_kept_beside_the_newest(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(tiny(data, run, steps=12, snapshot_seconds=0.0, lr=0.05))  # too fast to get better all the time
+    store = store_of(run)
+    best = store.best
+    assert best is not None and store.steps == [*({best[0]} - {11, 12}), 11, 12], "the newest two and the best"
+    for step, name in ((best[0], "best"), (12, "model")):
+        g, _ = load_translator(run, best=name == "best")
+        average = store.load(step)["average"]
+        assert all(torch.equal(value, average[f"g_y.{key}"]) for key, value in g.state_dict().items()), name
+
+
 def test_same_seed_same_run_other_seed_other_run(data: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(tiny(data, tmp_path / name, seed=seed))
