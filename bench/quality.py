@@ -34,9 +34,10 @@ from rlv2v.errors import UserError
 from rlv2v.evaluate import evaluate_run, figure
 from rlv2v.metrics import METRIC_KEYS, Metrics
 
-Method = Literal["default", "paper", "cyclegan", "no-rl", "tiny"]
+Method = Literal["default", "bf16", "paper", "cyclegan", "no-rl", "tiny"]
 FLAGS: dict[Method, list[str]] = {
     "default": ["--preset", "default"],
+    "bf16": ["--preset", "default", "--precision", "bf16"],
     "paper": ["--preset", "paper"],
     "cyclegan": ["--preset", "default", "--method", "cyclegan"],
     "no-rl": ["--preset", "default", "--no-rl"],
@@ -52,7 +53,7 @@ class Args:
     case: str = "synth32"
     """synth<N>, real<N> (N: size in pixels), or a dataset folder."""
     methods: tuple[Method, ...] = ("default", "cyclegan")
-    """What to train: default, paper, cyclegan, no-rl, tiny."""
+    """What to train: default, bf16, paper, cyclegan, no-rl, tiny."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run for each method and seed."""
     budget: float | None = None
