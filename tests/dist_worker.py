@@ -59,7 +59,7 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         sizes = (300, 7, 200, 1, 400, 30)
-        self.weights = nn.ParameterList(nn.Parameter(torch.full((n, 300), 0.01 * (k + 1))) for k, n in enumerate(sizes))
+        self.weights = nn.ParameterList(nn.Parameter(torch.full((n, 300), 1e-4 * (k + 1))) for k, n in enumerate(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         for k in (3, 0, 5, 2, 4):
