@@ -146,3 +146,16 @@ def test_a_step_reads_nothing_back() -> None:
             told = algorithm.step(clips_of(config, step))
             algorithm.advance(float(step), told.pop("distance"))
         algorithm.settle()
+
+
+def test_replicas_of_one_rank_draw_for_themselves() -> None:
+    """The same clips for both, yet other prefixes, other proposals, other transitions."""
+    config = replace(Config.of("tiny", replicas=2, rl_every=1, eta1=(0.0, 0.0), transitions=8), steps=9).check()
+    algorithm = Algorithm(config, torch.device("cpu"))
+    algorithm.start()
+    one = clips_of(config, 0)
+    algorithm.step(Clips(*(torch.cat((s, s)) for s in (one.x, one.y, one.z, one.s) if s is not None)))
+    algorithm.settle()
+    first, second = (replay.state_dict() for replay in algorithm.agents["x"].replays)
+    assert first["rewards"].tolist() != second["rewards"].tolist()
+    assert first["seed"] != second["seed"]
