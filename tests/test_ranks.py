@@ -125,19 +125,6 @@ def torchrun(num: int, *arguments: object, **how: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True, **how)
 
 
-def rank_pid(agent: int, rank: int) -> int | None:
-    """The process of a rank among the children of a torchrun."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            variables = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if parent == agent and b"RANK=%d" % rank in variables:
-            return int(folder.name)
-    return None
-
-
 def wait_for_step(run: Path, step: int, seconds: float = 90.0) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -148,10 +135,14 @@ def wait_for_step(run: Path, step: int, seconds: float = 90.0) -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_brings_the_job_back_by_itself(data: Path, tmp_path: Path, victim: int) -> None:
+def test_a_killed_rank_brings_the_job_back_by_itself(
+    data: Path, tmp_path: Path, victim: int, bench_folder: None
+) -> None:
+    from survive import rank_pid
+
     run = tmp_path / "run"
     flags = train_flags(data, run, "--preset", "tiny", "--steps", 60, "--snapshot-seconds", 0.5)
-    process = torchrun(2, "--max-restarts=1", f"--master-port={free_port()}", *flags)
+    process = torchrun(2, "--max-restarts=3", f"--master-port={free_port()}", *flags)
     wait_for_step(run, 5)
     pid = rank_pid(process.pid, victim)
     assert pid is not None
