@@ -70,7 +70,8 @@ class ConvLSTM(nn.Module):
     def forward(
         self, x: Tensor, state: Memory | None = None, *, every: bool = False, fork: bool = False
     ) -> tuple[Tensor, State]:
-        weights, how = (self.w_x, self.w_h, self.bias), {"backend": self.backend, "recompute": self.recompute}
+        weights = (self.w_x, self.w_h, self.bias)
+        how: Any = {"backend": self.backend, "recompute": self.recompute}
         if fork:
             assert state is not None
             frames, h, c = (frame_major(s) for s in (x, *state))
