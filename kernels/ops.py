@@ -41,9 +41,23 @@ def forward(
     run = recurrence(backend, Problem.of(x, w_h))
     # Autocast stays active inside an operator and would change the convolutions' dtype under code that holds pointers.
     with torch.autocast(x.device.type, enabled=False):
-        hs, cs, gates = driver.forward(
-            run, dense(x), w_x, like_weight(w_h, w_h), bias, optional(h0), optional(c0), keep_gates
-        )
+        return forward_by(run, x, w_x, w_h, bias, h0, c0, keep_gates)
+
+
+def forward_by(
+    run: driver.Recurrence,
+    x: Tensor,
+    w_x: Tensor,
+    w_h: Tensor,
+    bias: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    keep_gates: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rlv2v::convlstm` by a given recurrence."""
+    hs, cs, gates = driver.forward(
+        run, dense(x), w_x, like_weight(w_h, w_h), bias, optional(h0), optional(c0), keep_gates
+    )
     return hs, cs, not_kept(x) if gates is None else gates
 
 
@@ -80,24 +94,43 @@ def backward(
     need: list[bool],
 ) -> tuple[Tensor, ...]:
     run = recurrence(backend, Problem.of(x, w_h))
+    with torch.autocast(x.device.type, enabled=False):
+        return backward_by(run, dhs, dcs, x, w_x, w_h, bias, h0, c0, hs, cs, gates, need)
+
+
+def backward_by(
+    run: driver.Recurrence,
+    dhs: Tensor | None,
+    dcs: Tensor | None,
+    x: Tensor,
+    w_x: Tensor,
+    w_h: Tensor,
+    bias: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    hs: Tensor,
+    cs: Tensor,
+    gates: Tensor,
+    need: list[bool],
+) -> tuple[Tensor, ...]:
+    """`rlv2v::convlstm_backward` by a given recurrence."""
     dhs = torch.zeros_like(hs) if dhs is None else dense(dhs)
     kept = None if gates.dim() == 1 else gates
-    with torch.autocast(x.device.type, enabled=False):
-        dx, *of_weights, dh0, dc0 = driver.backward(
-            run,
-            dhs,
-            optional(dcs),
-            dense(x),
-            w_x,
-            like_weight(w_h, w_h),
-            bias,
-            optional(h0),
-            optional(c0),
-            hs,
-            cs,
-            kept,
-            need,
-        )
+    dx, *of_weights, dh0, dc0 = driver.backward(
+        run,
+        dhs,
+        optional(dcs),
+        dense(x),
+        w_x,
+        like_weight(w_h, w_h),
+        bias,
+        optional(h0),
+        optional(c0),
+        hs,
+        cs,
+        kept,
+        need,
+    )
     # The library chooses their layout by the shape; the fake can only follow the weights.
     of_weights = [
         None if gradient is None else like_weight(gradient, w)

@@ -27,7 +27,8 @@ VERSION = 1
 def build_nets(config: Config, *, judges: bool = True) -> Nets:
     """The networks of a config, Xavier-initialised; without `judges` the generators alone."""
 
-    shared: dict[str, Any] = {"patch": config.patch, "horizon": config.frames if config.chrono else 0}
+    shared: dict[str, Any] = {"patch": config.patch, "memory": config.memory}
+    shared["horizon"] = config.frames if config.chrono else 0
 
     def translator() -> Translator:
         return Translator(config.widths, head=config.head, norm=config.norm, **shared)

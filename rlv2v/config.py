@@ -25,8 +25,9 @@ FREE_ON_RESUME = frozenset(
 class Config:
     """Train a translator on a folder of videos. Losses are those of RL-V2V-GAN; see docs/method.md."""
 
-    preset: Literal["default", "paper", "tiny"] = "default"
-    """Where every other flag starts: default (with the additions), paper (nothing beyond it), tiny (seconds; tests)."""
+    preset: Literal["default", "paper", "tiny", "workstation"] = "default"
+    """Where every other flag starts: default (with the additions), paper (nothing beyond it), tiny (seconds; tests),
+    workstation (128x128, T=16, bf16, one replica a rank on cards of 8 GB)."""
     data: Path | None = None
     """Folder with trainX, trainY and perhaps trainZ, trainS (or CycleGAN's trainA, trainB). None: the synthetic set."""
     out: Path = Path("runs/rlv2v")
@@ -51,7 +52,7 @@ class Config:
     """What the networks compute in; weights, statistics, losses and optimisers are float32. fp16 scales its losses."""
     memory: Literal["store", "recompute", "frames"] = "store"
     """What the backward pass finds: all that was computed; without the gates, which are computed again; or only the
-    state after each frame, from which the frame is run again. Least time first, least memory last."""
+    state after every few frames, from which they are run again. Least time first, least memory last."""
     graphs: bool = False
     """Record the device's work of a step as CUDA graphs and replay it; on the CPU there is nothing to record."""
     replicas: int | None = None
@@ -338,5 +339,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         "transitions": 2,
         "replay_capacity": 32,
         "warmup_cache": False,
+    },
+    # Counted by rlv2v.memory, with its reserve: 7.1 GB. Widths are multiples of 32, which the tensor cores take whole.
+    "workstation": {
+        "size": 128,
+        "frames": 16,
+        "precision": "bf16",
+        "widths": (32, 64, 128),
+        "judge_widths": (32, 64, 128, 128, 128),
+        "batch_x": 1,
+        "batch_y": 1,
+        "batch_z": 1,
+        "batch_s": 2,
+        "transitions": 1,
+        "replay_capacity": 256,
+        "loader_threads": 4,
+        "budget": 14400.0,
+        "snapshot_seconds": 300.0,
     },
 }

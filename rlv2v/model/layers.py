@@ -53,7 +53,7 @@ class ConvLSTM(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, kernel: int = 3, *, horizon: int = 0, backend: str = "auto") -> None:
         super().__init__()
-        self.backend = backend
+        self.backend, self.recompute = backend, False
         w_x, w_h = (torch.empty(4 * c_out, c, kernel, kernel) for c in (c_in, c_out))
         for weight in (w_x, w_h):
             for gate in weight.chunk(4):
@@ -71,12 +71,13 @@ class ConvLSTM(nn.Module):
         self, x: Tensor, state: Memory | None = None, *, every: bool = False, fork: bool = False
     ) -> tuple[Tensor, State]:
         weights = (self.w_x, self.w_h, self.bias)
+        how: Any = {"backend": self.backend, "recompute": self.recompute}
         if fork:
             assert state is not None
             frames, h, c = (frame_major(s) for s in (x, *state))
-            hs, _ = convlstm_cells(frames.unsqueeze(1), *weights, h, c, backend=self.backend)
+            hs, _ = convlstm_cells(frames.unsqueeze(1), *weights, h, c, **how)
             return batch_major(hs.squeeze(1), x), None
-        hs, cs = convlstm_cells(x, *weights, *(state or (None, None)), backend=self.backend)
+        hs, cs = convlstm_cells(x, *weights, *(state or (None, None)), **how)
         return hs, Memory(hs, cs) if every else Memory(hs[:, -1], cs[:, -1])
 
 
@@ -96,7 +97,7 @@ class SequenceNorm(nn.Module):
         super().__init__()
         if kind not in ("clip", "batch", "none"):
             raise ValueError(f"SequenceNorm: kind must be 'clip', 'batch' or 'none', got {kind!r}")
-        self.kind, self.eps, self.momentum, self.apart = kind, eps, momentum, False
+        self.kind, self.eps, self.momentum, self.apart, self.learning = kind, eps, momentum, False, True
         if kind == "none":
             return
         self.weight = nn.Parameter(torch.ones(channels))
@@ -132,11 +133,16 @@ class SequenceNorm(nn.Module):
             mean0, square0 = ((before[:, None] * m)[:, None] for m in (mean0, square0))
         mean = (mean0 + frame_mean.cumsum(1)) / count[..., None]
         square = (square0 + frame_square.cumsum(1)) / count[..., None]
-        if self.kind == "batch" and not self.apart:
-            self.running_mean.lerp_(mean[0, -1].detach(), self.momentum)
-            self.running_square.lerp_(square[0, -1].detach(), self.momentum)
-        y = self.apply_moments(x, mean, square)
-        return y, Moments(count, mean, square) if every else Moments(count[:, -1], mean[:, -1], square[:, -1])
+        y, last = self.apply_moments(x, mean, square), Moments(count[:, -1], mean[:, -1], square[:, -1])
+        if self.kind == "batch" and self.learning:
+            self.learn(last)
+        return y, Moments(count, mean, square) if every else last
+
+    def learn(self, clips: Moments | None) -> None:
+        """Move the running averages of `kind="batch"` towards the moments of whole clips."""
+        if self.kind == "batch" and clips is not None and not self.apart:
+            self.running_mean.lerp_(clips.mean[0].detach(), self.momentum)
+            self.running_square.lerp_(clips.square[0].detach(), self.momentum)
 
     def apply_moments(self, x: Tensor, mean: Tensor, square: Tensor) -> Tensor:
         scale = self.weight * torch.rsqrt((square - mean.square()).clamp(min=0) + self.eps)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, pixel_shuffle
 
 from rlv2v.model.layers import RPB, SLOPE, URB, ConvLSTM, State, cat_channels, per_frame, space_to_depth, xavier_linear
+from rlv2v.model.parts import run_keeping, set_memory
 
 
 def exact(y: Tensor) -> torch.autocast:
@@ -31,6 +32,7 @@ class Translator(nn.Module):
         norm: "clip" or "batch", see `SequenceNorm`.
         horizon: clip length that the ConvLSTMs' biases are made for (0: biases 0), see `ConvLSTM`.
         head_width: channels of the mask head at full resolution.
+        memory: what a training run keeps for its backward, see `rlv2v.model.parts`.
     """
 
     mask_gain: Tensor
@@ -44,6 +46,7 @@ class Translator(nn.Module):
         norm: str = "clip",
         horizon: int = 0,
         head_width: int = 16,
+        memory: str = "store",
     ) -> None:
         super().__init__()
         if head not in ("convlstm", "mask"):
@@ -69,6 +72,7 @@ class Translator(nn.Module):
             self.to_rgbm = nn.Conv2d(head_width, 4, 1)
             for name, values in (*self.fuse.named_parameters(), *self.to_rgbm.named_parameters()):
                 nn.init.zeros_(values) if name == "bias" else nn.init.xavier_uniform_(values)
+        set_memory(self, memory)
 
     def forward(
         self, x: Tensor, state: State = None, *, every: bool = False, fork: bool = False
@@ -81,6 +85,11 @@ class Translator(nn.Module):
         self, x: Tensor, state: State = None, *, every: bool = False, fork: bool = False
     ) -> tuple[Tensor, Tensor | None, State]:
         """As `forward`, with the copy mask m (B,T,1,H,W) in (0,1) between; None without a mask head."""
+        y, mask, state = run_keeping(self, self.whole, x, state, every=every, fork=fork)
+        return y, mask, state
+
+    def whole(self, x: Tensor, state: State, *, every: bool, fork: bool) -> tuple[Tensor, Tensor | None, State]:
+        """`run`, all frames at once."""
         how = {"every": every, "fork": fork}
         num_blocks = len(self.encoder) + len(self.decoder)
         before = state or (None,) * (num_blocks + 1)
@@ -117,7 +126,7 @@ class Judge(nn.Module):
     Shapes: frames (B,T,3,H,W) -> (B,T,heads); entry t judges the prefix x[1:t]. A discriminator's numbers are logits
     (the sigmoid of section 3.2 is inside the losses); a critic's is Q, through a ReLU when `positive` (the paper's).
     The mean over pixels lets one network judge frames of any size. The last RPB goes without normalisation, which
-    would pin that mean: of a single frame to a constant, whatever it shows.
+    would pin that mean: of a single frame to a constant, whatever it shows. memory: as for `Translator`.
     """
 
     def __init__(
@@ -129,6 +138,7 @@ class Judge(nn.Module):
         norm: str = "clip",
         positive: bool = False,
         horizon: int = 0,
+        memory: str = "store",
     ) -> None:
         super().__init__()
         self.patch, self.positive = patch, positive
@@ -137,8 +147,16 @@ class Judge(nn.Module):
         self.blocks = nn.ModuleList(RPB(*block, horizon) for block in zip(ins, widths, norms, strict=True))
         self.hidden = xavier_linear(widths[-1], widths[-1])
         self.out = xavier_linear(widths[-1], heads)
+        set_memory(self, memory)
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """Judge every prefix, from a state."""
+        y, state = run_keeping(self, self.whole, x, state)
+        return y, state
+
+    def whole(self, x: Tensor, state: State, *, every: bool, fork: bool) -> tuple[Tensor, State]:
+        """`forward`, all frames at once; a judge has no use for `every` and `fork`."""
+        assert not every and not fork
         before = state or (None,) * len(self.blocks)
         after = []
         y = space_to_depth(x, self.patch)
