@@ -52,7 +52,7 @@ def colours(frames: Tensor, directions: Tensor) -> Tensor:
     """Pixel colours of clips (B,T,3,H,W), pooled to about 16 pixels a side, along `directions` (3,K): (B,T,K,n)."""
     pooled = avg_pool2d(frames.flatten(0, 1), max(1, min(frames.shape[-2:]) // 16)).unflatten(0, frames.shape[:2])
     with torch.autocast(frames.device.type, enabled=False):
-        return torch.einsum("btchw,ck->btkhw", pooled, directions).flatten(3)
+        return torch.einsum("btchw,ck->btkhw", pooled, directions.to(pooled.dtype)).flatten(3)
 
 
 def quantile_gap(a: Tensor, b: Tensor, quantiles: int = 64) -> Tensor:
