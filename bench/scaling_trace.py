@@ -12,8 +12,7 @@ and so is the measure of the domains' distance every tenth step: a step is rathe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -242,14 +241,3 @@ def sent_bytes(steps: Sequence[Sequence[Event]]) -> dict[str, float]:
         for each in sent(events):
             totals[each.what] = totals.get(each.what, 0.0) + each.send.bytes / len(steps)
     return totals
-
-
-@contextmanager
-def single_thread() -> Iterator[None]:
-    """Torch with one thread within."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
