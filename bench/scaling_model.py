@@ -1,11 +1,11 @@
 """What more GPUs bring: a small model of a step of N ranks, of inputs that are all named here or measured.
 
-    operator      t = max(FLOPs / peak, bytes / bandwidth) / efficiency of the card
+    operator      t = max(max(FLOPs / peak, bytes / bandwidth) / share of the peaks, floor)
     all-reduce    t = 2 (N-1) latency + 2 (N-1)/N bytes / bandwidth                       (ring; of the slowest link)
     all-gather    t = (N-1) latency + (N-1) bytes / bandwidth                             (bytes: of one rank)
     step          the events of `scaling_trace` in order: operators one after the other; a collective starts when it
                   was asked for and those before it are done; a phase waits for its gradients before its optimiser
-    efficiency    t(1 rank) / t(N ranks), every rank with the batch of one
+    efficiency    t(1 rank) / t(N ranks), each rank with the batch of the one
 
 So a bucket hides behind the backward that is left when it goes out, the last one cannot hide, and what waits, waits.
 Left out: ranks that wait for the slowest one, what NCCL's kernels take from the others, launches, the host, new
@@ -29,13 +29,24 @@ class Card:
     single: float
     bandwidth: float
 
-    def seconds(self, op: Op) -> float:
-        """The shortest time of an operator."""
-        return max(op.flops / (self.half if op.half else self.single), op.bytes / self.bandwidth)
+    def seconds(self, op: Op, case: Case) -> float:
+        """Of an operator."""
+        arithmetic = op.flops / (self.half if op.half else self.single)
+        moving = op.bytes / self.bandwidth if case.moves else 0.0
+        return max(max(arithmetic, moving) / case.share, case.floor)
 
-    def arithmetic(self, op: Op) -> float:
-        """The same if moving bytes took no time."""
-        return op.flops / (self.half if op.half else self.single)
+
+@dataclass(frozen=True)
+class Case:
+    """What is assumed of a card's way with operators.
+
+    moves: bytes count; share: of its peaks that it reaches; floor: least seconds of an operator.
+    """
+
+    name: str
+    moves: bool
+    share: float
+    floor: float
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,11 @@ CARDS = (
     Card("RTX 3070", half=40.6e12, single=20.3e12, bandwidth=448e9),
     Card("H100 SXM", half=989e12, single=67e12, bandwidth=3.35e12),
     Card("H200 SXM", half=989e12, single=67e12, bandwidth=4.8e12),
+)
+CASES = (  # from the shortest step, which scales worst; the last one's figures are assumed
+    Case("arithmetic alone", moves=False, share=1.0, floor=0.0),
+    Case("at its peaks", moves=True, share=1.0, floor=0.0),
+    Case("at 30 %, 3 us an operator", moves=True, share=0.3, floor=3e-6),
 )
 LINKS = {  # assumed, on the careful side; none of them has been measured
     "PCIe 4.0 x16": Link("PCIe 4.0 x16, through host memory", latency=10e-6, bandwidth=5.5e9),
@@ -98,6 +114,11 @@ class Step:
 
 
 Timeline = list[float | Send | Mark]
+
+
+def no_send(_: Send) -> float:
+    """Of one rank alone."""
+    return 0.0
 
 
 def timeline(events: Sequence[Event], seconds: Callable[[Op], float]) -> Timeline:
@@ -146,11 +167,9 @@ def mean_step(steps: Sequence[Step]) -> Step:
     return Step(*(sum(getattr(step, name) for step in steps) / num for name in ("compute", "exposed", "sent")))
 
 
-def predict(lines: Sequence[Timeline], link: Link, num_ranks: int, efficiency: float = 1.0) -> Step:
-    """A cycle's mean step on `num_ranks` cards that reach a share `efficiency` of their peaks."""
-    if num_ranks == 1:
-        return mean_step([play(line, lambda _: 0.0, 1 / efficiency) for line in lines])
-    return mean_step([play(line, lambda send: link.collective(send, num_ranks), 1 / efficiency) for line in lines])
+def predict(lines: Sequence[Timeline], of_send: Callable[[Send], float], scale: float = 1.0) -> Step:
+    """A cycle's mean step."""
+    return mean_step([play(line, of_send, scale) for line in lines])
 
 
 def fit(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float, list[float]]:

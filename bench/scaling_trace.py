@@ -180,7 +180,9 @@ def trace(config: Config, num_ranks: int) -> list[list[Event]]:
         for agent in learner.agents.values():
             agent.gather = lambda *_: (transitions, Recall(()))  # type: ignore[method-assign]
         learner.start()
-        return [trace_step(learner, clips, world) for _ in range(2 * cycle(config))][cycle(config) :]
+        for _ in range(cycle(config)):
+            learner.advance(0.0, learner.step(clips)["distance"])
+        return [trace_step(learner, clips, world) for _ in range(cycle(config))]
 
 
 def trace_step(learner: algorithm.Algorithm, clips: Clips, world: World) -> list[Event]:
