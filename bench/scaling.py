@@ -15,17 +15,28 @@ import json
 import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import commit, machine
 from scaling_model import (
-    CARDS, CASES, LINKS, Card, Case, Link, Timeline, between_nodes, fit, no_send, predict, timeline,
-)  # fmt: skip
-from scaling_ranks import Job, run_job, run_jobs
+    CARDS,
+    CASES,
+    LINKS,
+    Card,
+    Case,
+    Link,
+    Timeline,
+    between_nodes,
+    fit,
+    no_send,
+    predict,
+    timeline,
+)
+from scaling_ranks import Job, run_jobs
 from scaling_trace import Event, Op, Send, sent_bytes, trace
 
 from rlv2v.cli import run_command
@@ -62,24 +73,21 @@ class Args:
     """Multiples of the preset's batch to time."""
     sizes: tuple[int, ...] = SIZES
     """Bytes of the all-reduces."""
-    cycles: int = 5
-    """Timed cycles of steps (4 steps of the default preset), each."""
+    rounds: int = 3
+    """Times that each form of a step is run, in turns."""
+    cycles: int = 3
+    """Timed cycles of steps (4 steps of the default preset) in each."""
     repeats: int = 15
     """Timed all-reduces of each size."""
 
 
-def preset(name: str) -> tuple[str, dict[str, Any]]:
-    """The preset to start from, and changes."""
-    if name == "workstation" and name not in PRESETS:
-        widths = {"widths": (16, 32, 48), "judge_widths": (16, 32, 48, 64, 64)}
-        return "default", {"size": 128, "frames": 16, "precision": "bf16"} | widths
-    return name, {}
-
-
-def config_of(name: str) -> Config:
-    """A preset's config."""
-    base, changes = preset(name)
-    return Config.of(base, **changes).check()
+def config_of(name: str, size: int | None = None) -> Config:
+    """A preset's config, with other frames where a size is given."""
+    changes: dict[str, Any] = {"size": size} if size else {}
+    if name not in PRESETS:
+        name, wide = "default", {"widths": (16, 32, 48), "judge_widths": (16, 32, 48, 64, 64)}
+        changes = {"size": 128, "frames": 16, "precision": "bf16"} | wide | changes
+    return Config.of(name, **changes).check()
 
 
 def timing_row(case: str, backend: str, what: str, dtype: str, seconds: Sequence[float]) -> Row:
@@ -91,44 +99,53 @@ def timing_row(case: str, backend: str, what: str, dtype: str, seconds: Sequence
     return row | {"percent_of_limit": None, "speedup_over": {}}
 
 
-def step_job(args: Args, batch: int) -> Job:
-    base, changes = preset(args.measured)
-    changes |= {"size": args.size} if args.size else {}
-    job: Job = {"what": "step", "preset": base, "changes": changes, "batch": batch}
-    return job | {"cycles": args.cycles, "device": args.device}
+def step_job(args: Args, factor: int) -> Job:
+    """Steps with `factor` times the clips, stills and transitions of the preset."""
+    config = config_of(args.measured, args.size)
+    names = ("batch_x", "batch_y", "batch_z", "batch_s", "transitions")
+    config = replace(config, **{name: factor * getattr(config, name) for name in names})
+    return {"what": "step", "config": config.to_json(), "cycles": args.cycles, "device": args.device, "batch": factor}
 
 
-def step_row(args: Args, batch: int, case: str, found: dict[str, Any], ranks: int) -> Row:
-    config = config_of(args.measured)
-    size = args.size or config.size
-    name = f"{args.measured} {size}x{size} T={config.frames} batch x{batch}, {case}"
-    row = timing_row(name, backend(args.device), "step", config.precision, found["step"])
-    parts = {name: round(1e3 * seconds, 3) for name, seconds in found["parts"].items() if seconds}
-    return row | {"batch": batch, "ranks": ranks, "parts_ms": parts}
+def joined(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Several runs of a job as one: all its steps, and the means of its parts."""
+    parts = {part: statistics.mean(f["parts"][part] for f in found) for part in found[0]["parts"]}
+    return {"step": [seconds for f in found for seconds in f["step"]], "parts": parts}
+
+
+def measure_steps(args: Args) -> list[Row]:
+    """Of one rank by batch; and in turns of one beside another run, and of two that train together, as far as here."""
+    kind = backend(args.device)
+    forms: dict[str, tuple[int, Any]] = {f"x{n}, one rank": (1, [step_job(args, n)]) for n in args.batches}
+    if kind == "cpu":
+        forms["x1, one rank beside another run"] = 1, [step_job(args, 1)] * 2
+    if kind == "cpu" or torch.cuda.device_count() > 1:
+        forms["x1, two ranks"] = 2, [step_job(args, 1)]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in forms}
+    for _ in range(args.rounds):
+        for name, (ranks, jobs) in forms.items():
+            found[name] += run_jobs(jobs, ranks)
+    config, rows = config_of(args.measured, args.size), list[Row]()
+    for name, (ranks, jobs) in forms.items():
+        case, together = (
+            f"{args.measured} {config.size}x{config.size} T={config.frames} batch {name}",
+            joined(found[name]),
+        )
+        row = timing_row(case, kind, "step", config.precision, together["step"])
+        parts = {part: round(1e3 * seconds, 3) for part, seconds in together["parts"].items() if seconds}
+        row |= {"batch": jobs[0]["batch"], "ranks": ranks, "runs_at_once": len(jobs), "parts_ms": parts}
+        rows.append(row)
+    return rows
 
 
 def backend(device: str) -> str:
     return pick_device(device).type
 
 
-def measure_steps(args: Args) -> list[Row]:
-    """Of one rank by batch; of one while another one trains beside it; of two that train together."""
-    rows = [step_row(args, n, "one rank", run_job(step_job(args, n), 1), 1) for n in args.batches]
-    if backend(args.device) == "cuda" and torch.cuda.device_count() < 2:
-        return rows
-    if backend(args.device) == "cpu":
-        beside = run_jobs([step_job(args, 1)] * 2, 1)
-        parts = {p: statistics.mean(b["parts"][p] for b in beside) for p in beside[0]["parts"]}
-        both = {"step": [s for b in beside for s in b["step"]], "parts": parts}
-        rows.append(step_row(args, 1, "one rank beside another run", both, 1) | {"beside": True})
-    rows.append(step_row(args, 1, "two ranks", run_job(step_job(args, 1), 2), 2))
-    return rows
-
-
 def measure_all_reduces(args: Args, device: str, ranks: int) -> tuple[list[Row], Row]:
     """Rows by size, and the line through their medians."""
     job: Job = {"what": "all_reduce", "sizes": args.sizes, "repeats": args.repeats, "device": device}
-    found, name = run_job(job, ranks), "nccl" if device == "cuda" else "gloo"
+    found, name = run_jobs([job], ranks)[0], "nccl" if device == "cuda" else "gloo"
     rows, medians = list[Row](), list[float]()
     for size in args.sizes:
         seconds = found[str(size)]
@@ -141,6 +158,12 @@ def measure_all_reduces(args: Args, device: str, ranks: int) -> tuple[list[Row],
     line |= {"gb_s": round(bandwidth / 1e9, 3), "errors": [round(e, 3) for e in errors]}
     print(f"{name}, {ranks} ranks: {line['latency_us']} us + bytes / {line['gb_s']} GB/s; errors {line['errors']}")
     return rows, line
+
+
+@cache
+def traced(config: Config) -> list[list[Event]]:
+    """Of one rank of two; what a rank gives to a collective is the same for any number of them."""
+    return trace(config, 2)
 
 
 def counted(steps: Sequence[Sequence[Event]]) -> Row:
@@ -171,10 +194,9 @@ def foretold(lines: Sequence[Timeline], link: Link, gpus: int) -> Row:
     return row | {"efficiency": round(step.efficiency, 4)}
 
 
-def predictions(name: str, traces: dict[int, list[list[Event]]], clips: int, loader: float) -> list[Row]:
-    """For all cards, cases and links. traces: by number of ranks; clips: of a rank a step; loader: clips/s of one."""
+def predictions(name: str, steps: Sequence[Sequence[Event]], clips: int, loader: float) -> list[Row]:
+    """For all cards, cases and links. clips: of a rank a step; loader: clips/s that one loader gives."""
     rows, cards = list[Row](), {card.name: card for card in CARDS}
-    steps = next(iter(traces.values()))  # what a rank gives to a collective is the same for any number of ranks
     for case in CASES:
         lines = {card: lines_of(steps, cards[card], case) for card in cards}
         about: Row = {"preset": name, "case": case.name}
@@ -194,15 +216,12 @@ def predictions(name: str, traces: dict[int, list[list[Event]]], clips: int, loa
 
 def validate(args: Args, rows: Sequence[Row], line: Row) -> Row | None:
     """The step of two ranks by the model, from the other rows, and as measured."""
-    steps = [row for row in rows if row["pass"] == "step" and row["batch"] == 1]
-    measured = [row["median_us"] for row in steps if row["ranks"] == 2]
-    if not measured:
+    medians = {(row["ranks"], row["runs_at_once"]): row["median_us"] for row in rows if row.get("batch") == 1}
+    if (2, 1) not in medians:
         return None
-    alone = next(row["median_us"] for row in steps if row["ranks"] == 1 and "beside" not in row)
-    beside = next((row["median_us"] for row in steps if "beside" in row), alone)
-    base, changes = preset(args.measured)
-    changes |= {"size": args.size} if args.size else {}
-    lines = lines_of(trace(Config.of(base, **changes).check(), 2), CORE, PEAKS)
+    alone, measured = medians[1, 1], medians[2, 1]
+    beside = medians.get((1, 2), alone)
+    lines = lines_of(traced(config_of(args.measured, args.size)), CORE, PEAKS)
     latency, bandwidth = 1e-6 * line["latency_us"], 1e9 * line["gb_s"]
 
     def of_send(send: Send) -> float:
@@ -213,8 +232,8 @@ def validate(args: Args, rows: Sequence[Row], line: Row) -> Row | None:
     hidden, bare = 1e6 * (step.compute + step.exposed), 1e6 * (step.compute + step.sent)
     found: Row = {"one_rank_us": alone, "one_rank_beside_another_us": beside, "sent_us": round(1e6 * step.sent, 1)}
     found |= {"predicted_us": round(hidden, 1), "predicted_nothing_hidden_us": round(bare, 1)}
-    found |= {"measured_us": measured[0], "predicted_over_measured": round(hidden / measured[0], 4)}
-    found |= {"efficiency_measured": round(alone / measured[0], 4), "of_beside": round(beside / measured[0], 4)}
+    found |= {"measured_us": measured, "predicted_over_measured": round(hidden / measured, 4)}
+    found |= {"efficiency_measured": round(alone / measured, 4), "of_one_beside_another": round(beside / measured, 4)}
     print(f"two ranks: {found}")
     return found
 
@@ -243,13 +262,15 @@ def main(args: Args) -> None:
     """Measure, count, predict; print tables and the JSON line."""
     if args.json is not None and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: its folder does not exist; create it first")
-    if args.cycles < 2 or args.repeats < 2 or 1 not in args.batches or len(set(args.sizes)) < 2 or min(args.sizes) < 4:
-        raise UserError("--cycles, --repeats, --batches, --sizes: expected 2 or more, 2 or more, 1 among them, two sizes")
-    for name in (args.measured, *args.presets):
-        config_of(name) if name in PRESETS or name == "workstation" else unknown(name)
+    if min(args.rounds, args.repeats - 1) < 1 or args.rounds * args.cycles < 2:
+        raise UserError("--rounds, --repeats, --cycles: expected at least 1, 2, and two cycles in all rounds")
+    if 1 not in args.batches or len(set(args.sizes)) < 2 or min(args.sizes) < 4:
+        raise UserError("--batches, --sizes: expected 1 among the batches, and two sizes of at least 4 bytes")
+    for name in {args.measured, *args.presets} - {*PRESETS, "workstation"}:
+        raise UserError(f"--measured, --presets: expected some of {', '.join((*PRESETS, 'workstation'))}, got {name!r}")
     torch.set_num_threads(1)
     rows = measure_steps(args)
-    lines = []
+    lines = list[Row]()
     for ranks in (2, 4):
         if (os.cpu_count() or 1) >= ranks:
             rows_of, line = measure_all_reduces(args, "cpu", ranks)
@@ -257,17 +278,18 @@ def main(args: Args) -> None:
         if torch.cuda.device_count() >= ranks:
             rows_of, line = measure_all_reduces(args, "cuda", ranks)
             rows, lines = rows + rows_of, [*lines, line]
-    used = next((ln for ln in lines if ln["ranks"] == 2 and (ln["backend"] == "nccl") == (backend(args.device) == "cuda")), None)
-    checked = validate(args, rows, used) if used else None
+    own = "nccl" if backend(args.device) == "cuda" else "gloo"
+    used = [line for line in lines if line["ranks"] == 2 and line["backend"] == own]
+    checked = validate(args, rows, used[0]) if used else None
 
     counts, foreseen = dict[str, Row](), list[Row]()
     for name in args.presets:
         config = config_of(name)
-        steps = trace(config, 2)
+        steps = traced(config)
         counts[name] = counted(steps)
         print(f"{name}: a rank and step: {counts[name]}", flush=True)
         clips = config.batch_x + config.batch_y + config.batch_z
-        foreseen += predictions(name, {2: steps}, clips, loader_rate(config.size, config.frames))
+        foreseen += predictions(name, steps, clips, loader_rate(config.size, config.frames))
     print_predictions(foreseen)
 
     inputs = {
@@ -283,10 +305,6 @@ def main(args: Args) -> None:
     if args.json is not None:
         args.json.write_text(text + "\n")
     print(text)
-
-
-def unknown(name: str) -> None:
-    raise UserError(f"--presets: expected some of {', '.join((*PRESETS, 'workstation'))}, got {name!r}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""One rank of bench/scaling.py, started by torchrun: times steps of training, or all-reduces; rank 0 writes what it found.
+"""One rank of bench/scaling.py, started by torchrun: times steps of training, or all-reduces.
 
 python scaling_ranks.py JOB.json OUT.json
 JOB: {"what": "all_reduce", "sizes": [bytes], "repeats": n, "device": ...} or
-     {"what": "step", "preset": ..., "changes": {...}, "batch": factor, "cycles": n, "device": ...}
+     {"what": "step", "config": text of Config.to_json, "cycles": n, "device": ...}
+OUT: what rank 0 found: `time_all_reduces` or `time_steps`.
 """
 
 from __future__ import annotations
@@ -27,20 +28,14 @@ from rlv2v.config import Config
 from rlv2v.dist import Orders, Reducer, World, connect, gather
 from rlv2v.errors import UserError
 from rlv2v.health import Watch
-from rlv2v.objective import Clips
 from rlv2v.timing import Clock
 
 Job = dict[str, Any]
-CONVERGED = 1_000_000  # steps of a run that a bench sees the beginning of: schedules stand still
-
-
-def run_job(job: Job, num_ranks: int) -> Any:
-    """What rank 0 of a job of `num_ranks` found. UserError if it failed."""
-    return run_jobs([job], num_ranks)[0]
+LENGTH = 1_000_000  # steps of a run of which a bench sees the beginning
 
 
 def run_jobs(jobs: Sequence[Job], num_ranks: int) -> list[Any]:
-    """The same of jobs that run at the same time, each of `num_ranks` that know nothing of the others'."""
+    """What rank 0 of each job found; they run at the same time, `num_ranks` each. UserError if one failed."""
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
@@ -76,42 +71,33 @@ def slowest(seconds: Sequence[float], world: World) -> list[float]:
 
 
 def time_all_reduces(job: Job, world: World) -> dict[str, list[float]]:
-    """Seconds by size of the mean over ranks of one gradient, through the Reducer that training uses."""
-    times = {}
+    """Seconds by size of the mean over ranks of one gradient, through the Reducer that training uses; sizes in turn."""
+    reducers, times = {}, {str(size): list[float]() for size in job["sizes"]}
     for size in job["sizes"]:
         weight = torch.zeros(size // 4, device=world.device, requires_grad=True)
         weight.grad = torch.ones_like(weight)
-        reducer, found = Reducer([weight]), []
-        for repeat in range(job["repeats"] + 2):
+        reducers[str(size)] = Reducer([weight])
+    for repeat in range(job["repeats"] + 3):  # the first arranges the buckets, the next have their memory to find
+        for name, reducer in reducers.items():
             wait(world.device)
             world.meet()
             began = time.perf_counter()
             reducer.finish()
             wait(world.device)
-            if repeat >= 2:  # the first arranges the buckets, the second has its memory to find
-                found.append(time.perf_counter() - began)
-        reducer.close()
-        times[str(size)] = slowest(found, world)
-    return times
-
-
-def batch_times(config: Config, factor: int) -> Config:
-    """The config with `factor` times the clips, stills and transitions a step."""
-    names = ("batch_x", "batch_y", "batch_z", "batch_s", "transitions")
-    return replace(config, **{name: factor * getattr(config, name) for name in names})
+            if repeat >= 3:
+                times[name].append(time.perf_counter() - began)
+    return {name: slowest(found, world) for name, found in times.items()}
 
 
 def time_steps(job: Job, world: World) -> dict[str, Any]:
     """Seconds of a step, the mean of each cycle of steps, and of its parts, the mean of all."""
-    changes = {name: tuple(value) if isinstance(value, list) else value for name, value in job["changes"].items()}
-    config = batch_times(Config.of(job["preset"], **changes), job["batch"])
-    config = replace(config, replicas=world.size, steps=CONVERGED, budget=None).check()
+    config = Config.from_json(job["config"], "JOB")
+    config = replace(config, replicas=world.size, steps=LENGTH, budget=None)
     device = world.device
     algorithm = Algorithm(config, device, rank=world.rank, num_ranks=world.size)
     algorithm.start()
     torch.manual_seed(world.rank)
-    given = random_clips(config)
-    clips = Clips(*(None if s is None else s.to(device) for s in (given.x, given.y, given.z, given.s)))
+    clips = random_clips(config, device)
     watch, clock, found = Watch(device), Clock(device), list[float]()
     for number in range(job["cycles"] + 1):
         wait(device)

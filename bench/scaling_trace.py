@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from rlv2v import algorithm
+from rlv2v.algorithm import Algorithm
+from rlv2v.checkpoint import build_nets
 from rlv2v.config import Config
 from rlv2v.ddpg import Recall, Transitions
 from rlv2v.dist import Orders, World, pretend
@@ -148,11 +149,11 @@ def cycle(config: Config) -> int:
     return 2 * config.rl_every if config.rl else 1
 
 
-def random_clips(config: Config) -> Clips:
+def random_clips(config: Config, device: torch.device | str = "cpu") -> Clips:
     """A rank's batch of noise."""
 
     def noise(num: int, frames: int) -> Tensor:
-        return torch.rand(num, frames, 3, config.size, config.size) * 2 - 1
+        return torch.rand(num, frames, 3, config.size, config.size, device=device) * 2 - 1
 
     x, y, z = (noise(num, config.frames) for num in (config.batch_x, config.batch_y, config.batch_z))
     return Clips(x, y, z, noise(config.batch_s, 1))
@@ -174,8 +175,8 @@ def trace(config: Config, num_ranks: int) -> list[list[Event]]:
     """
     config = replace(config, replicas=num_ranks, replay_capacity=1, graphs=False, steps=1_000_000)
     with pretend(num_ranks) as world, FakeTensorMode(allow_non_fake_inputs=True):
-        with mock.patch.object(algorithm, "build_nets", contents_kept(algorithm.build_nets)):
-            learner = algorithm.Algorithm(config, torch.device("cpu"), rank=0, num_ranks=num_ranks)
+        with mock.patch("rlv2v.algorithm.build_nets", real_nets):
+            learner = Algorithm(config, torch.device("cpu"), rank=0, num_ranks=num_ranks)
         clips, transitions = random_clips(config), random_transitions(config)
         for agent in learner.agents.values():
             agent.gather = lambda *_: (transitions, Recall(()))  # type: ignore[method-assign]
@@ -185,7 +186,7 @@ def trace(config: Config, num_ranks: int) -> list[list[Event]]:
         return [trace_step(learner, clips, world) for _ in range(cycle(config))]
 
 
-def trace_step(learner: algorithm.Algorithm, clips: Clips, world: World) -> list[Event]:
+def trace_step(learner: Algorithm, clips: Clips, world: World) -> list[Event]:
     """The events of one step of a run: Algorithm 1's, what it tells the other ranks, what they agree on."""
     with Tracer() as tracer:
         told = learner.step(clips, tracer.mark)
@@ -197,15 +198,10 @@ def trace_step(learner: algorithm.Algorithm, clips: Clips, world: World) -> list
     return tracer.events
 
 
-def contents_kept(build: Any) -> Any:
-    """`build_nets`, real: a module that was made without contents cannot be moved to a device."""
-
-    def made(config: Config, *, judges: bool = True) -> Nets:
-        with unset_fake_temporarily():
-            nets: Nets = build(config, judges=judges)
-        return nets
-
-    return made
+def real_nets(config: Config, *, judges: bool = True) -> Nets:
+    """`build_nets`, with contents: a module that was made without them cannot be moved to a device."""
+    with unset_fake_temporarily():
+        return build_nets(config, judges=judges)
 
 
 @dataclass(frozen=True)
