@@ -194,15 +194,24 @@ def foretold(lines: Sequence[Timeline], link: Link, gpus: int) -> Row:
     return row | {"efficiency": round(step.efficiency, 4)}
 
 
-def predictions(name: str, steps: Sequence[Sequence[Event]], clips: int, loader: float) -> list[Row]:
-    """For all cards, cases and links. clips: of a rank a step; loader: clips/s that one loader gives."""
+def measured_link(line: Row) -> Link:
+    """The link whose rings take as long as a line through all-reduces says."""
+    hops = 2 * (line["ranks"] - 1)
+    return Link(f"{line['backend']} here", 1e-6 * line["latency_us"] / hops, 1e9 * line["gb_s"] * hops / line["ranks"])
+
+
+def predictions(
+    name: str, steps: Sequence[Sequence[Event]], clips: int, loader: float, here: Link | None = None
+) -> list[Row]:
+    """For all cards, cases and links. clips: of a rank a step; loader: clips/s of one loader; here: a measured link."""
     rows, cards = list[Row](), {card.name: card for card in CARDS}
     for case in CASES:
         lines = {card: lines_of(steps, cards[card], case) for card in cards}
         about: Row = {"preset": name, "case": case.name}
-        for card, link in BOXES:
+        boxes = [(card, LINKS[link]) for card, link in BOXES] + [(card, here) for card in cards if here]
+        for card, link in boxes:
             for gpus in GPUS:
-                row = about | {"card": card, "nodes": 1} | foretold(lines[card], LINKS[link], gpus)
+                row = about | {"card": card, "nodes": 1} | foretold(lines[card], link, gpus)
                 needed = clips / (row["compute_ms"] + row["exposed_ms"]) * 1e3
                 rows.append(row | {"clips_per_s_a_rank": round(needed, 1), "loader_share": round(needed / loader, 4)})
         for card, inside, nets in NETS:
@@ -282,6 +291,7 @@ def main(args: Args) -> None:
     used = [line for line in lines if line["ranks"] == 2 and line["backend"] == own]
     checked = validate(args, rows, used[0]) if used else None
 
+    here = next((measured_link(line) for line in reversed(lines) if line["backend"] == "nccl"), None)
     counts, foreseen = dict[str, Row](), list[Row]()
     for name in args.presets:
         config = config_of(name)
@@ -289,7 +299,7 @@ def main(args: Args) -> None:
         counts[name] = counted(steps)
         print(f"{name}: a rank and step: {counts[name]}", flush=True)
         clips = config.batch_x + config.batch_y + config.batch_z
-        foreseen += predictions(name, steps, clips, loader_rate(config.size, config.frames))
+        foreseen += predictions(name, steps, clips, loader_rate(config.size, config.frames), here)
     print_predictions(foreseen)
 
     inputs = {

@@ -139,6 +139,11 @@ def test_the_line_through_times() -> None:
         fit([1.0, 2.0], [2.0, 1.0])
 
 
+def test_a_measured_line_is_the_link_of_its_ring() -> None:
+    link = module("scaling").measured_link({"backend": "nccl", "ranks": 4, "latency_us": 60.0, "gb_s": 2.0})
+    assert link.all_reduce(1e6, 4) == pytest.approx(60e-6 + 1e6 / 2e9)
+
+
 def test_the_bench_measures_counts_and_predicts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
