@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from rlv2v.model.layers import RPB, URB, ConvLSTM, SequenceNorm, State, frame_major, map_state
 
 MEMORY = ("store", "recompute", "frames")
-PART = 4  # frames that are run again at once; docs/memory.md has the figures
+PART = 8  # frames that are run again at once; docs/memory.md has the figures
 Setting = tuple[Any, str, Any]  # object, attribute, value
 
 
