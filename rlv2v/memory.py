@@ -195,11 +195,13 @@ def scaled(config: Config, over: Over, number: int) -> Config:
     return altered(config, **{name: number * getattr(config, name) for name in names})
 
 
-def largest(config: Config, budget_bytes: int, *, over: Over = "frames", num_replicas: int = 1) -> int:
+def largest(
+    config: Config, budget_bytes: int, *, over: Over = "frames", num_replicas: int = 1, confirm: bool = True
+) -> int:
     """The largest T, batch factor or size with which a step, the reserve included, fits; 0: not even the smallest.
 
     Memory grows in proportion to each but the size, to whose square it does: two small estimates say where to look, and
-    estimates on both sides confirm it.
+    estimates on both sides confirm it; without `confirm`, only that it fits: a larger one might, too.
     """
     first, unit = {"frames": (2, 1), "batch": (1, 1), "size": (multiple(config), multiple(config))}[over]
     power = 2 if over == "size" else 1
@@ -215,7 +217,7 @@ def largest(config: Config, budget_bytes: int, *, over: Over = "frames", num_rep
     found = max(first, found)
     while found > first and need(found) > budget_bytes:
         found = max(first, found - max(unit, found // 50 // unit * unit))
-    while need(found + unit) <= budget_bytes:
+    while confirm and need(found + unit) <= budget_bytes:
         found += unit
     return found
 
@@ -266,7 +268,7 @@ def smaller(config: Config, share: int, budget: int) -> Iterator[tuple[str, int]
     flags += " ".join(f"--{name.replace('_', '-')} 1" for name in names) + " "
     shrinks: tuple[Over, ...] = ("frames", "size")
     for over in shrinks:
-        number = largest(config, budget, over=over, num_replicas=share)
+        number = largest(config, budget, over=over, num_replicas=share, confirm=False)
         if 0 < number < getattr(config, over):
             config = altered(config, **{over: number})
             flags += f"--{over} {number} "

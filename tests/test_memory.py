@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -136,7 +137,7 @@ def test_an_unknown_memory_is_refused() -> None:
 @pytest.mark.parametrize("kept", MODES)
 def test_what_is_counted_is_what_a_real_step_keeps(kept: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "PART", 2)
-    config = config_of(kept, "clip", precision=precision, size=32)
+    config = config_of(kept, "clip", precision=precision, size=32, frames=4)
     for phase in phases(config):
         ours, real = count(config, phase), count(config, phase, live=Live)
         assert ours.activations == real.activations > 0, phase
@@ -147,6 +148,7 @@ def test_what_is_counted_is_what_a_real_step_keeps(kept: str, precision: str, mo
 
 PEAK = """
 import sys, torch
+from rlv2v import _native
 from rlv2v.config import Config
 from rlv2v.ghosts import Live
 from rlv2v.memory import count
@@ -157,22 +159,26 @@ count(Config.of("tiny"), "generators", live=Live)
 before = kib("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # the high-water mark from here
 count(Config.of("default", memory=sys.argv[1], size=64), "generators", live=Live)
-print(1024 * (kib("VmHWM") - before))
+print(1024 * (kib("VmHWM") - before), _native.pool_bytes()[1])
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark of Linux")
 @pytest.mark.parametrize("kept", MODES)
 def test_the_process_grows_by_what_is_counted(kept: str) -> None:
-    """Pages of a real step in a process of its own, against the count: within 15 %, and 30 MB of libraries' own."""
+    """Pages of a real step in a process of its own, against the count: within 15 %, and 30 MB of libraries' own.
+
+    And what the CPU's ConvLSTM has given back, and keeps for its next layer.
+    """
     settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-c", PEAK, kept], capture_output=True, text=True, check=True, env=os.environ | settings
     )
-    grown = int(run.stdout)
+    grown, idle = (int(number) for number in run.stdout.split())
     config = Config.of("default", memory=kept, size=64)
     ours = count(config, "generators").peak + sum(p.numel() * 4 for p in build_nets(config).parameters())
-    assert abs(grown - ours) <= 0.15 * ours + 30e6, f"{grown / 1e6:.0f} MB, counted {ours / 1e6:.0f} MB"
+    said = f"{grown / 1e6:.0f} MB with {idle / 1e6:.0f} idle, counted {ours / 1e6:.0f} MB"
+    assert 0.85 * ours - 30e6 <= grown <= 1.15 * ours + 30e6 + idle, said
 
 
 def test_the_ledger_follows_what_is_alive() -> None:
@@ -220,12 +226,10 @@ def test_advice_names_the_first_change_that_fits() -> None:
     assert "; --memory frames needs " in advise(config, cpu, need["recompute"] - 1)
     less = advise(config, cpu, need["frames"] - 1)
     assert "; --memory frames --batch-x 1 --batch-y 1 --batch-z 1 --batch-s 2 --transitions 1 needs " in less
-    least = estimate(
-        replace(config, memory="frames", batch_x=1, batch_y=1, batch_z=1, batch_s=1, transitions=1)
-    ).reserved
-    assert "--frames 15 needs" in advise(config, cpu, least - 1) or "--frames 14 needs" in advise(
-        config, cpu, least - 1
-    )
+    ones = dict.fromkeys(("batch_x", "batch_y", "batch_z", "batch_s", "transitions"), 1)
+    least = estimate(replace(config, memory="frames", **ones)).reserved  # type: ignore[arg-type]
+    fewer = re.search(r"; --memory frames .*--batch-s 1 .*--frames (\d+) needs ", advise(config, cpu, least - 1))
+    assert fewer and 12 <= int(fewer[1]) < 16
     assert "smaller --widths" in advise(config, cpu, memory.CONTEXT_BYTES)
     assert "free what other programs hold of it, or add --memory recompute" in advise(config, cpu, 100 * GB)
 
