@@ -17,6 +17,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,7 @@ from rlv2v.errors import UserError
 from rlv2v.store import Checkpoints, replica_name
 
 TRAIN = [sys.executable, "-m", "rlv2v.train"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=3", "--standalone"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=3"]
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def kill_and_resume(data: Path, run: Path, steps: int, after: float) -> dict[str
 
 def kill_rank(data: Path, run: Path, steps: int, after: float, victim: int) -> dict[str, Any]:
     """Kill one rank of a job `after` seconds after its first checkpoint; the job has to end by itself."""
-    process = start([*TORCHRUN, "-m", "rlv2v.train", *flags(data, run, steps)])
+    process = start([*TORCHRUN, f"--master-port={free_port()}", "-m", "rlv2v.train", *flags(data, run, steps)])
     store = Checkpoints(run, keep=1, num_replicas=2)
     while not store.steps and process.poll() is None:
         time.sleep(0.05)
@@ -123,6 +124,12 @@ def kill_rank(data: Path, run: Path, steps: int, after: float, victim: int) -> d
     if fault is None and newest != steps:
         fault = f"ended at step {newest}"
     return {"after_s": round(after, 2), "at": at, "victim": victim, "killed": pid is not None, "fault": fault}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
 
 
 def rank_pid(agent: int, rank: int) -> int | None:

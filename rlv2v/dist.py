@@ -135,7 +135,10 @@ def connect(device: str) -> World:
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
     try:
-        dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
+        store, rank, size = next(dist.rendezvous("env://"))
+        # torchrun may keep one store over its restarts, with the addresses of ranks that are dead by now
+        store = dist.PrefixStore(f"restart-{restarts()}", store)  # type: ignore[attr-defined]
+        dist.init_process_group("nccl" if picked.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
         return World(picked, dist.new_group(backend="gloo", timeout=PATIENCE))
     except (RuntimeError, ValueError) as error:
         raise UserError(
