@@ -135,7 +135,7 @@ def connect(device: str) -> World:
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
     try:
-        store, rank, size = next(dist.rendezvous("env://"))
+        store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
         # torchrun may keep one store over its restarts, with the addresses of ranks that are dead by now
         store = dist.PrefixStore(f"restart-{restarts()}", store)  # type: ignore[attr-defined]
         dist.init_process_group("nccl" if picked.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
