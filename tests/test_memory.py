@@ -20,7 +20,7 @@ from rlv2v.ddpg import Policies, actor_loss
 from rlv2v.ghosts import Ghosts, Ledger, Live
 from rlv2v.losses import Nets
 from rlv2v.memory import GB, advise, count, estimate, largest, out_of_memory, phases
-from rlv2v.model import Judge, Translator, parts
+from rlv2v.model import Judge, Translator, layers, parts
 from rlv2v.model.layers import apart
 from rlv2v.objective import Clips, Gains, discriminator_losses, generator_losses
 
@@ -114,6 +114,19 @@ def test_parts_give_every_state_and_go_on_from_one(norm: str, monkeypatch: pytes
         found[kept] = [y, mask, states, every, forked]
     torch.testing.assert_close(found["frames"], found["store"], rtol=1e-12, atol=1e-12)
     assert found["frames"][3][0][0].h.shape[:2] == (2, T)
+
+
+def test_a_part_that_ran_apart_from_the_ranks_runs_again_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the backward `apart` is over; a mean over ranks then would wait for ranks that take none."""
+    asked = []
+    monkeypatch.setattr(layers, "mean_over_ranks", lambda moments: asked.append(moments) or moments)
+    net = Judge((4, 6), norm="batch", memory="frames")
+    with apart(net):
+        y, _ = net(torch.rand(2, T, 3, SIZE, SIZE))
+    y.sum().backward()
+    assert not asked
+    net(torch.rand(2, T, 3, SIZE, SIZE))[0].sum().backward()
+    assert len(asked) == 2, "once in the forward and once more in the backward"
 
 
 def test_without_gradients_nothing_is_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
