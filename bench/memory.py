@@ -113,7 +113,7 @@ def of(config: Config, memory: str) -> Config:
 
 def fitting(config: Config, card: int) -> list[Row]:
     """The longest clips at the config's batch, and its largest multiple at T=16, by size and memory."""
-    print(f"largest T | batch factor at T=16, that fit {card / GB:g} GB, the reserve included")
+    print(f"largest T | batch factor at T=16, that fit {card / GB:g} GB, the reserve included; from two counts each")
     rows = []
     for size in SIZES:
         for memory in MEMORY:

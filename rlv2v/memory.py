@@ -201,7 +201,7 @@ def largest(
     """The largest T, batch factor or size with which a step, the reserve included, fits; 0: not even the smallest.
 
     Memory grows in proportion to each but the size, to whose square it does: two small estimates say where to look, and
-    estimates on both sides confirm it; without `confirm`, only that it fits: a larger one might, too.
+    estimates on both sides confirm it. Without `confirm` it is left at that: long clips take long to count.
     """
     first, unit = {"frames": (2, 1), "batch": (1, 1), "size": (multiple(config), multiple(config))}[over]
     power = 2 if over == "size" else 1
@@ -215,7 +215,7 @@ def largest(
     slope = max(1, need(high) - need(low)) / (high**power - low**power)
     found = int(max(0.0, (budget_bytes - need(low)) / slope + low**power) ** (1 / power)) // unit * unit
     found = max(first, found)
-    while found > first and need(found) > budget_bytes:
+    while confirm and found > first and need(found) > budget_bytes:
         found = max(first, found - max(unit, found // 50 // unit * unit))
     while confirm and need(found + unit) <= budget_bytes:
         found += unit
