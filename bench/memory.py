@@ -113,12 +113,12 @@ def of(config: Config, memory: str) -> Config:
 
 def fitting(config: Config, card: int) -> list[Row]:
     """The longest clips at the config's batch, and its largest multiple at T=16, by size and memory."""
-    print(f"largest T | batch factor at T=16, that fit {card / GB:g} GB, the reserve included")
+    print(f"largest T | batch factor at T=16, that fit {card / GB:g} GB, the reserve included; from two counts each")
     rows = []
     for size in SIZES:
         for memory in MEMORY:
             config = replace(of(config, memory), size=size)
-            frames = largest(config, card, over="frames", confirm=False)
+            frames = largest(replace(config, frames=64), card, over="frames", confirm=False)
             batch = largest(replace(config, frames=16), card, over="batch", confirm=False)
             print(f"    {size:3}x{size:<3} | {memory:9} | {frames:5} | {batch:4}", flush=True)
             rows.append(row(f"fits {size}x{size}", "counted", config, card=card, frames=frames, batch_factor=batch))
