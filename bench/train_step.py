@@ -58,10 +58,10 @@ class Args:
     """Clip lengths of the paper's losses."""
     size: int = 32
     """Side of the frames, pixels."""
-    rounds: int = 7
+    rounds: int = 5
     """Timed rounds of each form."""
     check: int = 2
-    """Rounds in which they are compared, before."""
+    """Rounds in which they are compared, before; from the second on they draw stored transitions too."""
     device: str = "auto"
     """Torch device; auto: cuda where there is one."""
     graphs: bool = False
