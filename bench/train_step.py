@@ -2,10 +2,10 @@
 
     python bench/train_step.py [--json F] [--frames 8 16] [--paper-frames 8] [--device auto]
 
-Both take the same clips and draws. Before anything is timed, every loss and gradient norm that they tell is compared
-over `--check` rounds of steps, each from the same weights; where they differ nothing is timed and the exit code is 1.
-(Adam divides a gradient by its own size, so rounding alone soon parts two runs in float32: tests/test_bench_train_step
-holds them together over steps in float64, weights, targets and averages included.)
+Both take the same clips and draws. Before anything is timed, every loss and gradient norm that they tell is compared,
+over one round of steps in float64 and `--check` rounds in float32, each step from the same weights; where they differ
+nothing is timed and the exit code is 1. (Adam divides a gradient by its own size, so rounding alone soon parts two runs
+in float32; tests/test_bench_train_step.py lets them run on in float64 and compares all weights in the end.)
 
 A round is the steps in which each domain has one mini-batch of transitions: 4 in the default preset, 2 of them with.
 The two alternate step by step; a time is the mean of a round's steps, so that steps with and without transitions count
@@ -20,7 +20,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -41,7 +41,11 @@ from rlv2v.device import pick_device
 from rlv2v.errors import UserError
 from rlv2v.objective import Clips
 
-LIMITS = {"losses": 1e-5, "gradients": 5e-5}  # relative, fp32, of every step in the check
+# Relative, of every step that is compared. Float64 tells that both are one algorithm. What float32 adds is rounding: a
+# normalisation divides by the root of mean(x^2) - mean(x)^2, which on even frames is small beside either, so that
+# norms of gradients differ more than losses do.
+LIMITS = {"losses": 1e-5, "gradients": 2e-3, "float64": 1e-9}
+SMALL = 1e-3  # of what G and P descend in all: a term below it is measured by that
 NUM_PLAIN_ROUNDS = 4  # after as many a recording of every phase is there: see rlv2v.graphs
 COMPARABLE: dict[str, dict[str, Any]] = {"default": {}, "paper": {"norm": "clip", "judge_norm": "clip"}}
 
@@ -58,10 +62,10 @@ class Args:
     """Clip lengths of the paper's losses."""
     size: int = 32
     """Side of the frames, pixels."""
-    rounds: int = 7
+    rounds: int = 5
     """Timed rounds of each form."""
     check: int = 2
-    """Rounds in which they are compared, before."""
+    """Rounds in which they are compared, before; from the second on they draw stored transitions too."""
     device: str = "auto"
     """Torch device; auto: cuda where there is one."""
     graphs: bool = False
@@ -164,7 +168,8 @@ def difference(ours: Mapping[str, float], theirs: Mapping[str, float], gradients
     if ours.keys() != theirs.keys():
         return float("inf")
     names = [name for name in theirs if name.startswith("grad") == gradients]
-    found = [abs(ours[name] - theirs[name]) / (abs(theirs[name]) or 1.0) for name in names]
+    least = 0.0 if gradients else SMALL * abs(theirs.get("loss", 0.0))
+    found = [abs(ours[name] - theirs[name]) / (max(abs(theirs[name]), least) or 1.0) for name in names]
     return float("inf") if any(map(math.isnan, found)) else max(found)
 
 
@@ -180,8 +185,8 @@ def weights_difference(fast: Algorithm, plain: Plain) -> float:
 
 
 def compare(pair: Pair, rounds: int) -> dict[str, float]:
-    """Largest difference of what both tell in steps that start from the same weights, by the names of `LIMITS`."""
-    found = dict.fromkeys(LIMITS, 0.0)
+    """Largest difference of losses and of norms of gradients in steps that start from the same weights."""
+    found = {"losses": 0.0, "gradients": 0.0}
     for _ in range(rounds * pair.round):
         pair.plain.load(pair.fast)
         told = pair.step()
@@ -205,8 +210,9 @@ def case(preset: str, frames: int, args: Args, device: torch.device) -> list[dic
     graphs = args.graphs and device.type == "cuda"
     changes = {"size": args.size, "frames": frames, "steps": 10000, "replicas": 1, "graphs": graphs}
     config = Config.of(preset, **(COMPARABLE[preset] | changes)).check()
+    exact = compare(Pair(replace(config, graphs=False), device, torch.float64), 1)
     pair = Pair(config, device)
-    found = compare(pair, args.check)
+    found = compare(pair, args.check) | {"float64": max(exact.values())}
     valid = all(found[name] <= limit for name, limit in LIMITS.items())
     name = f"{preset} T={frames} {args.size}x{args.size}"
     print(f"{name}: relative differences " + ", ".join(f"{what} {value:.1e}" for what, value in found.items()))
