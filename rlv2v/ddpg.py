@@ -89,6 +89,16 @@ def q_value(q: Judge, states: Tensor, lengths: Tensor, actions: Tensor) -> Tenso
     return last_of(q(append(states, lengths, actions))[0], lengths + 1).squeeze(-1)
 
 
+def q_values(q: Judge, states: Tensor, lengths: Tensor, *actions: Tensor) -> tuple[Tensor, ...]:
+    """`q_value` of several actions (n,3,H,W) in the same states: the states are run once, each action is one more step.
+
+    With a frozen critic no gradient goes through the states, and the backward of an action is that one step.
+    """
+    _, memory = q(states, every=True)
+    memory = map_state(lambda s: torch.cat([last_of(s, lengths)] * len(actions)), memory)
+    return q(torch.cat(actions)[:, None], memory)[0][:, -1, 0].chunk(len(actions))
+
+
 def choose(first: Tensor, second: Tensor, q_first: Tensor, q_second: Tensor) -> Tensor:
     """argmax over two proposals of Q(s, a)."""
     return torch.where((q_first >= q_second)[:, None, None, None], first, second)
@@ -142,7 +152,7 @@ def critic_targets(q_target: Judge, policies_target: Policies, batch: Transition
     """`td_target` with pi'(s') = the better of the target policies' two candidates by Q'."""
     next_states, next_lengths = append(batch.states, batch.lengths, batch.actions), batch.lengths + 1
     first, second = candidates(policies_target, next_states, next_lengths)
-    values = [q_value(q_target, next_states, next_lengths, a) for a in (first, second)]
+    values = q_values(q_target, next_states, next_lengths, first, second)
     return td_target(batch.rewards, torch.maximum(*values), batch.terminals, gamma)
 
 
@@ -157,9 +167,7 @@ def actor_loss(q: Judge, policies: Policies, states: Tensor, lengths: Tensor) ->
 
     The critic only passes the gradient on; freeze its parameters around the call.
     """
-    first, second = candidates(policies, states, lengths)
-    states, lengths = torch.cat((states, states)), torch.cat((lengths, lengths))
-    return -q_value(q, states, lengths, torch.cat((first, second))).mean()
+    return -torch.cat(q_values(q, states, lengths, *candidates(policies, states, lengths))).mean()
 
 
 def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
@@ -191,6 +199,9 @@ class Agent:
         self.q_target: Judge = getattr(targets, f"q_{domain}")
         self.policies, self.policies_target = Policies.of(nets, domain), Policies.of(targets, domain)
         self.pending: list[Callable[[], object]] = []
+        # Padding that all states share need not be run; but a recording wants one shape, and so do ranks whose
+        # normalisation runs over the clips of all.
+        self.crops = not config.graphs and "batch" not in (config.norm, config.judge_norm)
 
     def settle(self) -> None:
         """Let the buffers take in what is on its way to them."""
@@ -210,19 +221,25 @@ class Agent:
         num, config = self.config.transitions, self.config
         parts: list[Transitions] = []
         drawn: list[tuple[slice, Tensor]] = []
+        longest = 1
         for replica, (replay, video, rng) in enumerate(zip(self.replays, videos, rngs, strict=True)):
             stored = int(explore(rng, num, annealed(*config.eta1, progress)).numpy().sum()) if len(replay) else 0
             if stored < num:
                 lengths = rng.integers(1, len(video), num - stored)  # p uniform in 1..T-1
+                longest = max(longest, int(lengths.max()))
                 new = self.play(video, lengths, rng, annealed(*config.eta2, progress))
                 parts.append(new)
                 found = HostCopy(to_uint8(video), to_uint8(new.actions), new.rewards)
                 self.pending.append(partial(remember, replay, found, lengths.tolist()))
             if stored:
                 sample = replay.sample(stored)
+                longest = max(longest, int(sample.lengths.numpy().max()))
                 parts.append(self.recalled(sample, video.device))
                 drawn.append((slice((replica + 1) * num - stored, (replica + 1) * num), sample.ids.clone()))
-        return Transitions(*(torch.cat(field) for field in zip(*parts, strict=True))), Recall(tuple(drawn))
+        batch = Transitions(*(torch.cat(field) for field in zip(*parts, strict=True)))
+        if self.crops:
+            batch = batch._replace(states=batch.states[:, :longest])
+        return batch, Recall(tuple(drawn))
 
     def play(self, video: Tensor, prefixes: np.ndarray, rng: np.random.Generator, eta2: float) -> Transitions:
         """New transitions, one a prefix length p: a is the critic's choice of a1, a2 or (1 - eta2) a random frame."""
@@ -231,9 +248,7 @@ class Agent:
         states = video[None, : length - 1].expand(num, -1, -1, -1, -1)
         with apart(*self.policies, self.d):
             first, second = candidates(self.policies, states, lengths)
-            twice, both = torch.cat((states, states)), torch.cat((lengths, lengths))
-            q_first, q_second = q_value(self.q, twice, both, torch.cat((first, second))).chunk(2)
-            actions = choose(first, second, q_first, q_second)
+            actions = choose(first, second, *q_values(self.q, states, lengths, first, second))
             random_frames = video[on_device(rng.integers(0, length, num), device)]
             greedy = on_device(explore(rng, num, eta2), device)
             actions = torch.where(greedy[:, None, None, None], actions, random_frames)

@@ -116,6 +116,17 @@ def test_the_reward_of_the_paper() -> None:
     assert got.tolist() == pytest.approx([-(-0.5 + 10 * 0.1 + 5 * 0.2), 2 * 0.7], abs=1e-6)
 
 
+def test_several_actions_in_one_state_are_worth_what_each_is_alone() -> None:
+    nets = nets_of(Config.of("default", **SMALL)).double()
+    states, lengths, actions = ragged(5, 3)
+    others = actions.flip(0).requires_grad_()
+    got = ddpg.q_values(nets.q_x, states, lengths, actions, others)
+    want = [ddpg.q_value(nets.q_x, states, lengths, a) for a in (actions, others)]
+    torch.testing.assert_close(got, tuple(want), **CLOSE)
+    ours, theirs = (torch.autograd.grad(v[1].sum(), others)[0] for v in (got, want))
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
 def test_a_terminal_does_not_bootstrap_whatever_the_critic_says_there() -> None:
     rewards, terminals = torch.tensor([1.0, 2.0]), torch.tensor([False, True])
     got = ddpg.td_target(rewards, torch.tensor([10.0, math.inf]), terminals, 0.9)
@@ -309,11 +320,27 @@ def test_when_the_buffers_take_in_what_is_new_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
 
 
+def test_padding_that_all_states_share_is_not_run_and_changes_nothing() -> None:
+    for seed in range(6):
+        batches, losses = [], []
+        for crops in (True, False):
+            agent, rng = agent_of(eta1=(0.5, 0.5), transitions=2), np.random.default_rng(seed)
+            agent.crops = crops
+            for round_ in range(3):
+                batch, _ = agent.gather([clip(round_)], [rng], 0.0)
+            batches.append(batch)
+            losses.append(torch.stack((agent.critic_loss(batch)[0], agent.actor_loss(batch))))
+        short, whole = batches
+        assert short.states.shape[1] == short.lengths.max() <= whole.states.shape[1] == T - 1
+        torch.testing.assert_close(*losses)
+
+
 def test_two_replicas_in_one_rank_are_two_ranks_of_one() -> None:
     both = agent_of(eta1=(0.5, 0.5), num_replicas=2)
     each = [agent_of(eta1=(0.5, 0.5), num_replicas=2) for _ in range(2)]
+    both.crops = False
     for number, agent in enumerate(each):
-        agent.replays = agent.replays[number : number + 1]
+        agent.replays, agent.crops = agent.replays[number : number + 1], False
     together, alone = ([np.random.default_rng(seed) for seed in range(2)] for _ in range(2))
     for round_ in range(3):
         videos = [clip(2 * round_), clip(2 * round_ + 1)]

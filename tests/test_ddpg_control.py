@@ -67,11 +67,19 @@ class Quadratic(nn.Module):
         super().__init__()
         self.forms = nn.Parameter(torch.zeros(LENGTH + 1, 6))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+    def forward(
+        self, x: Tensor, state: tuple[Tensor, Tensor] | None = None, *, every: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The state: how many frames there were, and the grey of the last."""
         a = x.mean((2, 3, 4))
-        m = torch.cat((torch.zeros_like(a[:, :1]), a[:, :-1]), 1)
+        start, grey_before = (
+            (torch.zeros(len(x), dtype=torch.long), torch.zeros_like(a[:, 0])) if state is None else state
+        )
+        m = torch.cat((grey_before[:, None], a[:, :-1]), 1)
         features = torch.stack((a * a, a * m, m * m, a, m, torch.ones_like(a)), -1)
-        return (features * self.forms[: x.shape[1]]).sum(-1, keepdim=True), None
+        index = start[:, None] + torch.arange(x.shape[1])
+        values = (features * self.forms[index]).sum(-1, keepdim=True)
+        return values, (index + 1, a) if every else (index[:, -1] + 1, a[:, -1])
 
 
 def lq_policies(k1: float, k2: float) -> Policies:

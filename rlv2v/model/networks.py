@@ -149,19 +149,20 @@ class Judge(nn.Module):
         self.out = xavier_linear(widths[-1], heads)
         set_memory(self, memory)
 
-    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
-        """Judge every prefix, from a state."""
-        y, state = run_keeping(self, self.whole, x, state)
+    def forward(
+        self, x: Tensor, state: State = None, *, every: bool = False, fork: bool = False
+    ) -> tuple[Tensor, State]:
+        """Judge every prefix, from a state; `every` and `fork` as in `rlv2v.model.layers`."""
+        y, state = run_keeping(self, self.whole, x, state, every=every, fork=fork)
         return y, state
 
     def whole(self, x: Tensor, state: State, *, every: bool, fork: bool) -> tuple[Tensor, State]:
-        """`forward`, all frames at once; a judge has no use for `every` and `fork`."""
-        assert not every and not fork
+        """`forward`, all frames at once."""
         before = state or (None,) * len(self.blocks)
         after = []
         y = space_to_depth(x, self.patch)
         for block, memory in zip(self.blocks, before, strict=True):
-            y, _, memory = block(y, memory)
+            y, _, memory = block(y, memory, every=every, fork=fork)
             after.append(memory)
         with exact(y):
             y = self.out(leaky_relu(self.hidden(y.mean((3, 4), dtype=x.dtype)), SLOPE))
