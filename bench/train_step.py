@@ -10,8 +10,9 @@ in float32; tests/test_bench_train_step.py lets them run on in float64 and compa
 A round is the steps in which each domain has one mini-batch of transitions: 4 in the default preset, 2 of them with.
 The two alternate every `--stretch` rounds; a time is the mean of a round's steps, so that steps with and without
 transitions count alike. (Who comes right after the other finds oneDNN's primitives driven out and pages given back to
-the system: step by step ours took 1.1 s instead of 0.7. The medians leave that out, for both.) What the twin is:
-`train_step_plain`. The `paper` rows have its losses and networks but for `norm="clip"`: statistics over a mini-batch
+the system: step by step ours took 1.1 s instead of 0.7. The medians leave most of that out, and oneDNN may keep more
+primitives than by default, for both.) What the twin is: `train_step_plain`. The `paper` rows have its losses and
+networks but for `norm="clip"`: statistics over a mini-batch
 depend on what is run together, which is where the two differ.
 """
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +28,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")  # read once, by the first convolution
 
 import numpy as np
 import torch
