@@ -159,3 +159,14 @@ def test_killed_at_any_moment_the_run_ends_as_if_nothing_had_happened(tmp_path: 
     first = next(i for i, value in enumerate(changed) if hasattr(value, "dtype") and value.dtype.is_floating_point)
     changed[first] = changed[first] + 1e-7
     assert not survive.same(changed, wanted), "one bit is seen"
+
+
+def test_too_little_memory_ends_with_what_would_fit(data: Path, tmp_path: Path) -> None:
+    def little_memory() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (5 * 2**29, 5 * 2**29))
+
+    flags = ("--size", 128, "--batch-x", 128, "--warmup-steps", 0)
+    code, said = finish(start(*tiny(data, tmp_path / "run", *flags), limit=little_memory))
+    last = said.strip().splitlines()[-1]
+    assert code == 2 and "Traceback" not in said, said
+    assert "out of memory on cpu: a step of this run needs about" in last and "--memory" in last
