@@ -161,7 +161,6 @@ def test_the_bench_measures_counts_and_predicts(
     reduces = [row for row in rows if row["pass"] == "all_reduce" and row["ranks"] == 2]
     assert [row["bytes"] for row in reduces] == [4096, 1 << 20]
     check = said["validation"]
-    assert check["predicted_us"] >= check["one_rank_beside_another_us"]
     assert check["predicted_us"] <= check["predicted_nothing_hidden_us"]
     predicted = said["predictions"]
     assert all(row["efficiency"] == 1.0 for row in predicted if row["gpus"] == 1)

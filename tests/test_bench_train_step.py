@@ -116,5 +116,12 @@ def test_a_time_is_the_mean_of_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = pair_of("default")
     told = bench().Told({}, {}, 0.0, 0.0)
     seconds = itertools.cycle((4.0, 1.0, 2.0, 1.0))
-    monkeypatch.setattr(pair, "step", lambda: told._replace(fast_seconds=(s := next(seconds)), plain_seconds=2 * s))
-    assert bench().time_rounds(pair, 2) == {"rlv2v": [2e6, 2e6], "plain": [4e6, 4e6]}
+    stretches: list[int] = []
+
+    def steps(num: int) -> list[object]:
+        stretches.append(num)
+        return [told._replace(fast_seconds=(s := next(seconds)), plain_seconds=2 * s) for _ in range(num)]
+
+    monkeypatch.setattr(pair, "steps", steps)
+    assert bench().time_rounds(pair, 3, 2) == {"rlv2v": [2e6] * 3, "plain": [4e6] * 3}
+    assert stretches == [8, 4]
