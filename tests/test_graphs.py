@@ -101,7 +101,7 @@ def run(config: Config, graphs: Graphs | None, steps: int) -> tuple[list[dict[st
 @pytest.mark.parametrize("preset", ["tiny", "paper"])
 def test_a_recorded_run_is_the_plain_run(preset: str, precision: str) -> None:
     small = {"size": 16, "frames": 4, "widths": (4, 8), "judge_widths": (4, 8), "rl_every": 1, "steps": 40}
-    config = Config.of(preset, replicas=1, precision=precision, replay_alpha=0.5, **small).check()
+    config = Config.of(preset, replicas=1, precision=precision, replay_alpha=0.5, graphs=True, **small).check()
     steps = 2 * NUM_PLAIN + 5  # each domain's turn comes every second step
     graphs = Graphs(record)
     recorded, ours = run(config, graphs, steps)

@@ -96,12 +96,10 @@ def test_a_run_goes_on_with_fewer_ranks_and_says_what_changes(data: Path, tmp_pa
     assert_near(saved(run), saved(other), 1e-3)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 2)])
-def test_a_run_goes_on_with_ranks_that_cannot_share_its_replicas(
-    data: Path, tmp_path: Path, before: int, after: int
-) -> None:
-    run = tmp_path / "run"
-    run_ranks(before, train_flags(data, run), ENVIRONMENT)
+@pytest.mark.parametrize("before", [1, 3])
+def test_a_run_goes_on_with_ranks_that_cannot_share_its_replicas(data: Path, tmp_path: Path, before: int) -> None:
+    run, after = tmp_path / "run", 2
+    run_ranks(1, train_flags(data, run, "--preset", "tiny", "--replicas", before), ENVIRONMENT)
     said = run_ranks(after, ["-m", "rlv2v.train", "--resume", "--out", run, "--steps", 6], ENVIRONMENT)[0]
     assert f"{before} replicas do not go evenly into {after} ranks" in said
     assert ("dropped" if after < before else "begin empty") in said
