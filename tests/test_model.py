@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -152,6 +153,19 @@ def test_batch_norm_in_eval_mode_uses_the_average_of_whole_batches() -> None:
     assert state is None
     norm(video())
     torch.testing.assert_close(norm.running_mean, mean, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["clip", "batch"])
+def test_norm_of_a_channel_whose_mean_is_large_beside_its_spread(kind: str) -> None:
+    norm = lively(SequenceNorm(3, kind))
+    x = (5.0 + 0.05 * torch.randn(2, 3, 3, 8, 8)).requires_grad_()
+    pull = torch.randn_like(x)
+    found = torch.autograd.grad((norm(x)[0] * pull).sum(), (x, *norm.parameters()))
+    exact = copy.deepcopy(norm).double()
+    x64 = x.detach().double().requires_grad_()
+    wanted = torch.autograd.grad((exact(x64)[0] * pull).sum(), (x64, *exact.parameters()))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
 
 
 def test_a_flat_clip_stays_finite_forward_and_backward() -> None:

@@ -36,7 +36,7 @@ class Memory(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """State of a normalisation: number of frames seen (B,), mean and mean square of them (B,C)."""
+    """State of a normalisation: number of frames seen (B,), mean and mean square of them (B,C); float64."""
 
     frames: Tensor
     mean: Tensor
@@ -81,13 +81,37 @@ class ConvLSTM(nn.Module):
         return hs, Memory(hs, cs) if every else Memory(hs[:, -1], cs[:, -1])
 
 
+class FrameMoments(torch.autograd.Function):
+    """Mean and mean square of every frame's pixels: (B,T,C,H,W) -> two (B,T,C), float64.
+
+    A variance is their difference, which float32 would have lost where a channel's mean is large beside its spread
+    (Chan, Golub and LeVeque 1983): so the spread is summed about the frame's own mean, and the rest is float64.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x)
+        mean = x.mean((3, 4), dtype=torch.promote_types(x.dtype, torch.float32))
+        spread = (x - mean[..., None, None]).square_().mean((3, 4))
+        mean = mean.double()
+        return mean, spread.double() + mean.square()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        real = torch.promote_types(x.dtype, torch.float32)
+        by_mean, by_square = (grad / x[0, 0, 0].numel() for grad in grads)
+        pixel, slope = (v.to(real)[..., None, None] for v in (by_mean, 2.0 * by_square))
+        return torch.addcmul(pixel, x, slope).to(x.dtype)
+
+
 class SequenceNorm(nn.Module):
     """Sequence-wise normalisation, made causal: (x - mean) / sqrt(var + eps) * weight + bias.
 
     Mean and variance of a channel run over all pixels of all frames *so far*: of this clip (`kind="clip"`), or of all
     clips of the mini-batch (`kind="batch"`, the paper's form, section 3.4; a running average of the whole clips'
     statistics serves in eval mode). `kind="none"` leaves x as it is. A mini-batch is that of all ranks, but within
-    `apart`. Statistics are float32 whatever x is.
+    `apart`. Statistics are those of `FrameMoments`, whatever x is.
     """
 
     running_mean: Tensor
@@ -114,8 +138,7 @@ class SequenceNorm(nn.Module):
         if self.kind == "batch" and not self.training:
             mean, square = self.running_mean.expand(x.shape[:3]), self.running_square.expand(x.shape[:3])
             return self.apply_moments(x, mean, square), None
-        real = torch.promote_types(x.dtype, torch.float32)
-        frame_mean, frame_square = x.mean((3, 4), dtype=real), x.to(real).square().mean((3, 4))  # (B,T,C)
+        frame_mean, frame_square = FrameMoments.apply(x)  # (B,T,C)
         if self.kind == "batch":
             moments = torch.stack((frame_mean.mean(0), frame_square.mean(0)))
             moments = moments if self.apart else mean_over_ranks(moments)
@@ -128,7 +151,7 @@ class SequenceNorm(nn.Module):
             return self.apply_moments(x, mean, square), None
         zero = frame_mean.new_zeros(())
         before, mean0, square0 = state or Moments(zero.expand(x.shape[0]), zero, zero)
-        count = before[:, None] + torch.arange(1, x.shape[1] + 1, device=x.device, dtype=real)  # (B,T)
+        count = before[:, None] + torch.arange(1, x.shape[1] + 1, device=x.device, dtype=torch.float64)
         if state is not None:
             mean0, square0 = ((before[:, None] * m)[:, None] for m in (mean0, square0))
         mean = (mean0 + frame_mean.cumsum(1)) / count[..., None]
@@ -141,12 +164,14 @@ class SequenceNorm(nn.Module):
     def learn(self, clips: Moments | None) -> None:
         """Move the running averages of `kind="batch"` towards the moments of whole clips."""
         if self.kind == "batch" and clips is not None and not self.apart:
-            self.running_mean.lerp_(clips.mean[0].detach(), self.momentum)
-            self.running_square.lerp_(clips.square[0].detach(), self.momentum)
+            for running, moment in ((self.running_mean, clips.mean), (self.running_square, clips.square)):
+                running.lerp_(moment[0].detach().to(running.dtype), self.momentum)
 
     def apply_moments(self, x: Tensor, mean: Tensor, square: Tensor) -> Tensor:
         scale = self.weight * torch.rsqrt((square - mean.square()).clamp(min=0) + self.eps)
-        return torch.addcmul((self.bias - mean * scale)[..., None, None], x, scale[..., None, None]).to(x.dtype)
+        real = torch.promote_types(x.dtype, torch.float32)
+        shift, scale = (v.to(real)[..., None, None] for v in (self.bias - mean * scale, scale))
+        return torch.addcmul(shift, x, scale).to(x.dtype)
 
 
 @contextmanager
