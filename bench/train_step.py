@@ -48,9 +48,9 @@ from rlv2v.device import pick_device
 from rlv2v.errors import UserError
 from rlv2v.objective import Clips
 
-# Relative, of every step that is compared. Float64 tells that both are one algorithm. What float32 adds is rounding: the
-# twin's normalisation divides by the root of mean(x^2) - mean(x)^2, which on even frames is small beside either, so
-# that norms of gradients differ more than losses do.
+# Relative, of every step that is compared. Float64 tells that both are one algorithm. What float32 adds is rounding:
+# the twin's normalisation divides by the root of mean(x^2) - mean(x)^2, which on even frames is small beside either,
+# so that norms of gradients differ more than losses do.
 LIMITS = {"losses": 1e-5, "gradients": 2e-3, "float64": 1e-9}
 SMALL = 1e-3  # of what G and P descend in all: a term below it is measured by that
 NUM_PLAIN_ROUNDS = 4  # after as many a recording of every phase is there: see rlv2v.graphs

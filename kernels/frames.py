@@ -19,7 +19,8 @@ def empty_frames(like: Tensor, *shape: int, dtype: torch.dtype | None = None) ->
 
 def dense(frames: Tensor) -> Tensor:
     """The same values dense in this layout; the tensor itself where it is so already."""
-    return frames.movedim(-3, -1).contiguous().movedim(-1, -3)
+    inside_out = frames.movedim(-3, -1)
+    return frames if inside_out.is_contiguous() else inside_out.contiguous().movedim(-1, -3)
 
 
 def like_weight(tensor: Tensor, weight: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ reference has one.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -39,8 +40,7 @@ def forward(
     keep_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = recurrence(backend, Problem.of(x, w_h))
-    # Autocast stays active inside an operator and would change the convolutions' dtype under code that holds pointers.
-    with torch.autocast(x.device.type, enabled=False):
+    with as_given(x.device.type):
         return forward_by(run, x, w_x, w_h, bias, h0, c0, keep_gates)
 
 
@@ -94,7 +94,7 @@ def backward(
     need: list[bool],
 ) -> tuple[Tensor, ...]:
     run = recurrence(backend, Problem.of(x, w_h))
-    with torch.autocast(x.device.type, enabled=False):
+    with as_given(x.device.type):
         return backward_by(run, dhs, dcs, x, w_x, w_h, bias, h0, c0, hs, cs, gates, need)
 
 
@@ -185,6 +185,12 @@ def remember_backend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 
 def no_second_derivative(ctx: Any, *_: Tensor | None) -> None:
     raise ValueError(f"convlstm: backend must be 'reference' for a second derivative, got {ctx.backend!r}")
+
+
+def as_given(device_type: str) -> AbstractContextManager[object]:
+    """Autocast stays active inside an operator, and would change the convolutions' dtype under code with pointers."""
+    on = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else nullcontext()
 
 
 def optional(state: Tensor | None) -> Tensor | None:

@@ -102,10 +102,12 @@ def test_a_run_goes_on_with_fewer_ranks_and_says_what_changes(data: Path, tmp_pa
     assert distance(saved(run), saved(other))[0] <= 1e-2
 
 
-@pytest.mark.parametrize("before", [1, 3])
-def test_a_run_goes_on_with_ranks_that_cannot_share_its_replicas(data: Path, tmp_path: Path, before: int) -> None:
-    run, after = tmp_path / "run", 2
-    run_ranks(1, train_flags(data, run, "--preset", "tiny", "--replicas", before), ENVIRONMENT)
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 2)])
+def test_a_run_goes_on_with_ranks_that_cannot_share_its_replicas(
+    data: Path, tmp_path: Path, before: int, after: int
+) -> None:
+    run = tmp_path / "run"
+    run_ranks(before, train_flags(data, run), ENVIRONMENT)
     said = run_ranks(after, ["-m", "rlv2v.train", "--resume", "--out", run, "--steps", 6], ENVIRONMENT)[0]
     assert f"{before} replicas do not go evenly into {after} ranks" in said
     assert ("dropped" if after < before else "begin empty") in said
@@ -146,7 +148,7 @@ def test_a_killed_rank_brings_the_job_back_by_itself(
 
     run = tmp_path / "run"
     flags = train_flags(data, run, "--preset", "tiny", "--steps", 60, "--snapshot-seconds", 0.5)
-    process = torchrun(2, "--max-restarts=3", f"--master-port={free_port()}", *flags)
+    process = torchrun(2, "--max-restarts=1", f"--master-port={free_port()}", *flags)
     wait_for_step(run, 5)
     pid = rank_pid(process.pid, victim)
     assert pid is not None
