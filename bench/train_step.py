@@ -8,12 +8,12 @@ nothing is timed and the exit code is 1. (Adam divides a gradient by its own siz
 in float32; tests/test_bench_train_step.py lets them run on in float64 and compares all weights in the end.)
 
 A round is the steps in which each domain has one mini-batch of transitions: 4 in the default preset, 2 of them with.
-The two alternate every `--stretch` rounds; a time is the mean of a round's steps, so that steps with and without
-transitions count alike. (Who comes right after the other finds oneDNN's primitives driven out and pages given back to
-the system: step by step ours took 1.1 s instead of 0.7. The medians leave most of that out, and oneDNN may keep more
-primitives than by default, for both.) What the twin is: `train_step_plain`. The `paper` rows have its losses and
-networks but for `norm="clip"`: statistics over a mini-batch
-depend on what is run together, which is where the two differ.
+Each form runs in a process of its own, with the memory and caches that its own steps leave, and waits while the other
+has its `--stretch` rounds: in one process the twin's many shapes slowed ours by 15 %, and oneDNN, which may keep more
+primitives than by default in both, drove out ours. A time is the mean of a round's steps, so that steps with and
+without transitions count alike; the first `--warm` rounds are not counted. What the twin is: `train_step_plain`. The
+`paper` rows have its losses and networks but for `norm="clip"`: statistics over a mini-batch depend on what is run
+together, which is where the two differ.
 """
 
 from __future__ import annotations
@@ -22,41 +22,34 @@ import json
 import math
 import os
 import statistics
-import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")  # read once, by the first convolution
 
-import numpy as np
 import torch
 from machine import commit, machine
-from torch import Tensor
 from train_step_nets import plain_weights
+from train_step_pair import Pair, Timed, hold, steps_of_round, time_fast, time_plain
 from train_step_plain import Plain
 
 from rlv2v.algorithm import Algorithm
 from rlv2v.cli import run_command
 from rlv2v.config import Config
-from rlv2v.data import to_model
-from rlv2v.data.synth import clip_of
-from rlv2v.ddpg import Agent, Recall, Transitions
 from rlv2v.device import pick_device
 from rlv2v.errors import UserError
-from rlv2v.objective import Clips
 
 # Relative, of every step that is compared. Float64 tells that both are one algorithm. What float32 adds is rounding:
 # the twin's normalisation divides by the root of mean(x^2) - mean(x)^2, which on even frames is small beside either,
 # so that norms of gradients differ more than losses do.
 LIMITS = {"losses": 1e-5, "gradients": 2e-3, "float64": 1e-9}
 SMALL = 1e-3  # of what G and P descend in all: a term below it is measured by that
-NUM_PLAIN_ROUNDS = 4  # after as many a recording of every phase is there: see rlv2v.graphs
 COMPARABLE: dict[str, dict[str, Any]] = {"default": {}, "paper": {"norm": "clip", "judge_norm": "clip"}}
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -73,6 +66,8 @@ class Args:
     """Timed rounds of each form."""
     stretch: int = 3
     """Rounds of one form before the other's turn."""
+    warm: int = 2
+    """Rounds of each before; with --graphs every phase is recorded after 4."""
     check: int = 2
     """Rounds in which they are compared, before; from the second on they draw stored transitions too."""
     device: str = "auto"
@@ -83,101 +78,6 @@ class Args:
     """CPU threads."""
     json: Path | None = None
     """File for the JSON too, in a folder that exists."""
-
-
-class Told(NamedTuple):
-    """What one step said, and how long it took in seconds."""
-
-    fast: dict[str, float]
-    plain: dict[str, float]
-    fast_seconds: float
-    plain_seconds: float
-
-
-def clips_at(config: Config, step: int, device: torch.device, dtype: torch.dtype) -> Clips:
-    """The synthetic set's clips of a step, each seen once, as a loader gives them."""
-
-    def clips(name: str, num: int) -> Tensor:
-        drawn = [
-            clip_of(name, step * num + n, seed=config.seed, frames=config.frames, size=config.size)[0]
-            for n in range(num)
-        ]
-        return to_model(torch.from_numpy(np.stack(drawn))).to(device, dtype)
-
-    sets = {"trainX": config.batch_x, "trainY": config.batch_y, "trainZ": config.batch_z, "trainS": config.batch_s}
-    return Clips(*(clips(name, num) for name, num in sets.items()))
-
-
-class Pair:
-    """`Algorithm` and `Plain`, one step of each in turn on the same clips and draws.
-
-    dtype: of the networks and of all that they are given; float64 for tests.
-    """
-
-    def __init__(self, config: Config, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        self.config, self.device, self.dtype = config, device, dtype
-        self.fast = Algorithm(config, device)
-        for nets in (self.fast.nets, self.fast.targets, self.fast.average):
-            nets.to(dtype)
-        self.fast.start()
-        self.ids: list[int] = []
-        for agent in self.fast.agents.values():
-            self.listen(agent)
-        self.plain = Plain(self.fast)
-
-    def listen(self, agent: Agent) -> None:
-        """Hear which stored transitions an agent draws, for the twin; they and their rewards in the nets' dtype."""
-        gather = agent.gather
-
-        def heard(*given: Any) -> tuple[Transitions, Recall]:
-            batch, recall = gather(*given)
-            self.ids = [number for _, ids in recall.drawn for number in ids.tolist()]
-            return Transitions(*(f.to(self.dtype) if f.is_floating_point() else f for f in batch)), recall
-
-        agent.gather = heard  # type: ignore[method-assign,assignment]
-
-    @property
-    def round(self) -> int:
-        """Steps of a round."""
-        return 2 * self.config.rl_every if self.config.rl else 1
-
-    def step(self) -> Told:
-        """One step of each."""
-        return self.steps(1)[0]
-
-    def steps(self, num: int) -> list[Told]:
-        """Some steps of ours, then the same ones of the twin's, each with the memory that its own steps left."""
-        first = self.fast.schedule.step
-        assert first == self.plain.schedule.step
-        given = [clips_at(self.config, first + k, self.device, self.dtype) for k in range(num)]
-        ours, recalled = [], []
-        for clips in given:
-            self.ids = []
-            ours.append(self.timed(partial(self.fast_step, clips)))
-            recalled.append(self.ids)
-        theirs = [self.timed(partial(self.plain_step, clips, ids)) for clips, ids in zip(given, recalled, strict=True)]
-        return [
-            Told({name: value.item() for name, value in tensors.items()}, numbers, fast_seconds, plain_seconds)
-            for (tensors, fast_seconds), (numbers, plain_seconds) in zip(ours, theirs, strict=True)
-        ]
-
-    def fast_step(self, clips: Clips) -> dict[str, Tensor]:
-        told = self.fast.step(clips)
-        self.fast.advance(0.0, told["distance"])
-        return told
-
-    def plain_step(self, clips: Clips, ids: list[int]) -> dict[str, float]:
-        told = self.plain.step(clips, ids)
-        self.plain.advance(0.0, told["distance"])
-        return told
-
-    def timed(self, call: Callable[[], Result]) -> tuple[Result, float]:
-        """What a call gives, and its seconds."""
-        began = time.perf_counter()
-        result = call()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return result, time.perf_counter() - began
 
 
 def difference(ours: Mapping[str, float], theirs: Mapping[str, float], gradients: bool) -> float:
@@ -204,7 +104,7 @@ def weights_difference(fast: Algorithm, plain: Plain) -> float:
 def compare(pair: Pair, rounds: int) -> dict[str, float]:
     """Largest difference of losses and of norms of gradients in steps that start from the same weights."""
     found = {"losses": 0.0, "gradients": 0.0}
-    for _ in range(rounds * pair.round):
+    for _ in range(rounds * steps_of_round(pair.config)):
         pair.plain.load(pair.fast)
         told = pair.step()
         for kind in found:
@@ -212,16 +112,41 @@ def compare(pair: Pair, rounds: int) -> dict[str, float]:
     return found
 
 
-def time_rounds(pair: Pair, rounds: int, stretch: int) -> dict[str, list[float]]:
-    """Microseconds a step of each form, the mean of each round."""
+def time_rounds(
+    fast: Callable[[int], list[Timed]],
+    plain: Callable[[list[list[int]]], list[float]],
+    round_steps: int,
+    rounds: int,
+    stretch: int,
+) -> dict[str, list[float]]:
+    """Microseconds a step of each form, the mean of each round; `fast`, `plain`: see `train_step_pair`."""
     times: dict[str, list[float]] = {"rlv2v": [], "plain": []}
     for first in range(0, rounds, stretch):
-        told = pair.steps(min(stretch, rounds - first) * pair.round)
-        for k in range(0, len(told), pair.round):
-            here = told[k : k + pair.round]
-            times["rlv2v"].append(1e6 * statistics.mean(step.fast_seconds for step in here))
-            times["plain"].append(1e6 * statistics.mean(step.plain_seconds for step in here))
+        taken = fast(min(stretch, rounds - first) * round_steps)
+        seconds = {"rlv2v": [each.seconds for each in taken], "plain": plain([each.ids for each in taken])}
+        for form, of_steps in seconds.items():
+            times[form] += [
+                1e6 * statistics.mean(of_steps[k : k + round_steps]) for k in range(0, len(of_steps), round_steps)
+            ]
     return times
+
+
+def timed(config: Config, args: Args, device: torch.device) -> dict[str, list[float]]:
+    """`time_rounds`, each form in a process of its own."""
+    alone = partial(
+        ProcessPoolExecutor, 1, get_context("spawn"), initializer=hold, initargs=(config, device, args.threads)
+    )
+    with alone() as ours, alone() as theirs:
+
+        def fast(num: int) -> list[Timed]:
+            return ours.submit(time_fast, num).result()
+
+        def plain(ids: list[list[int]]) -> list[float]:
+            return theirs.submit(time_plain, ids).result()
+
+        round_steps = steps_of_round(config)
+        time_rounds(fast, plain, round_steps, args.warm, args.stretch)
+        return time_rounds(fast, plain, round_steps, args.rounds, args.stretch)
 
 
 def case(preset: str, frames: int, args: Args, device: torch.device) -> list[dict[str, Any]]:
@@ -235,10 +160,8 @@ def case(preset: str, frames: int, args: Args, device: torch.device) -> list[dic
     valid = all(found[name] <= limit for name, limit in LIMITS.items())
     name = f"{preset} T={frames} {args.size}x{args.size}"
     print(f"{name}: relative differences " + ", ".join(f"{what} {value:.1e}" for what, value in found.items()))
-    times: dict[str, list[float]] = {}
-    if valid:
-        time_rounds(pair, max(0, NUM_PLAIN_ROUNDS - args.check) if graphs else 0, args.stretch)
-        times = time_rounds(pair, args.rounds, args.stretch)
+    del pair
+    times = timed(config, args, device) if valid else {}
     rows = []
     for backend, peer in (("rlv2v", "plain"), ("plain", "rlv2v")):
         row: dict[str, Any] = {"case": name, "backend": backend, "pass": "train step", "dtype": "float32"}
@@ -259,10 +182,10 @@ def main(args: Args) -> None:
         raise UserError(f"--json {args.json}: its folder does not exist; create it first")
     if (
         args.rounds < 2
-        or min(args.check, args.threads, args.stretch) < 1
+        or min(args.check, args.threads, args.stretch, args.warm) < 1
         or min((*args.frames, *args.paper_frames), default=0) < 2
     ):
-        raise UserError("--rounds, --check, --threads, --stretch, --frames: expected at least 2, 1, 1, 1, 2")
+        raise UserError("--rounds, --frames: expected at least 2; --check, --warm, --threads, --stretch: at least 1")
     device = pick_device(args.device)
     torch.set_num_threads(args.threads)
     print("case | form | us a step p50 p20 p80 | x other form")

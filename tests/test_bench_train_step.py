@@ -49,7 +49,7 @@ def test_steps_are_equal_in_double_precision(preset: str, changes: dict[str, Any
             assert bench().difference(told.fast, told.plain, gradients) <= CLOSE
     assert bench().weights_difference(pair.fast, pair.plain) <= CLOSE
     if pair.config.rl:
-        in_x, in_y = (recalled[turn * pair.config.rl_every :: pair.round] for turn in (0, 1))
+        in_x, in_y = (recalled[turn * pair.config.rl_every :: bench().steps_of_round(pair.config)] for turn in (0, 1))
         assert sum(in_x) and sum(in_y)
 
 
@@ -67,7 +67,7 @@ def test_a_weight_that_differs_is_seen(name: str) -> None:
     pair = pair_of("paper", q_positive=False)
     with torch.no_grad():
         next(getattr(pair.plain.nets, name).parameters()).mul_(1 + 1e-4)
-    told = [pair.step() for _ in range(pair.round)]
+    told = [pair.step() for _ in range(bench().steps_of_round(pair.config))]
     assert max(bench().difference(step.fast, step.plain, False) for step in told) > 100 * CLOSE
 
 
@@ -89,7 +89,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows(tmp_path: Path) -> None:
     """Times are means of whole rounds of steps; the JSON is the house's."""
     file = tmp_path / "train_step.json"
-    bench().main(bench().Args(frames=(3,), paper_frames=(), size=16, rounds=2, check=1, device="cpu", json=file))
+    bench().main(
+        bench().Args(frames=(3,), paper_frames=(), size=16, rounds=2, warm=1, check=1, device="cpu", json=file)
+    )
     found = json.loads(file.read_text())
     assert found["bench"] == "train_step" and found["machine"]["threads"] == 1
     assert [(row["backend"], *row["speedup_over"]) for row in found["rows"]] == [("rlv2v", "plain"), ("plain", "rlv2v")]
@@ -106,22 +108,22 @@ def test_what_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     actor = plain.actor
     monkeypatch.setattr(plain, "actor", lambda *given: 1.001 * actor(*given))
     with pytest.raises(SystemExit) as exit_:
-        bench().main(bench().Args(frames=(3,), paper_frames=(), size=16, rounds=2, check=1, device="cpu"))
+        bench().main(bench().Args(frames=(3,), paper_frames=(), size=16, rounds=2, warm=1, check=1, device="cpu"))
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert exit_.value.code == 1
     assert all(not row["valid"] and row["median_us"] is None and not row["speedup_over"] for row in rows)
 
 
-def test_a_time_is_the_mean_of_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = pair_of("default")
-    told = bench().Told({}, {}, 0.0, 0.0)
-    seconds = itertools.cycle((4.0, 1.0, 2.0, 1.0))
-    stretches: list[int] = []
+def test_a_time_is_the_mean_of_a_round() -> None:
+    timed, seconds, stretches = bench().Timed, itertools.cycle((4.0, 1.0, 2.0, 1.0)), []
 
-    def steps(num: int) -> list[object]:
+    def fast(num: int) -> list[Any]:
         stretches.append(num)
-        return [told._replace(fast_seconds=(s := next(seconds)), plain_seconds=2 * s) for _ in range(num)]
+        return [timed(next(seconds), [k]) for k in range(num)]
 
-    monkeypatch.setattr(pair, "steps", steps)
-    assert bench().time_rounds(pair, 3, 2) == {"rlv2v": [2e6] * 3, "plain": [4e6] * 3}
+    def plain(ids: list[list[int]]) -> list[float]:
+        assert ids == [[k] for k in range(stretches[-1])]
+        return [4.0] * len(ids)
+
+    assert bench().time_rounds(fast, plain, 4, 3, 2) == {"rlv2v": [2e6] * 3, "plain": [4e6] * 3}
     assert stretches == [8, 4]
