@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from priority import policy
 
 # Read once, when Triton and the kernels are first imported: without a GPU they run in its interpreter.
 if not torch.cuda.is_available():
@@ -16,6 +17,15 @@ if not torch.cuda.is_available():
 
 from rlv2v.checkpoint import build_nets, save_translators
 from rlv2v.config import PRESETS, Config
+
+USUAL = policy()
+
+
+@pytest.fixture(autouse=True)
+def no_real_time() -> Iterator[None]:
+    """A test that leaves the process real-time would starve ranks in a later one."""
+    yield
+    assert policy() == USUAL, "the scheduling policy was changed: see tests/priority.py"
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
+from priority import usual_priority
 
 NUM, WIDTH, HEIGHT = 20, 64, 48
 
@@ -55,6 +56,7 @@ def number_of(frame: np.ndarray) -> int:
     return number
 
 
+@usual_priority()
 def encode(
     path: Path,
     codec: str = "libx264",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from priority import usual_priority
 
 from rlv2v.data.index import MANIFEST
 
@@ -36,6 +37,7 @@ def stamps(frames: np.ndarray) -> list[int]:
     return [int(n) if agree else -1 for n, agree in zip(numbers, (lower == upper).all(1), strict=True)]
 
 
+@usual_priority()
 def encode(
     path: Path,
     clip: np.ndarray,

@@ -16,6 +16,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from priority import usual_priority
 
 from rlv2v.data import readers
 from rlv2v.data.index import Dataset, Source, index_folder
@@ -69,6 +70,7 @@ def stamped(name: str, length: int) -> np.ndarray:
     return np.stack([peers().stamp(frame, NAMES.index(name), i) for i, frame in enumerate(clip)])
 
 
+@usual_priority()
 def encode(path: Path, clip: np.ndarray, codec: str, pixels: str, options: dict[str, str]) -> None:
     flags = {"movflags": "+faststart"} if "truncated" in path.name and path.suffix == ".mp4" else {}
     with av.open(str(path), "w", options=flags) as output:

@@ -100,7 +100,7 @@ class FrameMoments(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         real = torch.promote_types(x.dtype, torch.float32)
-        by_mean, by_square = (grad / x[0, 0, 0].numel() for grad in grads)
+        by_mean, by_square = (grad / (x.shape[3] * x.shape[4]) for grad in grads)
         pixel, slope = (v.to(real)[..., None, None] for v in (by_mean, 2.0 * by_square))
         return torch.addcmul(pixel, x, slope).to(x.dtype)
 
