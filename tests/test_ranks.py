@@ -58,7 +58,7 @@ def train_flags(data: Path, out: Path, *flags: object) -> list[object]:
     ("flags", "limit"), [([*PAPER, "--warmup-steps", 2], 1e-5), (["--preset", "tiny", "--rl-every", 1], 1e-4)]
 )
 def test_two_ranks_are_one_with_twice_the_batch(data: Path, tmp_path: Path, flags: list[object], limit: float) -> None:
-    """On one of the first seeds: on one in eight, rounding puts some pixel across the kink of a LeakyReLU or an L1."""
+    """On one of the first seeds: on some, rounding puts a pixel across the kink of a LeakyReLU or an L1."""
     distances = []
     for seed in range(4):
         run = [*flags, "--steps", 5, "--replicas", 2, "--seed", seed]
