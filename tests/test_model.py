@@ -156,6 +156,20 @@ def test_batch_norm_in_eval_mode_uses_the_average_of_whole_batches() -> None:
 
 
 @pytest.mark.parametrize("kind", ["clip", "batch"])
+def test_gradients_of_the_norm(kind: str) -> None:
+    """By finite differences; through the statistics of earlier frames too."""
+    norm = lively(SequenceNorm(2, kind)).double()
+    x = torch.randn(2, 3, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+
+    def in_chunks(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        weights = {"weight": weight, "bias": bias}
+        first, state = torch.func.functional_call(norm, weights, (x[:, :2],))
+        return torch.cat((first, torch.func.functional_call(norm, weights, (x[:, 2:], state))[0]), 1)
+
+    assert torch.autograd.gradcheck(in_chunks, (x, *norm.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["clip", "batch"])
 def test_norm_of_a_channel_whose_mean_is_large_beside_its_spread(kind: str) -> None:
     norm = lively(SequenceNorm(3, kind))
     x = (5.0 + 0.05 * torch.randn(2, 3, 3, 8, 8)).requires_grad_()
