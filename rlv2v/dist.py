@@ -116,6 +116,12 @@ class World:
             dist.destroy_process_group()
             self._control = None
 
+    def abandon(self) -> None:
+        """Leave the other ranks after an error: with its threads left to the interpreter's end, gloo aborts there."""
+        if self._control:
+            self._sent = self._control = None
+            dist.destroy_process_group()
+
 
 def connect(device: str) -> World:
     """This process's world: torchrun's, over NCCL on GPUs and gloo on CPUs; without torchrun a world of one.

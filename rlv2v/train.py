@@ -48,11 +48,13 @@ def train(config: Config) -> None:
         world = connect(config.device)
         try:
             learn(config, world, interrupted)
+            world.close()
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             raise UserError(f"out of memory on {world.device}: {advise(config, world.device)}") from None
-        world.close()
+        finally:
+            world.abandon()
 
 
 def learn(config: Config, world: World, interrupted: Interrupt) -> None:

@@ -150,7 +150,7 @@ def test_the_bench_measures_counts_and_predicts(
 ) -> None:
     scaling = module("scaling")
     monkeypatch.setitem(scaling.PRESETS, "tiny", SMALL | {"rl_every": 1, "steps": 4})
-    few: dict[str, Any] = {"measured": "tiny", "presets": ("tiny",), "batches": (1,), "sizes": (4096, 1 << 20)}
+    few: dict[str, Any] = {"measured": "tiny", "presets": ("tiny",), "batches": (1,), "sizes": (4096, 1 << 24)}
     few |= {"rounds": 1, "cycles": 2, "repeats": 3, "device": "cpu"}
     scaling.main(scaling.Args(json=tmp_path / "out.json", **few))
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -159,7 +159,7 @@ def test_the_bench_measures_counts_and_predicts(
     assert [(row["ranks"], row["runs_at_once"]) for row in rows if row["pass"] == "step"] == [(1, 1), (1, 2), (2, 1)]
     assert all(row["p20_us"] <= row["median_us"] <= row["p80_us"] for row in rows)
     reduces = [row for row in rows if row["pass"] == "all_reduce" and row["ranks"] == 2]
-    assert [row["bytes"] for row in reduces] == [4096, 1 << 20]
+    assert [row["bytes"] for row in reduces] == [4096, 1 << 24]
     check = said["validation"]
     assert check["predicted_us"] <= check["predicted_nothing_hidden_us"]
     predicted = said["predictions"]

@@ -47,9 +47,8 @@ def wait_for_group(group: int) -> None:
 def test_killed_in_the_middle_it_goes_on_to_the_same_result(tmp_path: Path) -> None:
     src, out = tmp_path / "src", tmp_path / "out"
     src.mkdir()
-    num_clips = 24  # enough that a machine with other work sees the second run before it ends
     clip = np.random.default_rng(0).integers(0, 256, (40, 64, 96, 3), dtype=np.uint8)
-    for num in range(num_clips):
+    for num in range(12):
         np.save(src / f"{num}.npy", np.roll(clip, num, axis=0))
     main(Args(src, tmp_path / "whole", size=64, store="video", jobs=1))
     command = [sys.executable, "-m", "rlv2v.prepare", str(src), str(out), "--store", "video", "--jobs", "2"]
@@ -70,10 +69,10 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_result(tmp_path: Path) -> N
         if stop == signal.SIGINT:
             assert process.returncode == 130 and "stopped; the same command goes on" in said
             assert not list(out.glob("*/.*")), "Ctrl-C leaves no half file"
-        assert 0 < len([name for name in done if "/." not in name]) < num_clips
+        assert 0 < len([name for name in done if "/." not in name]) < 12
     kept = state(out)
     main(Args(src, out, size=64, store="video", jobs=1))
-    assert contents(out) == contents(tmp_path / "whole") and len(contents(out)) == num_clips
+    assert contents(out) == contents(tmp_path / "whole") and len(contents(out)) == 12
     assert all(state(out)[name] == value for name, value in kept.items()), "what was whole is not made again"
 
 
