@@ -3,12 +3,14 @@
     python bench/memory.py --preset workstation [--size 128 --frames 16 --memory frames ...] [--json F]
 
 Bytes by weights, gradients, optimiser, activations and workspace: counted (`rlv2v.memory`) everywhere, and on a GPU
-also measured, as the allocator's own peak over real steps. Then, counted, what fits a card of `--card` GB at three
-sizes, with each way to keep memory. Flags are those of the training; all that is counted is of one rank.
+also measured, as the allocator's own peak over real steps, as CUDA graphs and without. Then, counted, what fits a card
+of `--card` GB at `--sizes`, with each way to keep memory; with `--confirm` a GPU runs steps of that within as much
+memory as such a card leaves. Flags are those of the training; all that is counted is of one rank.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import time
@@ -25,12 +27,12 @@ from rlv2v.cli import run_command
 from rlv2v.config import Config
 from rlv2v.errors import UserError
 from rlv2v.ghosts import CPU
-from rlv2v.memory import CONTEXT_BYTES, FRAGMENTATION, GB, RUN, altered, count, estimate, largest, some_clips
+from rlv2v.graphs import NUM_PLAIN
+from rlv2v.memory import CONTEXT_BYTES, FRAGMENTATION, GB, RUN, altered, count, estimate, largest, scaled, some_clips
 from rlv2v.model.parts import MEMORY
 
 SIZES = (64, 128, 256)
 ROUNDS = 5  # the first warms up
-NUM_STEPS = 3  # until every optimiser has its moments, and each domain had its turn
 Row = dict[str, Any]
 
 
@@ -42,6 +44,10 @@ class Args(Config):
     """File for the JSON too, in a folder that exists."""
     card: float = 8.0
     """Memory of the card that shall be filled, GB (1e9 bytes); 0: no table of what fits."""
+    sizes: tuple[int, ...] = SIZES
+    """Of the frames in that table, pixels."""
+    confirm: bool = False
+    """Run steps of what the table says fits, on this GPU, in no more memory than the card has beside a context."""
     timed: bool = False
     """Time a generator step that keeps memory in each way, on this CPU, one thread."""
 
@@ -61,22 +67,59 @@ def counted(config: Config, share: int) -> Row:
     return row(case, "counted", config, **found._asdict(), with_reserve=found.reserved)
 
 
-def measured(config: Config, share: int) -> Row:
-    """The peak of the CUDA allocator over real steps, of what was asked of it and of what it holds."""
+def run_steps(config: Config, share: int, rounds: int, settled: int = 0) -> None:
+    """Steps on this GPU, in rounds in which each domain has its turn; after `settled` of them peaks count anew."""
     device = torch.device("cuda")
     algorithm = Algorithm(replace(config, replicas=share), device)
-    for number in range(NUM_STEPS * config.rl_every * 2):
-        if number == config.rl_every * 2:
+    of_round = 2 * config.rl_every
+    for number in range(rounds * of_round):
+        if number == settled * of_round:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         with torch.device(device):
             clips = some_clips(config, share)
         algorithm.advance(float(number), algorithm.step(clips).pop("distance"))
     torch.cuda.synchronize()
+
+
+def forget() -> None:
+    """Give back what earlier steps held."""
+    torch.cuda.init()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def measured(config: Config, share: int) -> Row:
+    """The peak of the CUDA allocator over real steps, of what was asked of it and of what it holds."""
+    forget()
+    settled = NUM_PLAIN + 1 if config.graphs else 1  # every optimiser has its moments, every phase is recorded
+    run_steps(config, share, settled + 2, settled)
     total, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    print(f"measured: {total / 1e6:.1f} MB allocated at the peak, {held / 1e6:.1f} MB held", flush=True)
-    case = f"step {config.size}x{config.size} T={config.frames}"
-    return row(case, "measured", config, total=total, held=held)
+    free, whole = torch.cuda.mem_get_info()
+    beside = whole - free - torch.cuda.memory_reserved()
+    how = "graphs" if config.graphs else "no graphs"
+    print(
+        f"measured, {how}: {total / 1e6:.1f} MB allocated at the peak, {held / 1e6:.1f} MB held, "
+        f"{beside / 1e6:.1f} MB of the device beside: contexts and kernels, and other programs",
+        flush=True,
+    )
+    case = f"step {config.size}x{config.size} T={config.frames}, {how}"
+    return row(case, "measured", config, total=total, held=held, beside=beside)
+
+
+def confirmed(config: Config, share: int, card: int) -> bool:
+    """Whether a round of steps runs in what a card has beside `CONTEXT_BYTES`."""
+    forget()
+    whole = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (card - CONTEXT_BYTES) / whole))
+    try:
+        run_steps(config, share, 1)
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    return True
 
 
 def timed(config: Config) -> list[Row]:
@@ -111,17 +154,27 @@ def of(config: Config, memory: str) -> Config:
     return altered(config, memory=memory)
 
 
-def fitting(config: Config, card: int) -> list[Row]:
+def fitting(args: Args, share: int) -> list[Row]:
     """The longest clips at the config's batch, and its largest multiple at T=16, by size and memory."""
+    card = int(args.card * GB)
     print(f"largest T | batch factor at T=16, that fit {card / GB:g} GB, the reserve included; from two counts each")
     rows = []
-    for size in SIZES:
+    for size in args.sizes:
         for memory in MEMORY:
-            config = replace(of(config, memory), size=size)
-            frames = largest(replace(config, frames=64), card, over="frames", confirm=False)
-            batch = largest(replace(config, frames=16), card, over="batch", confirm=False)
-            print(f"    {size:3}x{size:<3} | {memory:9} | {frames:5} | {batch:4}", flush=True)
-            rows.append(row(f"fits {size}x{size}", "counted", config, card=card, frames=frames, batch_factor=batch))
+            config = replace(of(args, memory), size=size)
+            longest, widest = replace(config, frames=64), replace(config, frames=16)
+            frames = largest(longest, card, over="frames", num_replicas=share, confirm=False)
+            batch = largest(widest, card, over="batch", num_replicas=share, confirm=False)
+            found = {"card": card, "frames": frames, "batch_factor": batch}
+            if args.confirm:
+                tried = {"frames": scaled(longest, "frames", frames), "batch_factor": scaled(widest, "batch", batch)}
+                found |= {f"{name}_ran": confirmed(trial, share, card) for name, trial in tried.items() if found[name]}
+            print(
+                f"    {size:3}x{size:<3} | {memory:9} | {frames:5} | {batch:4}"
+                + "".join(f" | {name} {value}" for name, value in found.items() if name.endswith("_ran")),
+                flush=True,
+            )
+            rows.append(row(f"fits {size}x{size}", "counted", config, **found))
     return rows
 
 
@@ -130,18 +183,20 @@ def main(args: Args) -> None:
     if args.json is not None and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: its folder does not exist; create it first")
     args.check()
+    if args.confirm and not torch.cuda.is_available():
+        raise UserError("--confirm: PyTorch sees no GPU here")
     share = args.replicas or 1
     print(
         f"reserve, assumed: {CONTEXT_BYTES / GB:g} GB for context and libraries, {FRAGMENTATION:.0%} for fragmentation"
     )
     rows = [counted(args, share)]
     if torch.cuda.is_available():
-        rows.append(measured(args, share))
+        rows += [measured(replace(args, graphs=graphs), share) for graphs in (False, True)]
     if args.timed:
         torch.set_num_threads(1)
         rows += timed(Config.of("default", size=64, frames=16))
     if args.card:
-        rows += fitting(args, int(args.card * GB))
+        rows += fitting(args, share)
     assumed = {"context_bytes": CONTEXT_BYTES, "fragmentation": FRAGMENTATION}
     text = json.dumps({"bench": "memory", "commit": commit(), "machine": machine(), "assumed": assumed, "rows": rows})
     if args.json is not None:

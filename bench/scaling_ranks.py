@@ -27,6 +27,7 @@ from rlv2v.algorithm import Algorithm
 from rlv2v.config import Config
 from rlv2v.dist import Orders, Reducer, World, connect, gather
 from rlv2v.errors import UserError
+from rlv2v.graphs import NUM_PLAIN
 from rlv2v.health import Watch
 from rlv2v.timing import Clock
 
@@ -99,9 +100,10 @@ def time_steps(job: Job, world: World) -> dict[str, Any]:
     torch.manual_seed(world.rank)
     clips = random_clips(config, device)
     watch, clock, found = Watch(device), Clock(device), list[float]()
-    for number in range(job["cycles"] + 1):
+    warm = NUM_PLAIN + 1 if config.graphs and device.type == "cuda" else 1  # until every phase is recorded
+    for number in range(job["cycles"] + warm):
         wait(device)
-        if number == 1:
+        if number == warm:
             watch.read(everything=True)
             clock.read()
             world.meet()
@@ -115,7 +117,7 @@ def time_steps(job: Job, world: World) -> dict[str, Any]:
             watch.read()
             clock.mark("host")
         wait(device)
-        if number:  # the first warms up
+        if number >= warm:
             found.append((time.perf_counter() - began) / cycle(config))
     watch.read(everything=True)
     return {"step": slowest(found, world), "parts": clock.read()}

@@ -43,6 +43,7 @@ from rlv2v.cli import run_command
 from rlv2v.config import Config
 from rlv2v.device import pick_device
 from rlv2v.errors import UserError
+from rlv2v.graphs import NUM_PLAIN
 
 # Relative, of every step that is compared. Float64 tells that both are one algorithm. What float32 adds is rounding:
 # the twin's normalisation divides by the root of mean(x^2) - mean(x)^2, which on even frames is small beside either,
@@ -67,13 +68,13 @@ class Args:
     stretch: int = 3
     """Rounds of one form before the other's turn."""
     warm: int = 2
-    """Rounds of each before; with --graphs every phase is recorded after 4."""
+    """Rounds of each before; at least 4 with graphs, after which every phase is recorded."""
     check: int = 2
     """Rounds in which they are compared, before; from the second on they draw stored transitions too."""
     device: str = "auto"
     """Torch device; auto: cuda where there is one."""
-    graphs: bool = False
-    """Record our step as CUDA graphs."""
+    graphs: bool = True
+    """On a GPU record our step as CUDA graphs."""
     threads: int = 1
     """CPU threads."""
     json: Path | None = None
@@ -145,7 +146,8 @@ def timed(config: Config, args: Args, device: torch.device) -> dict[str, list[fl
             return theirs.submit(time_plain, ids).result()
 
         round_steps = steps_of_round(config)
-        time_rounds(fast, plain, round_steps, args.warm, args.stretch)
+        warm = max(args.warm, NUM_PLAIN + 1) if config.graphs else args.warm
+        time_rounds(fast, plain, round_steps, warm, args.stretch)
         return time_rounds(fast, plain, round_steps, args.rounds, args.stretch)
 
 
@@ -188,6 +190,7 @@ def main(args: Args) -> None:
         raise UserError("--rounds, --frames: expected at least 2; --check, --warm, --threads, --stretch: at least 1")
     device = pick_device(args.device)
     torch.set_num_threads(args.threads)
+    torch.backends.cudnn.allow_tf32 = False  # float32 in both: the comparison asks for more digits than tf32 has
     print("case | form | us a step p50 p20 p80 | x other form")
     cases = [("default", frames) for frames in args.frames] + [("paper", frames) for frames in args.paper_frames]
     rows = [row for preset, frames in cases for row in case(preset, frames, args, device)]

@@ -116,6 +116,7 @@ _held: list[Pair] = []
 def hold(config: Config, device: torch.device, threads: int) -> None:
     """Of a process that times one form: make both, alike in every process; the other one is not used."""
     torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = False
     _held[:] = [Pair(config, device)]
 
 

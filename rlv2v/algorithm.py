@@ -24,7 +24,7 @@ from rlv2v.checkpoint import build_nets
 from rlv2v.config import Config
 from rlv2v.ddpg import Agent, Transitions, build_agents, polyak
 from rlv2v.device import on_device
-from rlv2v.graphs import Graphs, record_cuda
+from rlv2v.graphs import Graphs, Recorder
 from rlv2v.objective import Clips, discriminator_losses, generator_losses
 from rlv2v.schedule import Schedule
 
@@ -40,9 +40,14 @@ def unmarked(part: str) -> None:
     """A `Mark` that books nothing."""
 
 
+def detached(told: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a phase says: with its autograd graph, a recording would keep the weights' accumulators of its stream."""
+    return {name: value.detach() for name, value in told.items()}
+
+
 def kept(told: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a phase said, without its graph, in memory that no recording writes to again."""
-    return {name: value.detach().clone() for name, value in told.items()}
+    """What a phase said, in memory that no recording writes to again."""
+    return {name: value.clone() for name, value in told.items()}
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
@@ -118,12 +123,14 @@ class Algorithm:
         share = config.replicas // num_ranks
         self.replicas = range(rank * share, (rank + 1) * share)
         record = config.graphs and device.type == "cuda"
-        self.graphs = graphs or Graphs(record_cuda if record else None)
+        self.graphs = graphs or Graphs(Recorder() if record else None)
         self.quiet = record or graphs is not None  # a recording has no marks inside
         torch.manual_seed(config.seed)
         self.nets, self.targets = (build_nets(config).to(device) for _ in range(2))
         self.average = build_nets(config, judges=False).to(device)
-        self.agents = build_agents(self.nets, self.targets, config, self.replicas) if config.rl else {}
+        # A recording wants states of one shape.
+        crops = not self.quiet
+        self.agents = build_agents(self.nets, self.targets, config, self.replicas, crops=crops) if config.rl else {}
         self.schedule = Schedule(config, device)
 
         def descent(names: tuple[str, ...], lr: float, limit: float) -> Descent:
@@ -169,6 +176,7 @@ class Algorithm:
         for descent in self.descents.values():
             descent.set_rate(schedule.learning)
         told: dict[str, Tensor] = {}
+        inner = unmarked if self.quiet else mark  # of what lies within a phase
 
         # M = m transitions of one clip v: stored with probability eta1, else new       (Algorithm 1, inner loop)
         agent = batch = None
@@ -178,20 +186,23 @@ class Algorithm:
             with autocast(config, self.device):
                 batch, recall = agent.gather(self.videos(clips, agent.domain, rngs), rngs, schedule.progress)
             mark("replay")
-            critics, name = partial(self.critics, agent, mark), f"critics_{agent.domain}"
+            critics, name = partial(self.critics, agent, inner), f"critics_{agent.domain}"
             spoken, errors = self.graphs(name, critics, *batch)
+            mark("critics")
             told |= kept(spoken)
             agent.prioritise(recall, errors)
 
         # G and P descend L and climb J, target networks follow
         name = f"generators_{agent.domain}" if agent else "generators"
-        generators, given = partial(self.generators, agent, mark), (clips.x, clips.y, clips.z, clips.s)
+        generators, given = partial(self.generators, agent, inner), (clips.x, clips.y, clips.z, clips.s)
         spoken, fake_y, fake_x = self.graphs(name, generators, *given, at, directions, *(batch or ()))
+        mark("generators")
         told |= kept(spoken)
 
         # D ascends L_g + l_v L_v on real and generated clips                              (Algorithm 1, last lines)
-        discriminators = partial(self.discriminators, mark)
+        discriminators = partial(self.discriminators, inner)
         spoken = self.graphs("discriminators", discriminators, *given, fake_y, fake_x, at)
+        mark("discriminators")
         told |= kept(spoken)
 
         if schedule.step % MEASURE_EVERY == 0:
@@ -222,9 +233,8 @@ class Algorithm:
         with autocast(self.config, self.device):
             loss_q, errors = agent.critic_loss(transitions)
         told = {"loss_q": loss_q, "reward": transitions.rewards.mean()}
-        told["grad_q"] = descent(loss_q, "critics", self.inner(mark))
-        mark("critics")
-        return told | self.scale("scale_q", descent), errors
+        told["grad_q"] = descent(loss_q, "critics", mark)
+        return detached(told | self.scale("scale_q", descent)), errors
 
     def generators(
         self, agent: Agent | None, mark: Mark, *inputs: Tensor | None
@@ -243,7 +253,7 @@ class Algorithm:
             if agent:
                 told["actor"] = config.rl_weight * agent.actor_loss(Transitions(*batch))  # type: ignore[arg-type]
         told["loss"] = torch.stack(list(told.values())).sum()
-        told["grad"] = descent(told["loss"], "generators", self.inner(mark))
+        told["grad"] = descent(told["loss"], "generators", mark)
         for judge in (nets.d_x, nets.d_y):
             judge.requires_grad_(True)
 
@@ -259,8 +269,7 @@ class Algorithm:
         else:
             with torch.no_grad():
                 told["distance"] = domain_gap(fake_y, clips.yz, directions)
-        mark("generators")
-        return told | self.scale("scale", descent), fake_y, fake_x
+        return detached(told | self.scale("scale", descent)), fake_y, fake_x
 
     def discriminators(self, mark: Mark, *inputs: Tensor | None) -> dict[str, Tensor]:
         """What D descends: the sign of eq. 10 turned, on clips and on the generators' translations of them."""
@@ -270,13 +279,8 @@ class Algorithm:
         with autocast(self.config, self.device):
             told = discriminator_losses(self.nets, Clips(x, y, z, s), fake_y, fake_x, self.config, at)
         told["loss_d"] = torch.stack(list(told.values())).sum()
-        told["grad_d"] = descent(told["loss_d"], "discriminators", self.inner(mark))
-        mark("discriminators")
-        return told | self.scale("scale_d", descent)
-
-    def inner(self, mark: Mark) -> Mark:
-        """The mark of what lies within a phase; none where phases are recorded."""
-        return unmarked if self.quiet else mark
+        told["grad_d"] = descent(told["loss_d"], "discriminators", mark)
+        return detached(told | self.scale("scale_d", descent))
 
     def scale(self, name: str, descent: Descent) -> dict[str, Tensor]:
         """A phase's loss scale in fp16, else nothing."""

@@ -53,8 +53,8 @@ class Config:
     memory: Literal["store", "recompute", "frames"] = "store"
     """What the backward pass finds: all that was computed; without the gates, which are computed again; or only the
     state after every few frames, from which they are run again. Least time first, least memory last."""
-    graphs: bool = False
-    """Record the device's work of a step as CUDA graphs and replay it; on the CPU there is nothing to record."""
+    graphs: bool = True
+    """Record a GPU's work of a step as CUDA graphs and replay it, instead of launching every kernel anew."""
     replicas: int | None = None
     """Equal shares that the work of a step is cut into: each has the batch below and a replay buffer of its own, and
     the ranks take as many each. None: one a rank."""

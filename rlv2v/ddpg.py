@@ -185,13 +185,21 @@ class Agent:
         domain: "x" or "y"; transitions of Z belong to "y" (reading 5).
         nets, targets: the live networks and the Polyak-averaged copies pi', Q'.
         replays: this domain's buffers of uint8 frames, one for each replica of this rank.
+        crops: leave out padding that all states of a mini-batch share.
 
     What a step adds to the buffers, and the priorities that it gives, are on their way from the device meanwhile: the
     buffers take them in at the next `gather`, or before a checkpoint by `settle`. The draws are the same either way.
     """
 
     def __init__(
-        self, domain: str, nets: Nets, targets: Nets, replays: Sequence[PrioritizedReplay], config: Config
+        self,
+        domain: str,
+        nets: Nets,
+        targets: Nets,
+        replays: Sequence[PrioritizedReplay],
+        config: Config,
+        *,
+        crops: bool = True,
     ) -> None:
         self.domain, self.config, self.replays = domain, config, replays
         self.d: Judge = getattr(nets, f"d_{domain}")
@@ -199,9 +207,8 @@ class Agent:
         self.q_target: Judge = getattr(targets, f"q_{domain}")
         self.policies, self.policies_target = Policies.of(nets, domain), Policies.of(targets, domain)
         self.pending: list[Callable[[], object]] = []
-        # Padding that all states share need not be run; but a recording wants one shape, and so do ranks whose
-        # normalisation runs over the clips of all.
-        self.crops = not config.graphs and "batch" not in (config.norm, config.judge_norm)
+        # Ranks whose normalisation runs over the clips of all want states of one shape.
+        self.crops = crops and "batch" not in (config.norm, config.judge_norm)
 
     def settle(self) -> None:
         """Let the buffers take in what is on its way to them."""
@@ -347,7 +354,9 @@ def prioritise(replay: PrioritizedReplay, ids: Tensor, errors: HostCopy, where: 
     replay.update_priorities(ids, errors.read()[0][where])
 
 
-def build_agents(nets: Nets, targets: Nets, config: Config, replicas: Sequence[int] = (0,)) -> dict[str, Agent]:
+def build_agents(
+    nets: Nets, targets: Nets, config: Config, replicas: Sequence[int] = (0,), *, crops: bool = True
+) -> dict[str, Agent]:
     """The agents of both domains, each with a replay buffer a replica: draws come from (seed, replica, domain)."""
 
     def replay(domain: str, replica: int) -> PrioritizedReplay:
@@ -362,7 +371,7 @@ def build_agents(nets: Nets, targets: Nets, config: Config, replicas: Sequence[i
         )
 
     return {
-        domain: Agent(domain, nets, targets, [replay(domain, replica) for replica in replicas], config)
+        domain: Agent(domain, nets, targets, [replay(domain, replica) for replica in replicas], config, crops=crops)
         for domain in DOMAINS
     }
 

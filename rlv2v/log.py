@@ -46,17 +46,17 @@ class RunLog:
         self.bar.update(min(step if self.unit == "step" else seconds, self.total) - self.bar.n)
 
     def write(self, step: int, seconds: float, values: Mapping[str, float]) -> None:
-        """One line of numbers, everywhere, with the frames a second since the last one."""
+        """One line of numbers, everywhere, with the frames a second since the last one where time has passed."""
         before, self.last = self.last, (step, seconds)
-        rate = self.frames * (step - before[0]) / max(seconds - before[1], 1e-9)
-        values = {**values, "frames_per_second": round(rate, 2)}
+        values, shown = dict(values), {"step": str(step)}
+        if seconds > before[1]:
+            rate = self.frames * (step - before[0]) / (seconds - before[1])
+            values["frames_per_second"], shown["frames/s"] = round(rate, 2), f"{rate:.0f}"
         self.file.write(json.dumps({"step": step, "seconds": round(seconds, 3), **values}) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
-        shown: dict[str, str] = {
-            name: f"{values[name]:.3g}" for name in ("loss", "loss_d", "loss_q", "gap") if name in values
-        }
-        self.bar.set_postfix({"step": str(step), "frames/s": f"{rate:.0f}"} | shown)
+        shown |= {name: f"{values[name]:.3g}" for name in ("loss", "loss_d", "loss_q", "gap") if name in values}
+        self.bar.set_postfix(shown)
 
     def strip(self, path: Path, rows: list[np.ndarray]) -> None:
         """Save clips (T,H,W,3) uint8 as rows of one PNG, a frame a column."""

@@ -61,7 +61,7 @@ class Count(NamedTuple):
 def estimate(config: Config, *, num_replicas: int = 1) -> Bytes:
     """What a step of `config` needs on a rank with `num_replicas` replicas and clips of all four sets.
 
-    The most of its phases; with `graphs` all recordings together, since each keeps memory of its own.
+    The most of its phases; as CUDA graphs too, whose recordings work in one pool of memory.
     """
     counts = {phase: count(config, phase, num_replicas) for phase in phases(config)}
     nets = build_on_meta(config)
@@ -71,14 +71,9 @@ def estimate(config: Config, *, num_replicas: int = 1) -> Bytes:
     tensors = [*nets.parameters(), *nets.buffers()]
     weights = 2 * nbytes(tensors) + sum(nbytes([*g.parameters(), *g.buffers()]) for g in generators)
     gradients, optimiser = sum(moved.values()), 2 * sum(moved.values())
-    if config.graphs:
-        twice = {"critics": 2, "generators": 1 + 2 * config.rl if config.rl_every > 1 else 1 + config.rl}
-        peak = sum(twice.get(phase, 1) * found.peak for phase, found in counts.items())
-        activations = sum(twice.get(phase, 1) * found.activations for phase, found in counts.items())
-    else:
-        of_phase = {phase: gradients - moved[phase] + found.peak for phase, found in counts.items()}
-        largest_phase = max(of_phase, key=lambda phase: of_phase[phase])
-        peak, activations = of_phase[largest_phase], counts[largest_phase].activations
+    of_phase = {phase: gradients - moved[phase] + found.peak for phase, found in counts.items()}
+    largest_phase = max(of_phase, key=lambda phase: of_phase[phase])
+    peak, activations = of_phase[largest_phase], counts[largest_phase].activations
     workspace = max(0, peak - gradients - activations)
     parts = (weights, gradients, optimiser, activations, workspace)
     return Bytes(*parts, sum(parts))
@@ -255,9 +250,6 @@ def smaller(config: Config, share: int, budget: int) -> Iterator[tuple[str, int]
         return estimate(changed, num_replicas=share).reserved
 
     flags = ""
-    if config.graphs:
-        config, flags = replace(config, graphs=False), "--no-graphs "
-        yield flags.strip(), needs(config)
     for memory in ("recompute", "frames"):
         if config.memory in ("store", "recompute") and memory != config.memory:
             yield f"{flags}--memory {memory}", needs(altered(config, memory=memory))

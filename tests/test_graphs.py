@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_flatten
 
 from rlv2v.algorithm import Algorithm
 from rlv2v.config import Config
-from rlv2v.graphs import NUM_PLAIN, Graphs
+from rlv2v.errors import UserError
+from rlv2v.graphs import NUM_PLAIN, Graphs, Recorder
 from rlv2v.objective import Clips
 
 READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
@@ -50,16 +51,38 @@ class Tape(TorchDispatchMode):
                         mine.copy_(new)
 
 
-def record(phase: Callable[..., Any], inputs: tuple[Tensor | None, ...]) -> tuple[Callable[[], None], Any]:
-    """As `record_cuda`: nothing has been changed by the recording when it returns."""
-    live = [t for t in gc_tensors() if t.is_leaf]
-    before = [(t, t.detach().clone()) for t in live]
-    with Tape() as tape:
-        outputs = phase(*inputs)
-    with torch.no_grad():
-        for tensor, value in before:
-            tensor.copy_(value)
-    return tape.replay, outputs
+class Tapes(Recorder):
+    """Records as CUDA graphs that share a pool do: a replay may overwrite what the other phases gave."""
+
+    def __init__(self) -> None:
+        self.outputs: list[list[Tensor]] = []
+        self.recording = False
+
+    def plain(self, phase: Callable[..., Any], inputs: tuple[Tensor | None, ...]) -> Any:
+        return phase(*inputs)
+
+    def record(self, phase: Callable[..., Any], inputs: tuple[Tensor | None, ...]) -> tuple[Callable[[], None], Any]:
+        """Nothing has been changed by the recording when it returns."""
+        live = [t for t in gc_tensors() if t.is_leaf]
+        before = [(t, t.detach().clone()) for t in live]
+        self.recording = True
+        with Tape() as tape:
+            outputs = phase(*inputs)
+        self.recording = False
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
+        mine = [t for t in tree_flatten(outputs)[0] if isinstance(t, Tensor)]
+        assert not any(t.requires_grad for t in mine)
+        self.outputs.append(mine)
+
+        def replay() -> None:
+            for others in self.outputs:
+                for tensor in others:
+                    tensor.fill_(float("nan"))
+            tape.replay()
+
+        return replay, outputs
 
 
 STATE: list[Algorithm] = []
@@ -85,13 +108,17 @@ def clips_of(config: Config, seed: int) -> Clips:
     return Clips(*sets, noise(config.batch_s, 1))
 
 
-def run(config: Config, graphs: Graphs | None, steps: int) -> tuple[list[dict[str, float]], Algorithm]:
-    algorithm = Algorithm(config, torch.device("cpu"), graphs=graphs)
+def run(config: Config, recorder: Tapes | None, steps: int) -> tuple[list[dict[str, float]], Algorithm]:
+    algorithm = Algorithm(config, torch.device("cpu"), graphs=Graphs(recorder))
     STATE.append(algorithm)
     algorithm.start()
+
+    def mark(part: str) -> None:
+        assert recorder is None or not recorder.recording, f"{part}: an event of its own inside a recording"
+
     told = []
     for step in range(steps):
-        values = algorithm.step(clips_of(config, step))
+        values = algorithm.step(clips_of(config, step), mark)
         values |= algorithm.advance(float(step + 1), values.pop("distance"))
         told.append({name: value.item() for name, value in values.items()})
     return told, algorithm
@@ -101,12 +128,12 @@ def run(config: Config, graphs: Graphs | None, steps: int) -> tuple[list[dict[st
 @pytest.mark.parametrize("preset", ["tiny", "paper"])
 def test_a_recorded_run_is_the_plain_run(preset: str, precision: str) -> None:
     small = {"size": 16, "frames": 4, "widths": (4, 8), "judge_widths": (4, 8), "rl_every": 1, "steps": 40}
-    config = Config.of(preset, replicas=1, precision=precision, replay_alpha=0.5, graphs=True, **small).check()
+    config = Config.of(preset, replicas=1, precision=precision, replay_alpha=0.5, **small).check()
     steps = 2 * NUM_PLAIN + 5  # each domain's turn comes every second step
-    graphs = Graphs(record)
-    recorded, ours = run(config, graphs, steps)
+    recorded, ours = run(config, Tapes(), steps)
     plain, theirs = run(config, None, steps)
-    assert set(graphs._recorded) == {"critics_x", "critics_y", "generators_x", "generators_y", "discriminators"}
+    phases = {"critics_x", "critics_y", "generators_x", "generators_y", "discriminators"}
+    assert set(ours.graphs._recorded) == phases
     assert recorded == plain
     for name, part in ours.parts.items():
         mine, other = (tree_flatten(p.state_dict())[0] for p in (part, theirs.parts[name]))
@@ -117,12 +144,14 @@ def test_a_recorded_run_is_the_plain_run(preset: str, precision: str) -> None:
 def test_a_number_of_the_host_would_be_missed() -> None:
     """The tape is no tautology: what it may not replay right, it replays wrong."""
     number, held = [1.0], torch.zeros(2)
-    graphs = Graphs(lambda phase, inputs: simple(phase, inputs))
 
-    def simple(phase: Callable[..., Any], inputs: Any) -> Any:
-        with Tape() as tape:
-            outputs = phase(*inputs)
-        return tape.replay, outputs
+    class Simple(Tapes):
+        def record(self, phase: Callable[..., Any], inputs: Any) -> Any:
+            with Tape() as tape:
+                outputs = phase(*inputs)
+            return tape.replay, outputs
+
+    graphs = Graphs(Simple())
 
     def phase(x: Tensor) -> Tensor:
         held.add_(x)
@@ -134,6 +163,37 @@ def test_a_number_of_the_host_would_be_missed() -> None:
     assert got.tolist() != (torch.ones(2) * number[0] + held).tolist()
     with pytest.raises(RuntimeError, match="host would wait"), Tape():
         torch.ones(1).item()
+
+
+def test_nothing_is_recorded_before_all_had_their_plain_calls() -> None:
+    """Else the plain calls of one phase would need memory beside the recordings of the others."""
+    recorded: list[str] = []
+
+    class Names(Tapes):
+        def record(self, phase: Callable[..., Any], inputs: Any) -> Any:
+            recorded.append(phase())
+            return lambda: None, None
+
+    graphs = Graphs(Names())
+    for _ in range(NUM_PLAIN):
+        for name in ("often", "often", "seldom"):
+            assert graphs(name, lambda name=name: name) == name
+    assert not recorded
+    for name in ("often", "seldom", "often"):
+        graphs(name, lambda name=name: name)
+    assert recorded == ["often", "seldom"]
+
+
+def test_what_cannot_be_recorded_says_how_to_go_on() -> None:
+    class Broken(Tapes):
+        def record(self, phase: Callable[..., Any], inputs: Any) -> Any:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nCompile with ...")
+
+    graphs = Graphs(Broken())
+    for _ in range(NUM_PLAIN):
+        graphs("critics", list)
+    with pytest.raises(UserError, match=r"phase 'critics' .*\(CUDA error: .* capturing\); train with --no-graphs"):
+        graphs("critics", list)
 
 
 def test_a_step_reads_nothing_back() -> None:

@@ -216,7 +216,6 @@ def test_modes_need_less_in_their_order_and_more_needs_more() -> None:
     assert need["store"] > need["recompute"] > need["frames"]
     assert estimate(config, num_replicas=2).activations > 1.9 * estimate(config).activations
     assert estimate(replace(config, precision="bf16")).activations < 0.9 * estimate(config).activations
-    assert estimate(replace(config, graphs=True)).total > 2 * estimate(config).total - estimate(config).weights * 5
     found = estimate(config)
     assert found.total == sum(found[:-1])
     assert found.optimiser == 2 * found.gradients
