@@ -25,6 +25,7 @@ from rlv2v.algorithm import Algorithm, autocast
 from rlv2v.checkpoint import build_nets
 from rlv2v.cli import run_command
 from rlv2v.config import Config
+from rlv2v.device import grow_segments
 from rlv2v.errors import UserError
 from rlv2v.ghosts import CPU
 from rlv2v.graphs import NUM_PLAIN
@@ -47,7 +48,8 @@ class Args(Config):
     sizes: tuple[int, ...] = SIZES
     """Of the frames in that table, pixels."""
     confirm: bool = False
-    """Run steps of what the table says fits, on this GPU, in no more memory than the card has beside a context."""
+    """Instead of a step of these settings run, on this GPU, steps of what the table says fits, in no more memory than
+    the card has beside a context."""
     timed: bool = False
     """Time a generator step that keeps memory in each way, on this CPU, one thread."""
 
@@ -67,13 +69,12 @@ def counted(config: Config, share: int) -> Row:
     return row(case, "counted", config, **found._asdict(), with_reserve=found.reserved)
 
 
-def run_steps(config: Config, share: int, rounds: int, settled: int = 0) -> None:
-    """Steps on this GPU, in rounds in which each domain has its turn; after `settled` of them peaks count anew."""
+def run_steps(config: Config, share: int, num: int, settled: int = 0) -> None:
+    """Steps on this GPU; after `settled` of them peaks count anew."""
     device = torch.device("cuda")
     algorithm = Algorithm(replace(config, replicas=share), device)
-    of_round = 2 * config.rl_every
-    for number in range(rounds * of_round):
-        if number == settled * of_round:
+    for number in range(num):
+        if number == settled:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         with torch.device(device):
@@ -93,8 +94,9 @@ def forget() -> None:
 def measured(config: Config, share: int) -> Row:
     """The peak of the CUDA allocator over real steps, of what was asked of it and of what it holds."""
     forget()
-    settled = NUM_PLAIN + 1 if config.graphs else 1  # every optimiser has its moments, every phase is recorded
-    run_steps(config, share, settled + 2, settled)
+    of_round = 2 * config.rl_every  # in which each domain has its turn
+    settled = of_round * (NUM_PLAIN + 1 if config.graphs else 1)  # all moments are there, every phase is recorded
+    run_steps(config, share, settled + 2 * of_round, settled)
     total, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     free, whole = torch.cuda.mem_get_info()
     beside = whole - free - torch.cuda.memory_reserved()
@@ -109,12 +111,12 @@ def measured(config: Config, share: int) -> Row:
 
 
 def confirmed(config: Config, share: int, card: int) -> bool:
-    """Whether a round of steps runs in what a card has beside `CONTEXT_BYTES`."""
+    """Whether steps with transitions of either domain run in what a card has beside `CONTEXT_BYTES`."""
     forget()
     whole = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, (card - CONTEXT_BYTES) / whole))
     try:
-        run_steps(config, share, 1)
+        run_steps(config, share, config.rl_every + 1)
     except torch.OutOfMemoryError:
         return False
     finally:
@@ -186,19 +188,19 @@ def main(args: Args) -> None:
     if args.confirm and not torch.cuda.is_available():
         raise UserError("--confirm: PyTorch sees no GPU here")
     share = args.replicas or 1
-    print(
-        f"reserve, assumed: {CONTEXT_BYTES / GB:g} GB for context and libraries, {FRAGMENTATION:.0%} for fragmentation"
-    )
+    print(f"reserve: {CONTEXT_BYTES / GB:g} GB for context and libraries, {FRAGMENTATION:.0%} for fragmentation")
     rows = [counted(args, share)]
     if torch.cuda.is_available():
+        grow_segments()
+    if torch.cuda.is_available() and not args.confirm:
         rows += [measured(replace(args, graphs=graphs), share) for graphs in (False, True)]
     if args.timed:
         torch.set_num_threads(1)
         rows += timed(Config.of("default", size=64, frames=16))
     if args.card:
         rows += fitting(args, share)
-    assumed = {"context_bytes": CONTEXT_BYTES, "fragmentation": FRAGMENTATION}
-    text = json.dumps({"bench": "memory", "commit": commit(), "machine": machine(), "assumed": assumed, "rows": rows})
+    reserve = {"context_bytes": CONTEXT_BYTES, "fragmentation": FRAGMENTATION}
+    text = json.dumps({"bench": "memory", "commit": commit(), "machine": machine(), "reserve": reserve, "rows": rows})
     if args.json is not None:
         args.json.write_text(text + "\n")
     print(text)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,6 +24,19 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device: expected one that torch can use here, got {name!r} ({reason}); try cpu") from None
+
+
+def grow_segments() -> None:
+    """Let torch's allocator on GPUs grow and shrink its segments, where the environment says nothing else.
+
+    Cut from segments of fixed size, the memory of plain steps was of no use to their recordings and could not be given
+    back: a step of the workstation preset held 6.8 GB where 5.7 were in use.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        change = (
+            getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
+        )
+        change("expandable_segments:True")
 
 
 def on_device(values: Tensor | np.ndarray, device: torch.device) -> Tensor:

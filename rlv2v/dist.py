@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlv2v.device import pick_device
+from rlv2v.device import grow_segments, pick_device
 from rlv2v.errors import UserError
 
 NUM_BUCKETS = 4  # a phase; fewer where they would be small
@@ -132,6 +132,8 @@ def connect(device: str) -> World:
     Raises:
         UserError: no such device, or the ranks cannot reach each other.
     """
+    if torch.cuda.is_available():
+        grow_segments()
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return World(pick_device(device))
     local = int(os.environ.get("LOCAL_RANK", "0"))
