@@ -193,10 +193,12 @@ def main(args: Args) -> None:
     torch.backends.cudnn.allow_tf32 = False  # float32 in both: the comparison asks for more digits than tf32 has
     print("case | form | us a step p50 p20 p80 | x other form")
     cases = [("default", frames) for frames in args.frames] + [("paper", frames) for frames in args.paper_frames]
-    rows = [row for preset, frames in cases for row in case(preset, frames, args, device)]
-    text = json.dumps({"bench": "train_step", "commit": commit(), "machine": machine(args.threads), "rows": rows})
-    if args.json is not None:
-        args.json.write_text(text + "\n")
+    rows: list[dict[str, Any]] = []
+    for preset, frames in cases:
+        rows += case(preset, frames, args, device)
+        text = json.dumps({"bench": "train_step", "commit": commit(), "machine": machine(args.threads), "rows": rows})
+        if args.json is not None:  # after each case: a large T takes long
+            args.json.write_text(text + "\n")
     print(text)
     if not all(row["valid"] for row in rows):
         raise SystemExit(1)

@@ -345,6 +345,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "size": 128,
         "frames": 16,
         "precision": "bf16",
+        "graphs": False,  # its recordings would need 0.8 GB more
         "widths": (32, 64, 128),
         "judge_widths": (32, 64, 128, 128, 128),
         "batch_x": 1,

@@ -27,9 +27,11 @@ from rlv2v.objective import Clips, Gains, discriminator_losses, generator_losses
 
 GB = 10**9
 CONTEXT_BYTES = GB
-"""The CUDA context, the kernels of torch and cuDNN, and the recordings: 0.8 and 0.2 GB on an H200."""
+"""What else a card holds: the CUDA context and the kernels of torch and cuDNN, 0.8 GB on an H200, and a screen."""
 FRAGMENTATION = 0.1
-"""Of what is counted: cuDNN's workspace, 0.03 on an H200, and what the allocator holds beyond what is asked of it."""
+"""Of what is counted: cuDNN's workspace and what the allocator holds beyond what is asked of it, 0.07 on an H200."""
+RECORDING_BYTES, RECORDING = GB // 5, 0.1
+"""CUDA graphs: what they take beside the allocator, and of what is counted beside the pool that they work in."""
 MOVES = {"generators": GENERATORS, "discriminators": JUDGES, "critics": ("q_x", "q_y")}
 Over = Literal["frames", "batch", "size"]
 
@@ -61,7 +63,8 @@ class Count(NamedTuple):
 def estimate(config: Config, *, num_replicas: int = 1) -> Bytes:
     """What a step of `config` needs on a rank with `num_replicas` replicas and clips of all four sets.
 
-    The most of its phases; as CUDA graphs too, whose recordings work in one pool of memory.
+    The most of its phases, which as CUDA graphs work in one pool too; with `graphs` the recordings besides, as
+    workspace.
     """
     counts = {phase: count(config, phase, num_replicas) for phase in phases(config)}
     nets = build_on_meta(config)
@@ -75,6 +78,8 @@ def estimate(config: Config, *, num_replicas: int = 1) -> Bytes:
     largest_phase = max(of_phase, key=lambda phase: of_phase[phase])
     peak, activations = of_phase[largest_phase], counts[largest_phase].activations
     workspace = max(0, peak - gradients - activations)
+    if config.graphs:
+        workspace += RECORDING_BYTES + int(RECORDING * (weights + optimiser + peak))
     parts = (weights, gradients, optimiser, activations, workspace)
     return Bytes(*parts, sum(parts))
 
@@ -228,10 +233,11 @@ def multiple(config: Config) -> int:
 def advise(config: Config, device: torch.device, budget_bytes: int | None = None) -> str:
     """For a user whose run ran out of memory on `device`: what a step needs, and the first change that makes it fit.
 
-    The changes, in this order, each with those before it: `--memory recompute`, `--memory frames`, half the batch and
-    so on, fewer frames, smaller frames.  budget_bytes: the device's memory when None.
+    The changes, in this order, each with those before it: `--no-graphs`, `--memory recompute`, `--memory frames`, half
+    the batch and so on, fewer frames, smaller frames.  budget_bytes: the device's memory when None.
     """
     budget = device_bytes(device) if budget_bytes is None else budget_bytes
+    config = replace(config, graphs=config.graphs and device.type == "cuda")
     share = max(1, (config.replicas or 1) // dist.num_ranks())
     needed = estimate(config, num_replicas=share).reserved
     said = f"a step of this run needs about {gb(needed)}, {device} has {gb(budget)}"
@@ -250,6 +256,9 @@ def smaller(config: Config, share: int, budget: int) -> Iterator[tuple[str, int]
         return estimate(changed, num_replicas=share).reserved
 
     flags = ""
+    if config.graphs:
+        config, flags = replace(config, graphs=False), "--no-graphs "
+        yield flags.strip(), needs(config)
     for memory in ("recompute", "frames"):
         if config.memory in ("store", "recompute") and memory != config.memory:
             yield f"{flags}--memory {memory}", needs(altered(config, memory=memory))

@@ -26,7 +26,7 @@ from rlv2v.objective import Clips, Gains, discriminator_losses, generator_losses
 
 T, SIZE = 5, 16
 MODES = ("store", "recompute", "frames")
-TINY = Config.of("tiny", frames=T)
+TINY = Config.of("tiny", frames=T, graphs=False)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -216,6 +216,9 @@ def test_modes_need_less_in_their_order_and_more_needs_more() -> None:
     assert need["store"] > need["recompute"] > need["frames"]
     assert estimate(config, num_replicas=2).activations > 1.9 * estimate(config).activations
     assert estimate(replace(config, precision="bf16")).activations < 0.9 * estimate(config).activations
+    recorded = estimate(replace(config, graphs=True))
+    assert recorded.workspace - estimate(config).workspace > memory.RECORDING_BYTES
+    assert recorded.activations == estimate(config).activations, "recordings share a pool"
     found = estimate(config)
     assert found.total == sum(found[:-1])
     assert found.optimiser == 2 * found.gradients
@@ -235,6 +238,11 @@ def test_advice_names_the_first_change_that_fits() -> None:
     config, cpu = replace(TINY, frames=16, size=32), torch.device("cpu")
     need = {kept: estimate(replace(config, memory=kept)).reserved for kept in MODES}  # type: ignore[arg-type]
     assert "; --memory recompute needs " in advise(config, cpu, need["recompute"])
+    on_gpu = advise(replace(config, graphs=True), torch.device("cuda"), need["store"])
+    assert "; --no-graphs needs " in on_gpu
+    assert "--no-graphs" not in advise(replace(config, graphs=True), cpu, need["store"] - 1), "the CPU records nothing"
+    on_gpu = advise(replace(config, graphs=True), torch.device("cuda"), need["recompute"])
+    assert "; --no-graphs --memory recompute needs " in on_gpu
     assert "; --memory frames needs " in advise(config, cpu, need["recompute"] - 1)
     less = advise(config, cpu, need["frames"] - 1)
     assert "; --memory frames --batch-x 1 --batch-y 1 --batch-z 1 --batch-s 2 --transitions 1 needs " in less
