@@ -340,7 +340,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "replay_capacity": 32,
         "warmup_cache": False,
     },
-    # Counted by rlv2v.memory, with its reserve: 6.6 GB. Widths are multiples of 32, which the tensor cores take whole.
+    # Counted by rlv2v.memory, with its reserve: 7.1 GB. Widths are multiples of 32, which the tensor cores take whole.
     "workstation": {
         "size": 128,
         "frames": 16,
