@@ -12,13 +12,13 @@ from rlv2v.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """The named torch device ("cpu", "cuda", "cuda:1"), tried out; "auto" is cuda where there is one.
+    """The named torch device ("cpu", "cuda", "cuda:1"), tried out; "auto" is cuda where there is one. GPUs have numbers.
 
     Raises:
         UserError: torch cannot use it here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -132,16 +132,16 @@ def connect(device: str) -> World:
     Raises:
         UserError: no such device, or the ranks cannot reach each other.
     """
-    if torch.cuda.is_available():
+    alone, gpu = "RANK" not in os.environ or "WORLD_SIZE" not in os.environ, torch.cuda.is_available()
+    if gpu:
         grow_segments()
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return World(pick_device(device))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if device in ("auto", "cuda") and torch.cuda.is_available():
-        device = f"cuda:{local}"
+    if not alone and gpu and device in ("auto", "cuda"):
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     picked = pick_device(device)
-    if picked.type == "cuda":
+    if picked.type == "cuda":  # streams, events and recordings are those of the current device
         torch.cuda.set_device(picked)
+    if alone:
+        return World(picked)
     try:
         store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
         # torchrun may keep one store over its restarts, with the addresses of ranks that are dead by now

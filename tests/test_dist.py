@@ -108,6 +108,25 @@ def test_alone_everything_is_one_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert restarts() == 2
 
 
+@pytest.mark.parametrize("ranks", [False, True])
+def test_a_process_works_on_the_gpu_it_was_given(ranks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams, events and recordings are those of torch's current device."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dist, "grow_segments", lambda: None)
+    monkeypatch.setattr(dist, "pick_device", torch.device)
+    monkeypatch.setattr(dist.dist, "rendezvous", lambda url: iter(()))  # nobody to meet
+    if ranks:
+        for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(StopIteration):
+            connect("auto")
+    else:
+        assert connect("cuda:1").device == torch.device("cuda:1")
+    assert current == [torch.device("cuda:1")]
+
+
 def test_a_rank_that_is_gone_is_said_in_one_line(tmp_path: Path) -> None:
     script = tmp_path / "gone.py"
     script.write_text(
