@@ -12,7 +12,7 @@ from rlv2v.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """The named torch device ("cpu", "cuda", "cuda:1"), tried out; "auto" is cuda where there is one. GPUs have numbers.
+    """The named torch device ("cpu", "cuda", "cuda:1"), tried out; "auto" is cuda where there is one.
 
     Raises:
         UserError: torch cannot use it here.
