@@ -1,12 +1,15 @@
-"""Where the time goes: parts that add up to what has passed."""
+"""Where the time goes: parts that add up to what has passed, and frames a second."""
 
 from __future__ import annotations
 
 import time
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
 
+from rlv2v.log import RunLog, read_metrics
 from rlv2v.timing import PARTS, Clock
 
 
@@ -44,3 +47,13 @@ def test_on_a_gpu_by_events() -> None:
     clock.step()
     torch.cuda.set_sync_debug_mode("default")
     assert clock.read()["time_generators"] > 0
+
+
+def test_frames_a_second_are_told_when_time_has_passed(tmp_path: Path) -> None:
+    """Several ranks hear the clock a step late, at first what it was before the first step."""
+    with closing(RunLog(tmp_path, step=0, seconds=4.0, total=("step", 20.0), frames=30)) as log:
+        for step, seconds in ((1, 4.0), (11, 6.0)):
+            log.write(step, seconds, {"loss": 1.0})
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert "frames_per_second" not in first
+    assert second["frames_per_second"] == 150.0
