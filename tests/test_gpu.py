@@ -151,7 +151,7 @@ def test_out_of_memory_is_advice(data: Path, tmp_path: Path) -> None:
     whole = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(2 * 2**30 / whole)
     try:
-        with pytest.raises(UserError, match=r"out of memory.*add --no-graphs"):
+        with pytest.raises(UserError, match=r"out of memory.*--no-graphs"):
             train(Config.of("tiny", data=data, out=tmp_path / "run", size=512, frames=4, batch_x=64))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
