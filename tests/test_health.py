@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import rlv2v.train
 from rlv2v.checkpoint import build_nets
 from rlv2v.config import Config
 from rlv2v.data.synth import Counts, write_dataset
 from rlv2v.errors import UserError
-from rlv2v.health import Watch, check_numbers, check_weights
+from rlv2v.health import LAG, Watch, check_numbers, check_weights
 from rlv2v.losses import Nets
 from rlv2v.store import Checkpoints
 from rlv2v.train import train
@@ -56,9 +57,11 @@ def test_a_weight_that_is_no_number_is_named(bad: float) -> None:
         check_weights(nets.named_children(), 5)
 
 
-@pytest.mark.parametrize("where", ["loss", "weight"])
-def test_the_last_good_checkpoint_is_kept(tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that goes wrong at step 6 of 9, with a checkpoint after every step."""
+@pytest.mark.parametrize(("where", "lag"), [("loss", 0), ("loss", LAG), ("weight", 0)])
+def test_the_last_good_checkpoint_is_kept(
+    tmp_path: Path, where: str, lag: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes wrong at step 6 of 9, with a checkpoint after every step; numbers come late from a GPU."""
     data, run = tmp_path / "data", tmp_path / "run"
     write_dataset(data, size=16, frames=4, counts=Counts(x=8, y=4, z=4, s=4, val=2, test=2))
     from rlv2v import algorithm
@@ -73,6 +76,12 @@ def test_the_last_good_checkpoint_is_kept(tmp_path: Path, where: str, monkeypatc
                 nets.q_x.hidden.bias[0] = NAN  # in no loss of this step
         return told, out, back
 
+    class Late(Watch):
+        def __init__(self, device: torch.device) -> None:
+            super().__init__(device)
+            self._lag = lag
+
+    monkeypatch.setattr(rlv2v.train, "Watch", Late)
     calls: list[int] = []
     original = algorithm.generator_losses
     monkeypatch.setattr(algorithm, "generator_losses", poisoned)
