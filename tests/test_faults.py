@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -147,9 +148,10 @@ def test_killed_at_any_moment_the_run_ends_as_if_nothing_had_happened(tmp_path: 
     assert survive.finish(survive.TRAIN + survive.flags(data, tmp_path / "whole", number)) is None
     wanted = survive.contents(tmp_path / "whole", number)
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    for kill, after in enumerate((2.0, 4.5, 7.0)):
-        run = tmp_path / f"kill-{kill}"
-        row = survive.kill_and_resume(data, run, number, after)
+    kills = {tmp_path / f"kill-{after:g}": after for after in (2.0, 4.5, 7.0)}
+    with ThreadPoolExecutor(2) as pool:
+        rows = list(pool.map(lambda run: survive.kill_and_resume(data, run, number, kills[run]), kills))
+    for run, row in zip(kills, rows, strict=True):
         assert row["fault"] is None, row
         assert survive.same(survive.contents(run, number), wanted), row
         again = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
