@@ -1,4 +1,4 @@
-"""How long a checkpoint holds the training up: rlv2v.store's snapshot against torch.save on the same thread.
+"""How long a checkpoint holds the training up: rlv2v.checkpoint.store's snapshot against torch.save on the same thread.
 
     python bench/checkpoint.py [--json F] [--folder .]
 
@@ -24,12 +24,12 @@ import torch
 from machine import commit, machine
 from torch import Tensor
 
-from rlv2v.checkpoint import build_nets
+from rlv2v.checkpoint.store import Checkpoints
 from rlv2v.cli import run_command
 from rlv2v.config import Config
 from rlv2v.errors import UserError
+from rlv2v.model.build import build_nets
 from rlv2v.replay import PrioritizedReplay
-from rlv2v.store import Checkpoints
 
 CASES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -59,9 +59,9 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         torch.manual_seed(0)
-        nets, targets, average = build_nets(config), build_nets(config), build_nets(config, judges=False)
+        nets, targets, average = build_nets(config), build_nets(config), build_nets(config, discriminators=False)
         self.parts: dict[str, Any] = {"nets": nets, "targets": targets, "average": average}
-        for name, prefixes in (("generators", "gp"), ("judges", "d"), ("critics", "q")):
+        for name, prefixes in (("generators", "gp"), ("discriminators", "d"), ("critics", "q")):
             weights = [p for n, p in nets.named_parameters() if n[0] in prefixes]
             adam = torch.optim.AdamW(weights, fused=True)
             for weight in weights:

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from convlstm_rows import (
     Case,
-    Clock,
     Contender,
     Row,
+    StepTimer,
     case_rows,
     copy,
     cuda_us,
@@ -274,7 +274,7 @@ def layer_rows(
         if why is not None:
             missing[f"{name}, {form.label}"] = why
             print(f"{name} | {form.label:30} | not measured: {why}", flush=True)
-    clock: Clock = cuda_us if device == "cuda" else wall_us
+    clock: StepTimer = cuda_us if device == "cuda" else wall_us
     rows: list[Row] = []
     dtypes = dict.fromkeys(layer.form.dtype for layer in layers)
     for one in passes:

@@ -18,7 +18,7 @@ from rlv2v.kernels.reference import LIMITS
 Row = dict[str, Any]
 Times = dict[str, list[float]]
 Call = Callable[[], object]
-Clock = Callable[[Call], float]
+StepTimer = Callable[[Call], float]
 HEADER = "case | pass | backend | us p50 p20 p80 | GB/s or GFLOP/s | % of limit | x eager"
 PEER_SLACK = (
     2  # times our own limits: in 16 bits most peers keep the cells in 16 bits, and none is to be left out for that
@@ -106,7 +106,7 @@ def cuda_us(call: Call) -> float:
     return before.elapsed_time(after) * 1e3
 
 
-def in_turn(calls: Mapping[str, Call], rounds: int, clock: Clock = wall_us) -> Times:
+def in_turn(calls: Mapping[str, Call], rounds: int, clock: StepTimer = wall_us) -> Times:
     """Microseconds of each, all of them in every round, in an order of its own; each is warmed up before."""
     times: Times = {name: [] for name in calls}
     repeats = dict.fromkeys(calls, 1)
@@ -163,7 +163,7 @@ def floor_us(contender: Contender, limits: Iterable[tuple[Contender, float]]) ->
     return max(floors, default=None)
 
 
-def case_rows(case: Case, rounds: int, clock: Clock = wall_us) -> list[Row]:
+def case_rows(case: Case, rounds: int, clock: StepTimer = wall_us) -> list[Row]:
     """Time the valid contenders of a case, print the lines; the others' rows have no times, but what they got wrong.
 
     `speedup_over` has every peer of the case, whatever its dtype.

@@ -21,7 +21,7 @@ from data_peers import FRAMES, SIZE, rss_mib
 from rlv2v import train
 from rlv2v.config import Config
 from rlv2v.data.index import Dataset, open_dataset
-from rlv2v.data.pipeline import Batch, Loader
+from rlv2v.data.loader import Batch, Loader
 
 Result = TypeVar("Result")
 

@@ -82,11 +82,11 @@ class Way(ABC):
 class Ours(Way):
     """What a thread of the loader does for one draw, cache off."""
 
-    module = "rlv2v.data.pipeline"
+    module = "rlv2v.data.loader"
 
     def open(self, files: list[str]) -> None:
         from rlv2v.data.index import index_folder
-        from rlv2v.data.pipeline import Cache, ClipReader
+        from rlv2v.data.loader import Cache, ClipReader
 
         super().open(files)
         self.sources = [s for s in index_folder(Path(files[0]).parent, frames=FRAMES) if s.status == "ok"]
@@ -95,7 +95,7 @@ class Ours(Way):
         self.reader = ClipReader(Cache(0), SIZE)
 
     def read(self, file: int, start: int) -> Array:
-        from rlv2v.data.draws import Draw
+        from rlv2v.data.sampler import Draw
 
         return self.reader.clip(Draw(self.sources[file], start, (0.5, 0.5), (False, False, False)), FRAMES)
 
@@ -105,7 +105,7 @@ class OursEndToEnd(Ours):
 
     def open(self, files: list[str]) -> None:
         from rlv2v.data.index import Dataset
-        from rlv2v.data.pipeline import Loader
+        from rlv2v.data.loader import Loader
 
         super().open(files)
         dataset = Dataset(Path(files[0]).parent, {"x": self.sources, "y": [], "z": [], "s": []}, [], "")

@@ -20,17 +20,17 @@ import torch
 from machine import commit, machine
 from torch import Tensor
 
-from rlv2v.checkpoint import build_nets
 from rlv2v.cli import run_command
 from rlv2v.config import Config
 from rlv2v.errors import UserError
-from rlv2v.losses import Nets
-from rlv2v.losses_ref import discriminator_losses_ref, generator_losses_ref
-from rlv2v.objective import Clips, Gains, discriminator_losses, generator_losses
+from rlv2v.method.clips import Clips, Gains
+from rlv2v.method.losses_ref import discriminator_losses_ref, generator_losses_ref
+from rlv2v.method.objective import discriminator_losses, generator_losses
+from rlv2v.model.build import Nets, build_nets
 
 TOLERANCE = {"value": 1e-6, "gradient": 5e-6}  # relative, fp32
 ADDITIONS = ("cycle", "identity", "contrast", "mask_prior", "colours")
-PAPER_TERMS: dict[str, Any] = {"judge_frames": 0} | dict.fromkeys(ADDITIONS, 0.0)
+PAPER_TERMS: dict[str, Any] = {"disc_frames": 0} | dict.fromkeys(ADDITIONS, 0.0)
 LEARNED, JUDGED = ("g_x", "g_y", "p_x", "p_y"), ("d_x", "d_y")
 
 

@@ -2,7 +2,8 @@
 
     python bench/memory.py --preset workstation [--size 128 --frames 16 --memory frames ...] [--json F]
 
-Bytes by weights, gradients, optimiser, activations and workspace: counted (`rlv2v.memory`) everywhere, and on a GPU
+Bytes by weights, gradients, optimiser, activations and workspace: counted (`rlv2v.method.memory`) everywhere,
+and on a GPU
 also measured, as the allocator's own peak over real steps, as CUDA graphs and without. Then, counted, what fits a card
 of `--card` GB at `--sizes`, with each way to keep memory; with `--confirm` a GPU runs steps of that within as much
 memory as such a card leaves. Flags are those of the training; all that is counted is of one rank.
@@ -21,16 +22,28 @@ from typing import Any
 import torch
 from machine import commit, machine
 
-from rlv2v.algorithm import Algorithm, autocast
-from rlv2v.checkpoint import build_nets
 from rlv2v.cli import run_command
 from rlv2v.config import Config
-from rlv2v.device import grow_segments
 from rlv2v.errors import UserError
-from rlv2v.ghosts import CPU
-from rlv2v.graphs import NUM_PLAIN
-from rlv2v.memory import CONTEXT_BYTES, FRAGMENTATION, GB, RUN, altered, count, estimate, largest, scaled, some_clips
-from rlv2v.model.parts import MEMORY
+from rlv2v.method.memory import (
+    CONTEXT_BYTES,
+    FRAGMENTATION,
+    GB,
+    RUN,
+    altered,
+    count,
+    estimate,
+    largest,
+    scaled,
+    some_clips,
+)
+from rlv2v.method.optim import autocast
+from rlv2v.method.step import Algorithm
+from rlv2v.model.activation_memory import MEMORY
+from rlv2v.model.build import build_nets
+from rlv2v.runtime.cuda_graphs import NUM_PLAIN
+from rlv2v.runtime.device import grow_segments
+from rlv2v.runtime.memory import CPU
 
 SIZES = (64, 128, 256)
 ROUNDS = 5  # the first warms up

@@ -13,11 +13,11 @@ import cv2
 import numpy as np
 import tyro
 
-from rlv2v.checkpoint import load_translator
+from rlv2v.checkpoint.export import load_translator
 from rlv2v.cli import run_command
-from rlv2v.data.pipeline import evaluation_clips
+from rlv2v.data.loader import evaluation_clips
 from rlv2v.errors import UserError
-from rlv2v.translate import translate_clip
+from rlv2v.method.translation import translate_clip
 
 CELL, MARGIN, LABEL = 96, 4, 150  # pixels
 

@@ -29,10 +29,9 @@ from machine import commit, machine
 
 from rlv2v.cli import run_command
 from rlv2v.data.synth import write_dataset
-from rlv2v.data.video import one_line
-from rlv2v.errors import UserError
+from rlv2v.errors import UserError, one_line
 from rlv2v.evaluate import evaluate_run, figure
-from rlv2v.metrics import METRIC_KEYS, Metrics
+from rlv2v.metrics.with_truth import METRIC_KEYS, Metrics
 
 Method = Literal["default", "bf16", "paper", "cyclegan", "no-rl", "tiny"]
 FLAGS: dict[Method, list[str]] = {

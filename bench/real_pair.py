@@ -22,9 +22,9 @@ import numpy as np
 import tyro
 
 from rlv2v.cli import run_command
-from rlv2v.data.video import fit, one_line, probe, read_frames
+from rlv2v.data.video import fit, probe, read_frames
 from rlv2v.data.writer import write_clip
-from rlv2v.errors import UserError
+from rlv2v.errors import UserError, one_line
 
 CLIP_NAME = "bikes.mp4"
 GAIN = (0.90, 0.35)

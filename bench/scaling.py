@@ -41,8 +41,8 @@ from scaling_trace import Event, Op, Send, sent_bytes, trace
 
 from rlv2v.cli import run_command
 from rlv2v.config import PRESETS, Config
-from rlv2v.device import pick_device
 from rlv2v.errors import UserError
+from rlv2v.runtime.device import pick_device
 
 Row = dict[str, Any]
 SIZES = tuple(4096 * 4**k for k in range(8))
@@ -85,7 +85,7 @@ def config_of(name: str, size: int | None = None) -> Config:
     """A preset's config, with other frames where a size is given."""
     changes: dict[str, Any] = {"size": size} if size else {}
     if name not in PRESETS:
-        name, wide = "default", {"widths": (16, 32, 48), "judge_widths": (16, 32, 48, 64, 64)}
+        name, wide = "default", {"widths": (16, 32, 48), "disc_widths": (16, 32, 48, 64, 64)}
         changes = {"size": 128, "frames": 16, "precision": "bf16"} | wide | changes
     return Config.of(name, **changes).check()
 

@@ -149,7 +149,7 @@ def play(line: Timeline, of_send: Callable[[Send], float], scale: float = 1.0) -
             if event.part in ("all_reduce", "numbers"):
                 now = max(now, free)
         elif isinstance(event, Send):
-            if marks[0] == "orders":
+            if marks[0] == "control":
                 continue
             took = of_send(event)
             free = max(free, now) + took

@@ -23,13 +23,13 @@ import torch
 from scaling_trace import cycle, random_clips
 from torch import Tensor
 
-from rlv2v.algorithm import Algorithm
 from rlv2v.config import Config
-from rlv2v.dist import Orders, Reducer, World, connect, gather
 from rlv2v.errors import UserError
-from rlv2v.graphs import NUM_PLAIN
-from rlv2v.health import Watch
-from rlv2v.timing import Clock
+from rlv2v.method.step import Algorithm
+from rlv2v.runtime.cuda_graphs import NUM_PLAIN
+from rlv2v.runtime.distributed import Reducer, StepControl, World, connect, gather
+from rlv2v.runtime.nan_guard import NanGuard
+from rlv2v.runtime.timer import StepTimer
 
 Job = dict[str, Any]
 LENGTH = 1_000_000  # steps of a run of which a bench sees the beginning
@@ -81,7 +81,7 @@ def time_all_reduces(job: Job, world: World) -> dict[str, list[float]]:
     for repeat in range(job["repeats"] + 3):  # the first arranges the buckets, the next have their memory to find
         for name, reducer in reducers.items():
             wait(world.device)
-            world.meet()
+            world.barrier()
             began = time.perf_counter()
             reducer.finish()
             wait(world.device)
@@ -99,19 +99,19 @@ def time_steps(job: Job, world: World) -> dict[str, Any]:
     algorithm.start()
     torch.manual_seed(world.rank)
     clips = random_clips(config, device)
-    watch, clock, found = Watch(device), Clock(device), list[float]()
+    watch, clock, found = NanGuard(device), StepTimer(device), list[float]()
     warm = NUM_PLAIN + 1 if config.graphs and device.type == "cuda" else 1  # until every phase is recorded
     for number in range(job["cycles"] + warm):
         wait(device)
         if number == warm:
             watch.read(everything=True)
             clock.read()
-            world.meet()
+            world.barrier()
         began = time.perf_counter()
         for _ in range(cycle(config)):
             told = algorithm.step(clips, clock.mark)
-            orders = world.agree(Orders(False, 0.0, False))
-            told |= algorithm.advance(orders.seconds, told.pop("distance"))
+            control = world.all_agree(StepControl(False, 0.0, False))
+            told |= algorithm.advance(control.seconds, told.pop("distance"))
             watch.tell(algorithm.schedule.step, told)
             clock.step()
             watch.read()

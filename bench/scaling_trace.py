@@ -1,6 +1,7 @@
 """What one rank of several does in a step, in order: its arithmetic, the bytes it moves, and what it sends.
 
-The step of `rlv2v.algorithm` itself runs, as rank 0 of a world whose other ranks are not there (`rlv2v.dist.pretend`)
+The step of `rlv2v.method.step` itself runs, as rank 0 of a world whose other ranks are not there
+(`rlv2v.runtime.distributed.pretend`)
 and on tensors that have a shape and a dtype but no contents (torch's FakeTensorMode): a large preset takes no memory
 and some seconds. Every operator passes by a dispatch mode, those of the backward and of torch.distributed too.
 
@@ -24,14 +25,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from rlv2v.algorithm import Algorithm
-from rlv2v.checkpoint import build_nets
 from rlv2v.config import Config
-from rlv2v.ddpg import Recall, Transitions
-from rlv2v.dist import Orders, World, pretend
-from rlv2v.health import Watch
-from rlv2v.losses import Nets
-from rlv2v.objective import Clips
+from rlv2v.method.clips import Clips
+from rlv2v.method.collector import ReplayRows
+from rlv2v.method.rl import Transitions
+from rlv2v.method.step import Algorithm
+from rlv2v.model.build import Nets, build_nets
+from rlv2v.runtime.distributed import StepControl, World, pretend
+from rlv2v.runtime.nan_guard import NanGuard
 
 SENDS = {"allreduce_": "all_reduce", "allgather_": "all_gather"}
 FREE = ("empty", "new_empty", "empty_like", "empty_strided", "lift_fresh", "detach", "scalar_tensor", "_unsafe_view")
@@ -57,7 +58,7 @@ class Send:
 
 @dataclass(frozen=True)
 class Mark:
-    """A part of the step is done; the parts are those of `rlv2v.timing`, and `numbers` and `orders` at its end."""
+    """A part of the step is done; the parts are those of `rlv2v.runtime.timer`, and `numbers` and `control` at its end."""
 
     part: str
 
@@ -175,11 +176,11 @@ def trace(config: Config, num_ranks: int) -> list[list[Event]]:
     """
     config = replace(config, replicas=num_ranks, replay_capacity=1, graphs=False, steps=1_000_000)
     with pretend(num_ranks) as world, FakeTensorMode(allow_non_fake_inputs=True):
-        with mock.patch("rlv2v.algorithm.build_nets", real_nets):
+        with mock.patch("rlv2v.method.step.build_nets", real_nets):
             learner = Algorithm(config, torch.device("cpu"), rank=0, num_ranks=num_ranks)
         clips, transitions = random_clips(config), random_transitions(config)
         for agent in learner.agents.values():
-            agent.gather = lambda *_: (transitions, Recall(()))  # type: ignore[method-assign]
+            agent.gather = lambda *_: (transitions, ReplayRows(()))  # type: ignore[method-assign]
         learner.start()
         for _ in range(cycle(config)):
             learner.advance(0.0, learner.step(clips)["distance"])
@@ -191,17 +192,17 @@ def trace_step(learner: Algorithm, clips: Clips, world: World) -> list[Event]:
     with Tracer() as tracer:
         told = learner.step(clips, tracer.mark)
         told |= learner.advance(0.0, told.pop("distance"))
-        Watch(world.device).tell(learner.schedule.step, told)
+        NanGuard(world.device).tell(learner.schedule.step, told)
         tracer.mark("numbers")
-        World(world.device, world._control).agree(Orders(False, 0.0, False))
-        tracer.mark("orders")
+        World(world.device, world._control).all_agree(StepControl(False, 0.0, False))
+        tracer.mark("control")
     return tracer.events
 
 
-def real_nets(config: Config, *, judges: bool = True) -> Nets:
+def real_nets(config: Config, *, discriminators: bool = True) -> Nets:
     """`build_nets`, with contents: a module that was made without them cannot be moved to a device."""
     with unset_fake_temporarily():
-        return build_nets(config, judges=judges)
+        return build_nets(config, discriminators=discriminators)
 
 
 @dataclass(frozen=True)
@@ -213,8 +214,8 @@ class Sent:
 
     @property
     def what(self) -> str:
-        """gradients, statistics (of batch normalisation), colours (of `domain_gap`), numbers or orders."""
-        if self.part in ("numbers", "orders"):
+        """gradients, statistics (of batch normalisation), colours (of `domain_gap`), numbers or control."""
+        if self.part in ("numbers", "control"):
             return self.part
         if self.send.kind == "all_gather":
             return "colours"

@@ -31,10 +31,10 @@ from machine import commit, machine
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from rlv2v.checkpoint.store import Checkpoints, replica_name
 from rlv2v.cli import run_command
 from rlv2v.data.synth import Counts, write_dataset
 from rlv2v.errors import UserError
-from rlv2v.store import Checkpoints, replica_name
 
 TRAIN = [sys.executable, "-m", "rlv2v.train"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=3"]

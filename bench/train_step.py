@@ -38,19 +38,19 @@ from train_step_nets import plain_weights
 from train_step_pair import Pair, Timed, hold, steps_of_round, time_fast, time_plain
 from train_step_plain import Plain
 
-from rlv2v.algorithm import Algorithm
 from rlv2v.cli import run_command
 from rlv2v.config import Config
-from rlv2v.device import pick_device
 from rlv2v.errors import UserError
-from rlv2v.graphs import NUM_PLAIN
+from rlv2v.method.step import Algorithm
+from rlv2v.runtime.cuda_graphs import NUM_PLAIN
+from rlv2v.runtime.device import pick_device
 
 # Relative, of every step that is compared. Float64 tells that both are one algorithm. What float32 adds is rounding:
 # the twin's normalisation divides by the root of mean(x^2) - mean(x)^2, which on even frames is small beside either,
 # so that norms of gradients differ more than losses do.
 LIMITS = {"losses": 1e-5, "gradients": 2e-3, "float64": 1e-9}
 SMALL = 1e-3  # of what G and P descend in all: a term below it is measured by that
-COMPARABLE: dict[str, dict[str, Any]] = {"default": {}, "paper": {"norm": "clip", "judge_norm": "clip"}}
+COMPARABLE: dict[str, dict[str, Any]] = {"default": {}, "paper": {"norm": "clip", "disc_norm": "clip"}}
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ class Translator(nn.Module):
         return mask * x + (1 - mask) * torch.tanh(rgb), mask
 
 
-class Judge(nn.Module):
+class Discriminator(nn.Module):
     """D or Q: (B,T,3,H,W) -> (B,T,heads), entry t of the prefix x[1:t]."""
 
     def __init__(self, widths: Sequence[int], *, heads: int, patch: int, norm: str, positive: bool = False) -> None:
@@ -160,25 +160,25 @@ class Nets(nn.Module):
     g_y: Translator
     p_x: Translator
     p_y: Translator
-    d_x: Judge
-    d_y: Judge
-    q_x: Judge
-    q_y: Judge
+    d_x: Discriminator
+    d_y: Discriminator
+    q_x: Discriminator
+    q_y: Discriminator
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        assert "batch" not in (config.norm, config.judge_norm), "its statistics depend on what is run together"
+        assert "batch" not in (config.norm, config.disc_norm), "its statistics depend on what is run together"
         for name in NETS[:4]:
             net = Translator(config.widths, patch=config.patch, head=config.head, norm=config.norm)
             setattr(self, name, net)
         for name in NETS[4:]:
             heads, positive = 2 if name == "d_y" else 1, config.q_positive and name.startswith("q")
-            how: dict[str, Any] = {"patch": config.patch, "norm": config.judge_norm}
-            setattr(self, name, Judge(config.judge_widths, heads=heads, positive=positive, **how))
+            how: dict[str, Any] = {"patch": config.patch, "norm": config.disc_norm}
+            setattr(self, name, Discriminator(config.disc_widths, heads=heads, positive=positive, **how))
 
 
 def plain_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of `rlv2v.losses.Nets` under the names, and in the shapes, that they have in `Nets`."""
+    """The weights of `rlv2v.method.losses.Nets` under the names, and in the shapes, that they have in `Nets`."""
     plain = {}
     for name, value in state.items():
         if name.endswith(".w_x"):

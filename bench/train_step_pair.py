@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from train_step_plain import Plain
 
-from rlv2v.algorithm import Algorithm
 from rlv2v.config import Config
 from rlv2v.data import to_model
 from rlv2v.data.synth import clip_of
-from rlv2v.ddpg import Agent, Recall, Transitions
-from rlv2v.objective import Clips
+from rlv2v.method.clips import Clips
+from rlv2v.method.collector import Agent, ReplayRows
+from rlv2v.method.rl import Transitions
+from rlv2v.method.step import Algorithm
 
 
 class Told(NamedTuple):
@@ -73,7 +74,7 @@ class Pair:
         """Hear which stored transitions an agent draws, for the twin; they and their rewards in the nets' dtype."""
         gather = agent.gather
 
-        def heard(*given: Any) -> tuple[Transitions, Recall]:
+        def heard(*given: Any) -> tuple[Transitions, ReplayRows]:
             batch, recall = gather(*given)
             self.ids = [number for _, ids in recall.drawn for number in ids.tolist()]
             return Transitions(*(f.to(self.dtype) if f.is_floating_point() else f for f in batch)), recall

@@ -1,4 +1,4 @@
-"""One step of RL-V2V-GAN written plainly: the twin that `rlv2v.algorithm.Algorithm` is timed beside.
+"""One step of RL-V2V-GAN written plainly: the twin that `rlv2v.method.step.Algorithm` is timed beside.
 
 Algorithm 1 with this project's additions, as one would write it down from the paper in eager PyTorch. A loss that the
 paper writes over prefixes runs its network anew on every prefix; transitions are looped over, each on its own unpadded
@@ -8,7 +8,8 @@ It is not slowed down. What a sensible plain program would share is shared: the 
 once a step and serve eq. 1, 2, 5, 6, the video losses, the additions, and D afterwards; D's logits of prefixes serve
 the video losses; y and z run as one batch; single frames are judged as one batch; D and Q take no weight gradients in
 the generators' phase; no candidates are made where the action is a random frame (but for the paper's reward, which
-judges them), no target where the video has ended; the unweighted equations of `rlv2v.losses`, the additions and the
+judges them), no target where the video has ended; the unweighted equations of `rlv2v.method.losses`, the
+additions and the
 schedule are used as they are, being plain PyTorch already. What it does not use is that the networks are causal: that
 one run over a clip holds the outputs for all of its prefixes.
 """
@@ -26,15 +27,16 @@ from torch import Tensor, nn
 from torch.nn.functional import l1_loss, logsigmoid, normalize
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
-from train_step_nets import Judge, Nets, Translator, plain_weights
+from train_step_nets import Discriminator, Nets, Translator, plain_weights
 
-from rlv2v import losses
-from rlv2v.additions import contrast_loss, domain_gap, gap_floor, mask_prior
-from rlv2v.algorithm import GENERATORS, JUDGES, MEASURE_EVERY, NUM_DIRECTIONS, Algorithm
 from rlv2v.data import to_model, to_uint8
-from rlv2v.ddpg import annealed, reward_paper, reward_per_transition
-from rlv2v.objective import Clips
-from rlv2v.schedule import Schedule
+from rlv2v.method import losses
+from rlv2v.method.clips import Clips
+from rlv2v.method.collector import annealed
+from rlv2v.method.rewards import reward_paper, reward_per_transition
+from rlv2v.method.schedule import Schedule
+from rlv2v.method.step import DISCRIMINATORS, GENERATORS, MEASURE_EVERY, NUM_DIRECTIONS, Algorithm
+from rlv2v.method.terms import contrast_loss, domain_gap, gap_floor, mask_prior
 
 
 class Stored(NamedTuple):
@@ -65,7 +67,7 @@ def prefixes(video: Tensor, num: int) -> list[Tensor]:
     return [video[:, :t] for t in range(1, num + 1)]
 
 
-def last(net: Translator | Judge, video: Tensor) -> Tensor:
+def last(net: Translator | Discriminator, video: Tensor) -> Tensor:
     """What a network says of a video: its entry for the last frame."""
     entries: Tensor = net(video)
     return entries[:, -1]
@@ -112,8 +114,13 @@ class Plain:
             weights = [p for name in names for p in getattr(self.nets, name).parameters()]
             return AdamW(weights, lr, config.betas, weight_decay=config.weight_decay)
 
-        self.rates = {"generators": config.lr, "judges": config.judge_lr, "x": config.judge_lr, "y": config.judge_lr}
-        named = {"generators": GENERATORS, "judges": JUDGES, "x": ("q_x",), "y": ("q_y",)}
+        self.rates = {
+            "generators": config.lr,
+            "discriminators": config.disc_lr,
+            "x": config.disc_lr,
+            "y": config.disc_lr,
+        }
+        named = {"generators": GENERATORS, "discriminators": DISCRIMINATORS, "x": ("q_x",), "y": ("q_y",)}
         self.optimisers = {name: adam(named[name], rate) for name, rate in self.rates.items()}
 
     def load(self, algorithm: Algorithm) -> None:
@@ -130,7 +137,7 @@ class Plain:
         config, schedule = self.config, self.schedule
         rng = np.random.default_rng([config.seed, schedule.step])
         length = clips.x.shape[1]
-        at = sorted(rng.permutation(length)[: min(config.judge_frames or length, length)].tolist())
+        at = sorted(rng.permutation(length)[: min(config.disc_frames or length, length)].tolist())
         directions = torch.from_numpy(rng.standard_normal((3, NUM_DIRECTIONS)).astype(np.float32)).to(self.device)
         directions = normalize(directions, dim=0)
         for name, optimiser in self.optimisers.items():
@@ -342,16 +349,16 @@ class Plain:
         config, d_x, d_y = self.config, self.nets.d_x, self.nets.d_y
         score, num_y = losses.discriminator_score(config.gan), len(clips.y)
 
-        def judged(d: Judge, video: Tensor) -> Tensor:
+        def judged(d: Discriminator, video: Tensor) -> Tensor:
             """D's logits of every prefix, (B,T,heads)."""
             return torch.stack([last(d, v) for v in prefixes(video, video.shape[1])], 1)
 
-        def apart(logits: Tensor, clips_of_y: int) -> tuple[Tensor, Tensor | None]:
+        def local_stats(logits: Tensor, clips_of_y: int) -> tuple[Tensor, Tensor | None]:
             """Logits of y, and of z."""
             return logits[:clips_of_y], None if clips.z is None else logits[clips_of_y:]
 
-        y, z = apart(judged(d_y, clips.yz), num_y)
-        frames_y, frames_z = apart(d_y(singles(clips.yz, at)), num_y * len(at))
+        y, z = local_stats(judged(d_y, clips.yz), num_y)
+        frames_y, frames_z = local_stats(d_y(singles(clips.yz, at)), num_y * len(at))
         x = judged(d_x, clips.x)
         l_g_y = losses.l_g_y(
             score,
@@ -373,7 +380,7 @@ class Plain:
             terms["d_v_x"] = -config.l_v * losses.l_v_x(score, video=x[:, -1], fake_y=fake)
         loss = torch.stack(list(terms.values())).sum()
         told = {name: term.item() for name, term in terms.items()} | {"loss_d": loss.item()}
-        return told | {"grad_d": self.descend("judges", loss, config.clip_grad)}
+        return told | {"grad_d": self.descend("discriminators", loss, config.clip_grad)}
 
 
 @torch.no_grad()

@@ -78,7 +78,7 @@ class Config:
 
     widths: tuple[int, ...] = (8, 16, 24)
     """Channels after each RPB of G and P; mirrored by the URBs."""
-    judge_widths: tuple[int, ...] = (8, 16, 24, 32, 32)
+    disc_widths: tuple[int, ...] = (8, 16, 24, 32, 32)
     """Channels after each RPB of D and Q."""
     patch: int = 2
     """Addition: space-to-depth factor in front of every network; the ConvLSTMs run on frames this much smaller."""
@@ -86,7 +86,7 @@ class Config:
     """convlstm: the paper's; mask: addition, a full-resolution head that can copy its input by a soft mask."""
     norm: Literal["clip", "batch"] = "clip"
     """Sequence-wise normalisation of G and P: each clip for itself, or over the mini-batch as in the paper."""
-    judge_norm: Literal["clip", "batch", "none"] = "none"
+    disc_norm: Literal["clip", "batch", "none"] = "none"
     """The same for D and Q; none lets them see the level of a colour, which normalisation takes away."""
     chrono: bool = True
     """Addition: ConvLSTM biases that start out remembering over all times up to T; off: zero."""
@@ -105,7 +105,7 @@ class Config:
     """Weight of L_rc, eq. 5 and 6."""
     distance: Literal["l1", "l2"] = "l1"
     """||.|| of the recurrent and recycle losses; l2 is the paper's."""
-    judge_frames: int = 2
+    disc_frames: int = 2
     """Single frames of each clip that D judges a step; 0: all of them, as in the paper."""
     cycle: float = 2.0
     """Addition: weight of |G_X(G_Y(x)) - x| and its mirror."""
@@ -124,7 +124,7 @@ class Config:
 
     lr: float = 2e-3
     """Adam's learning rate of G and P."""
-    judge_lr: float = 2e-3
+    disc_lr: float = 2e-3
     """Adam's learning rate of D and Q."""
     betas: tuple[float, float] = (0.5, 0.99)
     """Adam's decay rates."""
@@ -208,7 +208,7 @@ class Config:
         need(self.patch in (1, 2, 4), "patch", "1, 2 or 4")
         need(self.patch == 1 or self.head == "mask", "patch", "1 with --head convlstm")
         need(len(self.widths) >= 1 and min(self.widths) > 0, "widths", "positive numbers")
-        need(len(self.judge_widths) >= 1 and min(self.judge_widths) > 0, "judge_widths", "positive numbers")
+        need(len(self.disc_widths) >= 1 and min(self.disc_widths) > 0, "disc_widths", "positive numbers")
         multiple = self.patch * 2 ** len(self.widths)
         need(self.size % multiple == 0, "size", f"a multiple of {multiple} (patch * 2 ** number of widths)")
         for name in (
@@ -223,7 +223,7 @@ class Config:
             "keep",
         ):
             need(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("threads", "judge_frames", "warmup_steps"):
+        for name in ("threads", "disc_frames", "warmup_steps"):
             need(getattr(self, name) >= 0, name, "a number >= 0")
         need(self.replicas is None or self.replicas >= 1, "replicas", "at least 1")
         weights = (
@@ -240,7 +240,7 @@ class Config:
         )
         for name in (*weights, "weight_decay", "clip_grad", "reward_distance", "snapshot_seconds", "replay_alpha"):
             need(getattr(self, name) >= 0, name, "a number >= 0")
-        for name in ("lr", "judge_lr", "warmup_lr"):
+        for name in ("lr", "disc_lr", "warmup_lr"):
             need(getattr(self, name) > 0, name, "a number > 0")
         for name in ("gamma", "average"):
             need(0 <= getattr(self, name) < 1, name, "0 <= value < 1")
@@ -311,13 +311,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "patch": 1,
         "head": "convlstm",
         "norm": "batch",
-        "judge_norm": "batch",
+        "disc_norm": "batch",
         "q_positive": True,
         "chrono": False,
         "gan": "log",
         "rl_every": 1,
         "distance": "l2",
-        "judge_frames": 0,
+        "disc_frames": 0,
         "cycle": 0.0,
         "identity": 0.0,
         "contrast": 0.0,
@@ -331,7 +331,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "tiny": {
         "widths": (4, 8),
-        "judge_widths": (4, 8, 8),
+        "disc_widths": (4, 8, 8),
         "size": 16,
         "frames": 4,
         "warmup_steps": 2,
@@ -340,14 +340,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "replay_capacity": 32,
         "warmup_cache": False,
     },
-    # Counted by rlv2v.memory, with its reserve: 7.1 GB. Widths are multiples of 32, which the tensor cores take whole.
+    # Counted by rlv2v.method.memory, with its reserve: 7.1 GB. Widths are multiples of 32, which the tensor
+    # cores take whole.
     "workstation": {
         "size": 128,
         "frames": 16,
         "precision": "bf16",
         "graphs": False,  # its recordings would need 0.8 GB more
         "widths": (32, 64, 128),
-        "judge_widths": (32, 64, 128, 128, 128),
+        "disc_widths": (32, 64, 128, 128, 128),
         "batch_x": 1,
         "batch_y": 1,
         "batch_z": 1,

@@ -1,10 +1,24 @@
-"""The one exception that means "the user can mend this"."""
+"""The one exception that means "the user can mend this", and how a text is kept on one line."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: names the thing, what was expected, what came, and the remedy, on one line.
+    """Report a mistake in what the user gave: the thing, what was expected, what came, and the remedy.
 
-    Commands print it without a traceback and leave with exit code 2; a library caller catches it as a `ValueError`.
+    The message is kept on one line (`one_line`), so that no file name can break it. Commands print it without a
+    traceback and leave with exit code 2; a library caller catches it as a `ValueError`.
     """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: object) -> str:
+    """Return `text` with every newline and control character escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, at most 200 characters of it; its type's name if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -19,16 +19,17 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from rlv2v.checkpoint import load_translator, write_atomically
+from rlv2v.checkpoint.export import load_translator
 from rlv2v.cli import run_command
 from rlv2v.config import Config
 from rlv2v.data.index import Source, index_folder
-from rlv2v.data.video import centre_crop, fit, one_line, read_frames
-from rlv2v.device import pick_device
-from rlv2v.errors import UserError
-from rlv2v.metrics import METRIC_KEYS, Metrics, clip_metrics, mean_metrics
+from rlv2v.data.video import centre_crop, fit, read_frames
+from rlv2v.errors import UserError, one_line
+from rlv2v.files import write_atomically
+from rlv2v.method.translation import translate_chunk
+from rlv2v.metrics.with_truth import METRIC_KEYS, Metrics, clip_metrics, mean_metrics
 from rlv2v.model import Translator
-from rlv2v.translate import translate_chunk
+from rlv2v.runtime.device import pick_device
 
 Split = Literal["val", "test", "train"]
 ROWS = ("model", "identity", "truth")
@@ -90,7 +91,7 @@ def translated_clips(
         if pair.truth is not None and (truth is None or truth.shape != source.shape):
             got = 0 if truth is None else len(truth)
             raise UserError(
-                f"{one_line(pair.truth)}: shorter than its source {one_line(pair.source.path)} "
+                f"{pair.truth}: shorter than its source {pair.source.path} "
                 f"({len(source)} frames expected, {got} left); the hidden truth must have every frame"
             )
         output, state = translate_chunk(g, config, source, state)
@@ -108,12 +109,12 @@ def open_split(data: Path, split: Split) -> list[Pair]:
     """The usable videos of <split>X (or CycleGAN's <split>A), each with its truth; bad ones are named and skipped."""
     folder = next((f for f in (data / f"{split}X", data / f"{split}A") if f.is_dir()), None)
     if folder is None:
-        raise UserError(f"{one_line(data)}: expected a folder {split}X (or {split}A) with source videos, found none")
+        raise UserError(f"{data}: expected a folder {split}X (or {split}A) with source videos, found none")
     sources = index_folder(folder, frames=2)
     usable = [source for source in sources if source.status != "excluded"]
     excluded = "; ".join(f"{one_line(s.path.name)}: {s.reason}" for s in sources if s.status == "excluded")
     if not usable:
-        raise UserError(f"{one_line(folder)}: no usable video ({excluded or 'the folder is empty'})")
+        raise UserError(f"{folder}: no usable video ({excluded or 'the folder is empty'})")
     if excluded:
         log.warning("%s: skipped %s", folder, excluded)
     truths = data / f"{split}Truth"
@@ -129,7 +130,7 @@ def truth_of(source: Path, folder: Path, truths: Path) -> Path:
     exact = truths / source.name
     found = [exact] if exact.exists() else sorted(p for p in truths.iterdir() if p.stem == source.stem)
     if not found:
-        raise UserError(f"{one_line(truths)}: no truth for {one_line(source.name)}; expected one of that name")
+        raise UserError(f"{truths}: no truth for {source.name}; expected one of that name")
     return found[0]
 
 
@@ -141,7 +142,7 @@ def is_synthetic(data: Path) -> bool:
     try:
         return bool(json.loads(about.read_text(encoding="utf-8")).get("kind") == "synthetic")
     except (ValueError, AttributeError) as error:
-        raise UserError(f"{one_line(about)}: expected a JSON object with a 'kind', got {one_line(error)}") from error
+        raise UserError(f"{about}: expected a JSON object with a 'kind', got {error}") from error
 
 
 def table(rows: dict[str, Metrics], *, first: str = "") -> str:
@@ -165,7 +166,7 @@ def write_text(path: Path, text: str) -> None:
 def main(args: Args) -> None:
     """Evaluate, print the table, write the JSON."""
     if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
-        raise UserError(f"--json {one_line(args.json)}: expected a file name in a folder that exists")
+        raise UserError(f"--json {args.json}: expected a file name in a folder that exists")
     result = evaluate_run(args.run, args.data, args.split, best=args.best, device=args.device)
     print(table(result["rows"], first=args.split))
     if args.json is not None:

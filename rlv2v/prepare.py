@@ -29,9 +29,8 @@ from rlv2v.data import prepare as work
 from rlv2v.data.index import entries, file_key
 from rlv2v.data.prepare import Job, Store
 from rlv2v.data.prepared import Entry, Report
-from rlv2v.data.video import one_line
 from rlv2v.data.workers import cores, run_all
-from rlv2v.errors import UserError
+from rlv2v.errors import UserError, one_line
 
 SETS = re.compile(r"(train|val|test)(X|Y|Z|S|Truth|A|B)")
 RAW_SHARE = 0.5
@@ -65,11 +64,11 @@ class Args:
 def discover(src: Path, into: str) -> list[tuple[str, Path]]:
     """(set, path) of all sources of SRC, in natural order. Raises `UserError` for a folder that cannot be read so."""
     if not src.is_dir():
-        raise UserError(f"{one_line(src)}: no such folder; expected a dataset folder or a folder of videos")
+        raise UserError(f"{src}: no such folder; expected a dataset folder or a folder of videos")
     named = {p: ours(p.name) for p in sorted(src.iterdir()) if SETS.fullmatch(p.name) and p.is_dir()}
     if len(set(named.values())) < len(named):
         have = ", ".join(p.name for p in named)
-        raise UserError(f"{one_line(src)}: holds {have}, of which two mean the same set; rename one")
+        raise UserError(f"{src}: holds {have}, of which two mean the same set; rename one")
     folders = named or {src: into}
     return [(name, path) for folder, name in folders.items() for path in entries(folder, stills=name.endswith("S"))]
 
@@ -91,12 +90,12 @@ def check(args: Args) -> None:
     if args.fps is not None and not 0 < args.fps <= work.MAX_FPS:
         raise UserError(f"--fps: expected more than 0 and up to {work.MAX_FPS}, got {args.fps:g}")
     if not SETS.fullmatch(args.into) or args.into != ours(args.into):
-        raise UserError(f"--into: expected trainX, trainY, trainZ, trainS, valX, testX ..., got {one_line(args.into)}")
+        raise UserError(f"--into: expected trainX, trainY, trainZ, trainS, valX, testX ..., got {args.into}")
     src, out = args.src.resolve(), args.out.resolve()
     if out.exists() and not out.is_dir():
-        raise UserError(f"{one_line(args.out)}: is a file; expected a folder")
+        raise UserError(f"{args.out}: is a file; expected a folder")
     if out == src or src in out.parents:
-        raise UserError(f"{one_line(args.out)}: lies in the source folder; choose a folder outside of it")
+        raise UserError(f"{args.out}: lies in the source folder; choose a folder outside of it")
 
 
 @contextmanager
@@ -111,7 +110,7 @@ def alone_in(out: Path) -> Iterator[None]:
             try:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"{one_line(out)}: another prepare is writing there; wait for it to end") from None
+                raise UserError(f"{out}: another prepare is writing there; wait for it to end") from None
         clean(out)
         try:
             yield
@@ -266,7 +265,7 @@ def prepare(args: Args, paths: list[tuple[str, Path]], report: Report, jobs: int
     usable = [e for e in found if e.usable]
     if not usable:
         reasons = "; ".join(f"{one_line(e.path.name)}: {e.survey.source.reason}" for e in found) or "it is empty"
-        raise UserError(f"{one_line(args.src)}: nothing usable: {reasons}")
+        raise UserError(f"{args.src}: nothing usable: {reasons}")
     todo = already_there(usable, args, store, report)
     needed = sum(work.estimate(e.survey, args.size, store) for e in todo)
     confirm_disk(args, needed, free)
@@ -295,7 +294,7 @@ def tell(args: Args, found: list[Entry], todo: list[Entry], report: Report) -> N
                 print(f"not from these sources: {one_line(path)}; training would use it: remove it if it is old")
     if not made:
         reasons = "; ".join(f"{one_line(Path(row['source']).name)}: {row['reason']}" for row in left)
-        raise UserError(f"{one_line(args.src)}: nothing was prepared: {reasons}")
+        raise UserError(f"{args.src}: nothing was prepared: {reasons}")
 
 
 if __name__ == "__main__":

@@ -22,15 +22,15 @@ import tyro
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from rlv2v.checkpoint import load_translator
+from rlv2v.checkpoint.export import load_translator
 from rlv2v.cli import run_command
-from rlv2v.data.video import one_line, probe
+from rlv2v.data.video import probe
 from rlv2v.data.writer import write_clip
-from rlv2v.device import pick_device
 from rlv2v.errors import UserError
 from rlv2v.evaluate import Split, evaluate_run, figure, open_split, translated_clips, write_text
-from rlv2v.log import read_metrics
-from rlv2v.metrics import METRIC_KEYS
+from rlv2v.metrics.with_truth import METRIC_KEYS
+from rlv2v.runtime.device import pick_device
+from rlv2v.runtime.log import read_metrics
 
 MIN_PANEL = 192  # pixels: smaller videos are enlarged by whole pixels
 GAP = 8  # pixels of grey between panels
@@ -90,11 +90,11 @@ def read_config(run: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{one_line(run)}: expected a run folder with config.json, found none") from None
+        raise UserError(f"{run}: expected a run folder with config.json, found none") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{one_line(path)}: cannot be read as JSON: {one_line(error)}") from error
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
-        raise UserError(f"{one_line(path)}: expected a JSON object, got {type(config).__name__}")
+        raise UserError(f"{path}: expected a JSON object, got {type(config).__name__}")
     return config
 
 

@@ -1,7 +1,7 @@
 """`python -m rlv2v.train`: RL-V2V-GAN, from a folder of videos to a translator.
 
 Alone, or as one rank of `torchrun -m rlv2v.train`. Top to bottom: the ranks, the run's folder and data, what is learned
-(`rlv2v.algorithm`), the warm-up (section 6.2) or the checkpoint to go on from, the loop, the end.
+(`rlv2v.method.step`), the warm-up (section 6.2) or the checkpoint to go on from, the loop, the end.
 """
 
 from __future__ import annotations
@@ -15,22 +15,24 @@ from dataclasses import replace
 
 import torch
 
-from rlv2v.algorithm import Algorithm
-from rlv2v.checkpoint import pack_translators
+from rlv2v.checkpoint.export import pack_translators
+from rlv2v.checkpoint.resume import restore, save, settle_replicas
+from rlv2v.checkpoint.run_folder import create_run_folder, prepare_folder
+from rlv2v.checkpoint.store import Checkpoints
 from rlv2v.cli import run_command
 from rlv2v.config import Config
-from rlv2v.data.pipeline import Loader
-from rlv2v.dist import Orders, World, connect, restarts
+from rlv2v.data.loader import Loader
 from rlv2v.errors import UserError
-from rlv2v.health import Watch, check_weights
-from rlv2v.log import RunLog
-from rlv2v.memory import advise, out_of_memory
-from rlv2v.objective import Clips
-from rlv2v.resume import restore, save, settle_replicas
-from rlv2v.run import Interrupt, claim_folder, look, open_data, pick_samples, prepare_folder
-from rlv2v.store import Checkpoints
-from rlv2v.timing import Clock
-from rlv2v.warmup import warm_up
+from rlv2v.method.clips import Clips
+from rlv2v.method.memory import advise, out_of_memory
+from rlv2v.method.pretrain import warm_up
+from rlv2v.method.samples import open_data, pick_samples, render_samples
+from rlv2v.method.step import Algorithm
+from rlv2v.runtime.distributed import StepControl, World, connect, restarts
+from rlv2v.runtime.interrupt import Interrupt
+from rlv2v.runtime.log import RunLog
+from rlv2v.runtime.nan_guard import NanGuard, check_weights
+from rlv2v.runtime.timer import StepTimer
 
 LOG_EVERY = 10  # steps
 log = logging.getLogger(__name__)
@@ -54,7 +56,7 @@ def train(config: Config) -> None:
                 raise
             raise UserError(f"out of memory on {world.device}: {advise(config, world.device)}") from None
         finally:
-            world.abandon()
+            world.abort()
 
 
 def learn(config: Config, world: World, interrupted: Interrupt) -> None:
@@ -65,9 +67,9 @@ def learn(config: Config, world: World, interrupted: Interrupt) -> None:
         raise UserError(f"--decode gpu: expected to train on a CUDA device, got {device}; use --decode cpu")
     if restarts() and (config.out / "config.json").is_file():
         config = replace(config, resume=True)
-    config = settle_replicas(world.share(lambda: prepare_folder(config)), world.size)
+    config = settle_replicas(world.broadcast_object(lambda: prepare_folder(config)), world.size)
     assert config.replicas is not None
-    dataset = world.one_by_one(lambda: open_data(config))
+    dataset = world.rank0_first(lambda: open_data(config))
     share = config.replicas // world.size
     loader = Loader(
         dataset,
@@ -92,8 +94,8 @@ def learn(config: Config, world: World, interrupted: Interrupt) -> None:
     with ExitStack() as stack:
         stack.enter_context(closing(loader))
         if world.first:
-            stack.enter_context(claim_folder(config))
-        world.meet()
+            stack.enter_context(create_run_folder(config))
+        world.barrier()
         store = Checkpoints(config.out, keep=config.keep, num_replicas=config.replicas, first=world.first)
         if world.first:
             store.tidy()
@@ -112,7 +114,7 @@ def learn(config: Config, world: World, interrupted: Interrupt) -> None:
 
         began = time.monotonic() - schedule.seconds
         snapshot_at = schedule.seconds + config.snapshot_seconds
-        watch, clock, samples = Watch(device), Clock(device), pick_samples(config) if world.first else []
+        watch, clock, samples = NanGuard(device), StepTimer(device), pick_samples(config) if world.first else []
         run_log = None
         if world.first:
             frames = world.size * sum(
@@ -130,9 +132,9 @@ def learn(config: Config, world: World, interrupted: Interrupt) -> None:
             metric, beside = None, dict[str, bytes]()
             if run_log:
                 g = algorithm.average if config.average else algorithm.nets
-                rows, metric = look(g.g_y, config, samples)
-                run_log.strip(config.out / "samples" / f"{schedule.step:08d}.png", rows)
-                metric = schedule.share.item() if metric is None and schedule.step else metric
+                rows, metric = render_samples(g.g_y, config, samples)
+                run_log.sample_grid(config.out / "samples" / f"{schedule.step:08d}.png", rows)
+                metric = schedule.remaining_gap.item() if metric is None and schedule.step else metric
                 beside["model.safetensors"] = pack_translators(g.g_x, g.g_y, config)
                 if metric is not None and (store.best is None or metric < store.best[1]):
                     beside["best.safetensors"] = beside["model.safetensors"]
@@ -141,8 +143,8 @@ def learn(config: Config, world: World, interrupted: Interrupt) -> None:
 
         if not resumed:
             snapshot()
-        orders = world.agree(Orders(False, schedule.seconds, False))
-        while schedule.progress < 1.0 and not orders.stop:
+        control = world.all_agree(StepControl(False, schedule.seconds, False))
+        while schedule.progress < 1.0 and not control.stop:
             clock.mark("host")
             clips = Clips.of(next(loader), device, config.per_frame)
             clock.mark("data")
@@ -150,8 +152,8 @@ def learn(config: Config, world: World, interrupted: Interrupt) -> None:
             now = time.monotonic() - began
             due = now >= snapshot_at
             snapshot_at = math.inf if due else snapshot_at  # asked for; ranks may agree to it a step later
-            orders = world.agree(Orders(bool(interrupted.by), now, due))
-            told |= algorithm.advance(orders.seconds, told.pop("distance"))
+            control = world.all_agree(StepControl(bool(interrupted.by), now, due))
+            told |= algorithm.advance(control.seconds, told.pop("distance"))
             watch.tell(schedule.step, told)
             clock.step()
             logs = schedule.step % LOG_EVERY == 0 or schedule.step == 1 or schedule.progress >= 1.0
@@ -162,13 +164,13 @@ def learn(config: Config, world: World, interrupted: Interrupt) -> None:
             if run_log:
                 run_log.advance(schedule.step, schedule.seconds)
             store.check()
-            if orders.save:
+            if control.save:
                 snapshot()
                 snapshot_at = schedule.seconds + config.snapshot_seconds
         snapshot()
         store.wait()
-        world.meet()
-    if orders.stop:
+        world.barrier()
+    if control.stop:
         tell_stopped(interrupted, f"at step {schedule.step}", config, world)
 
 

@@ -8,28 +8,21 @@ needs, cropped and scaled back: the output has the frame count, rate, size and a
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import cv2
 import numpy as np
-import torch
 import tyro
-from torch.nn.functional import pad
 from tqdm import tqdm
 
-from rlv2v.checkpoint import load_translator
+from rlv2v.checkpoint.export import load_translator
 from rlv2v.cli import run_command
-from rlv2v.config import Config
-from rlv2v.data import to_model, to_uint8
-from rlv2v.data.video import fit, one_line, probe, read_frames
+from rlv2v.data.video import probe, read_frames
 from rlv2v.data.writer import VideoWriter
-from rlv2v.device import pick_device
-from rlv2v.errors import UserError
-from rlv2v.model import Translator
-from rlv2v.model.layers import State, limit_memory
+from rlv2v.errors import UserError, one_line
+from rlv2v.method.translation import translate_stream
+from rlv2v.runtime.device import pick_device
 
 Direction = Literal["x2y", "y2x"]
 SUFFIXES = (".mp4", ".mov", ".mkv")
@@ -58,68 +51,19 @@ class Args:
     """cpu, cuda, cuda:1 ...; auto: cuda where there is one."""
 
 
-@torch.inference_mode()
-def translate_chunk(g: Translator, config: Config, frames: np.ndarray, state: State = None) -> tuple[np.ndarray, State]:
-    """The next T frames of a video, uint8 (T,H,W,3) of any size, after those that `state` has seen (None: the start).
-
-    Returns frames of the same shape and the state after them. Beyond the first `config.frames` frames the normalisation
-    forgets (`limit_memory`), frame by frame, so that it is the same however a video is cut into chunks. A `per_frame`
-    model (the CycleGAN baseline) starts anew on every frame, and its state stays None.
-    """
-    height, width = frames.shape[1:3]
-    device = next(g.parameters()).device
-    x = to_model(torch.from_numpy(np.ascontiguousarray(frames)).to(device))  # (T,3,H,W)
-    x = pad(x, (0, -width % g.multiple, 0, -height % g.multiple), mode="replicate")
-    if config.per_frame:
-        y = g(x[:, None])[0][:, 0]
-    else:
-        first = config.frames if state is None else 1
-        parts = []
-        for chunk in (x[:first], *x[first:, None]):
-            part, state = g(chunk[None], state)
-            state = limit_memory(state, config.frames)
-            parts.append(part[0])
-        y = torch.cat(parts)
-    if not torch.isfinite(y).all():
-        raise UserError("translate: the model's output is not finite; its weights are damaged or its training diverged")
-    return to_uint8(y[..., :height, :width]).cpu().numpy(), state
-
-
-def translate_clip(g: Translator, config: Config, frames: np.ndarray) -> np.ndarray:
-    """A whole clip from its start, uint8 (T,H,W,3) -> the same shape; see `translate_chunk`."""
-    return translate_chunk(g, config, frames)[0]
-
-
-def translate_stream(
-    g: Translator, config: Config, frames: Iterable[np.ndarray], *, size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(source, translation) of each frame, uint8 (H,W,3); one in memory. size: short side the model sees, 0: own."""
-    state = None
-    for frame in frames:
-        height, width = frame.shape[:2]
-        clip = fit(frame[None], size or min(height, width))
-        translated, state = translate_chunk(g, config, clip, state)
-        if clip.shape[1:3] == (height, width):
-            yield frame, translated[0]
-        else:
-            shrinks = clip.shape[1] > height
-            method = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-            yield frame, cv2.resize(translated[0], (width, height), interpolation=method)
-
-
 def check_paths(source: Path, out: Path) -> None:
     """Refuse, before any work, an output that cannot be written or that is the input."""
     if not source.exists():
-        raise UserError(f"{one_line(source)}: no such video file or folder of frames")
+        raise UserError(f"{source}: no such video file or folder of frames")
     if out.suffix.lower() not in SUFFIXES:
         got = one_line(out.suffix) or "none"
-        raise UserError(f"{one_line(out)}: expected the suffix {', '.join(SUFFIXES)}, got {got}")
+        raise UserError(f"{out}: expected the suffix {', '.join(SUFFIXES)}, got {got}")
     if not out.parent.is_dir():
-        raise UserError(f"{one_line(out)}: folder {one_line(out.parent)} does not exist; create it first")
+        raise UserError(f"{out}: folder {out.parent} does not exist; create it first")
     if out.is_dir():
-        raise UserError(f"{one_line(out)}: is a folder; expected the name of a video file")
+        raise UserError(f"{out}: is a folder; expected the name of a video file")
     if out.exists() and out.samefile(source):
-        raise UserError(f"{one_line(out)}: output and input are the same file; choose another output name")
+        raise UserError(f"{out}: output and input are the same file; choose another output name")
 
 
 def beside(source: np.ndarray, translated: np.ndarray) -> np.ndarray:
@@ -135,7 +79,7 @@ def main(args: Args) -> None:
         raise UserError(f"--size: expected 0 (the video's own) or at least 8 pixels, got {args.size}")
     about = probe(args.source)
     if not 0 < about.fps <= MAX_FPS:
-        raise UserError(f"{one_line(args.source)}: expected a rate of up to {MAX_FPS} frames a second, got {about.fps}")
+        raise UserError(f"{args.source}: expected a rate of up to {MAX_FPS} frames a second, got {about.fps}")
     g, config = load_translator(args.run, args.direction, device=pick_device(args.device), best=args.best)
     size = config.size if args.size is None else args.size
 

@@ -20,8 +20,9 @@ if not torch.cuda.is_available():
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from rlv2v.checkpoint import build_nets, save_translators
+from rlv2v.checkpoint.export import save_translators
 from rlv2v.config import PRESETS, Config
+from rlv2v.model.build import build_nets
 
 USUAL = policy()
 
@@ -57,7 +58,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("run")
     config = Config(**PRESETS["tiny"], preset="tiny", out=run)
     torch.manual_seed(0)
-    nets = build_nets(config, judges=False)
+    nets = build_nets(config, discriminators=False)
     (run / "config.json").write_text(config.to_json())
     save_translators(run, nets.g_x, nets.g_y, config)
     return run

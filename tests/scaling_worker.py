@@ -16,10 +16,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from scaling_trace import cycle, random_clips
 
-from rlv2v import dist
-from rlv2v.algorithm import Algorithm
 from rlv2v.config import Config
-from rlv2v.health import Watch
+from rlv2v.method.step import Algorithm
+from rlv2v.runtime import distributed as dist
+from rlv2v.runtime.nan_guard import NanGuard
 
 
 def main(given: Path, out: Path) -> None:
@@ -40,13 +40,13 @@ def main(given: Path, out: Path) -> None:
         setattr(dist.dist, name, counting(name))
     algorithm = Algorithm(config, world.device, rank=world.rank, num_ranks=world.size)
     algorithm.start()
-    clips, watch, steps = random_clips(config), Watch(world.device), []
+    clips, watch, steps = random_clips(config), NanGuard(world.device), []
     for _ in range(2 * cycle(config)):
         given_away.clear()
         told = algorithm.step(clips)
         told |= algorithm.advance(0.0, told.pop("distance"))
         watch.tell(algorithm.schedule.step, told)
-        world.agree(dist.Orders(False, 0.0, False))
+        world.all_agree(dist.StepControl(False, 0.0, False))
         steps.append(list(given_away))
     if world.first:
         out.write_text(json.dumps(steps[cycle(config) :]))

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlv2v.checkpoint.store import Checkpoints
 from rlv2v.config import PRESETS
 from rlv2v.errors import UserError
-from rlv2v.store import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("bench_folder", "one_thread")
 SMALL = PRESETS["tiny"] | {"replay_capacity": 8}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlv2v.data.pipeline import Loader
+from rlv2v.data.loader import Loader
 from rlv2v.data.synth import Counts, write_dataset
 
 pytestmark = pytest.mark.usefixtures("bench_folder")

@@ -20,7 +20,7 @@ from rlv2v.kernels import driver
 from rlv2v.kernels.dispatch import Problem, recurrence
 
 pytestmark = pytest.mark.usefixtures("bench_folder", "one_thread")
-SMALL: dict[str, Any] = {"size": 8, "frames": 3, "widths": (4,), "judge_widths": (4,), "replay_capacity": 8}
+SMALL: dict[str, Any] = {"size": 8, "frames": 3, "widths": (4,), "disc_widths": (4,), "replay_capacity": 8}
 
 
 def module(name: str) -> ModuleType:
@@ -41,14 +41,14 @@ def test_what_a_step_sends_is_what_two_real_ranks_send(preset: str, tmp_path: Pa
     assert counted == real
 
     # and the bytes by name are those of the networks
-    nets = module("rlv2v.checkpoint").build_nets(config)
+    nets = module("rlv2v.checkpoint.export").build_nets(config)
     totals = scaling.sent_bytes(steps)
     for part, names in (("generators", ("g_x", "g_y", "p_x", "p_y")), ("discriminators", ("d_x", "d_y"))):
         weights = [p for name in names for p in getattr(nets, name).parameters()]
         assert totals[f"gradients of {part}"] == 4 * sum(p.numel() for p in weights)
     critics = sum(4 * p.numel() for name in ("q_x", "q_y") for p in getattr(nets, name).parameters()) / 2
     assert totals["gradients of critics"] == critics / config.rl_every
-    assert totals["orders"] == 24
+    assert totals["control"] == 24
     assert ("statistics" in totals) == (preset == "paper")
 
 
@@ -99,7 +99,7 @@ def test_what_hides_behind_the_backward_and_what_does_not() -> None:
     waits, mark = replace(bucket, waits=True), scaling.Mark
 
     def exposed(*events: object) -> float:
-        step = model.play([*events, mark("numbers"), mark("orders")], lambda _: 2.0)
+        step = model.play([*events, mark("numbers"), mark("control")], lambda _: 2.0)
         assert step.compute == sum(event for event in events if isinstance(event, float))
         return step.exposed
 
@@ -109,8 +109,8 @@ def test_what_hides_behind_the_backward_and_what_does_not() -> None:
     assert exposed(1.0, bucket, 1.0, bucket, phase, end, 5.0) == 3.0  # the second waits for the first
     assert exposed(1.0, waits, 3.0) == 2.0
     assert exposed(1.0, bucket, waits, 3.0) == 4.0  # in the order they were asked for
-    step = model.play([1.0, bucket, 1.0, mark("numbers"), bucket, mark("orders")], lambda _: 2.0)
-    assert (step.exposed, step.sent) == (1.0, 2.0)  # orders go another way
+    step = model.play([1.0, bucket, 1.0, mark("numbers"), bucket, mark("control")], lambda _: 2.0)
+    assert (step.exposed, step.sent) == (1.0, 2.0)  # control go another way
     step = model.play([1.0, bucket, 1.0, phase, end], lambda _: 3.0, scale=2.0)
     assert (step.compute, step.exposed, step.sent) == (4.0, 1.0, 3.0) and step.efficiency == 0.8
 

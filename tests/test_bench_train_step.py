@@ -17,7 +17,7 @@ from rlv2v.config import Config
 pytestmark = pytest.mark.usefixtures("bench_folder", "one_thread")
 CPU = torch.device("cpu")
 CLOSE = 1e-9
-SMALL: dict[str, Any] = {"size": 16, "frames": 4, "widths": (4, 8), "judge_widths": (4, 8, 8), "replay_capacity": 5}
+SMALL: dict[str, Any] = {"size": 16, "frames": 4, "widths": (4, 8), "disc_widths": (4, 8, 8), "replay_capacity": 5}
 
 
 def bench() -> ModuleType:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rlv2v.data.index import open_dataset
-from rlv2v.data.pipeline import evaluation_clips
+from rlv2v.data.loader import evaluation_clips
 from rlv2v.data.video import read_frames
 from rlv2v.errors import UserError
 

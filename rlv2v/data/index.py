@@ -2,7 +2,7 @@
 
 A folder has `trainX trainY trainZ trainS` (CycleGAN's `trainA trainB` are read as X and Y; Z and S may be missing).
 Each entry of a set is one source: a video file, a folder of numbered images, a raw `.npy`; loose images are one source
-together, in `trainS` one each. What was found (see `rlv2v.data.usable`), also what is wrong with a file, is kept in
+together, in `trainS` one each. What was found (see `rlv2v.data.inspect`), also what is wrong with a file, is kept in
 `.rlv2v-manifest.json` inside the set's folder: a file with the same name, size and time is not opened again, one with
 another time but the same size and content is not decoded again. What could not be read (no permission, a dead link) is
 tried again each time, and what was found damaged is once PyAV has another version.
@@ -26,10 +26,9 @@ import av
 from tqdm import tqdm
 
 from rlv2v.data import video
-from rlv2v.data.usable import Source, excluded, inspect
-from rlv2v.data.video import one_line
+from rlv2v.data.inspect import Source, excluded, inspect
 from rlv2v.data.workers import cores
-from rlv2v.errors import UserError
+from rlv2v.errors import UserError, one_line
 
 __all__ = ["Dataset", "Source", "entries", "index_folder", "open_dataset"]
 MANIFEST = ".rlv2v-manifest.json"
@@ -82,7 +81,7 @@ def file_key(path: Path) -> list[int]:
     stats = [p.stat() for p in files]
     for file, found in zip(files, stats, strict=True):
         if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{one_line(file)}: neither a file nor a folder")
+            raise UserError(f"{file}: neither a file nor a folder")
     size = sum(s.st_size for s in stats)
     if not path.is_dir():
         return [1, size, stats[0].st_mtime_ns]
@@ -140,9 +139,7 @@ def index_folder(folder: Path, *, frames: int, stills: bool = False, workers: in
     try:
         paths = entries(folder, stills=stills)
     except OSError as error:
-        raise UserError(
-            f"{one_line(folder)}: cannot be listed: {error.strerror}; expected a folder of videos"
-        ) from error
+        raise UserError(f"{folder}: cannot be listed: {error.strerror}; expected a folder of videos") from error
     known = load_manifest(folder)
     names = {path: name_in(folder, path) for path in paths}
     found = {name: known[name] for path, name in names.items() if unchanged(path, known.get(name))}
@@ -220,20 +217,20 @@ def open_dataset(root: Path, *, frames: int) -> Dataset:
     when X or Y holds nothing usable, with the reason for each file.
     """
     if not root.is_dir():
-        raise UserError(f"{one_line(root)}: no such folder; expected a dataset folder with trainX and trainY")
+        raise UserError(f"{root}: no such folder; expected a dataset folder with trainX and trainY")
     sets: dict[str, list[Source]] = {}
     excluded: list[Source] = []
     for name, folders in LAYOUT.items():
         folder = next((root / f for f in folders if (root / f).is_dir()), None)
         if folder is None and name in "xy":
             have = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "no folders"
-            raise UserError(f"{one_line(root)}: expected a folder {' or '.join(folders)}, found {one_line(have)}")
+            raise UserError(f"{root}: expected a folder {' or '.join(folders)}, found {have}")
         found = index_folder(folder, frames=1 if name == "s" else frames, stills=name == "s") if folder else []
         bad = [s for s in found if s.status == "excluded"]
         sets[name] = [s for s in found if s.status != "excluded"]
         if folder and name in "xy" and not sets[name]:
             why = "; ".join(f"{one_line(s.path.name)}: {s.reason}" for s in bad) or "it is empty"
-            raise UserError(f"{one_line(folder)}: no usable clip of {frames} frames: {why}")
+            raise UserError(f"{folder}: no usable clip of {frames} frames: {why}")
         for source in found:
             if source.status != "ok":
                 done = "left out" if source.status == "excluded" else f"its first {source.num_frames} frames are used"

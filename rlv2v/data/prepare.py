@@ -5,7 +5,8 @@ tagged so, constant rate, key frames at most 12 apart, short side max(size, 128)
 decoder and NVDEC (VP9: at least 128x128) read. Style images: PNG, short side `size`. The aspect is kept.
 
 Time. Output frame k is the source frame nearest to t = k / F, the earlier one of two, for k < duration * F. F is
-`fps`; without it the file's rate if every frame lies within half a step of that rate's grid (each frame is then kept
+`fps`; without it the file's rate if all_states frame lies within half a step of that rate's grid (each frame
+is then kept
 once), else the average rate (N-1) / (t_last - t_first). Folders of frames and `.npy` have no clock: every frame is kept
 once, and `fps` (else 25) is only noted.
 """
@@ -30,8 +31,8 @@ import numpy as np
 
 from rlv2v.data import video
 from rlv2v.data.index import Source, examine
-from rlv2v.data.usable import excluded
-from rlv2v.data.video import fit_size, one_line
+from rlv2v.data.inspect import excluded
+from rlv2v.data.video import fit_size
 from rlv2v.data.writer import VideoWriter, write_image
 from rlv2v.errors import UserError
 
@@ -233,12 +234,12 @@ def make(job: Job) -> int:
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         if target.exists():
-            raise UserError(f"{one_line(target)} appeared meanwhile; it was left as it is")
+            raise UserError(f"{target} appeared meanwhile; it was left as it is")
         partial.rename(target)
         return target.stat().st_size
     except av.FFmpegError as error:  # of the encoder: as plain exceptions, which travel between processes
         if isinstance(error, OSError):
             raise OSError(error.errno or errno.EIO, error.strerror, str(target)) from None
-        raise UserError(f"{one_line(source.path)}: cannot be encoded: {one_line(error)}") from None
+        raise UserError(f"{source.path}: cannot be encoded: {error}") from None
     finally:
         partial.unlink(missing_ok=True)

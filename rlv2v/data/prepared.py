@@ -11,7 +11,6 @@ from typing import Any, Literal
 from rlv2v.data import prepare as work
 from rlv2v.data.index import Source, file_key
 from rlv2v.data.prepare import Store, Survey
-from rlv2v.data.video import one_line
 from rlv2v.errors import UserError
 
 REPORT = "prepared.json"
@@ -57,14 +56,14 @@ class Report:
             same = {name: settings[name] for name in asked} == asked and store in ("auto", settings["store"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{one_line(self.path)}: cannot be read as this command's report ({one_line(error)}); "
+                f"{self.path}: cannot be read as this command's report ({error}); "
                 "choose another folder, or remove the file: outputs that are whole are kept"
             ) from None
         if same:
             self.settings, self.rows, self.surveys = settings, keyed, surveys
         elif made:
             was = " ".join(f"--{name} {settings[name]}" for name in ("size", "fps", "store") if settings[name])
-            raise UserError(f"{one_line(out)}: was prepared with {was}; give the same, or choose another folder")
+            raise UserError(f"{out}: was prepared with {was}; give the same, or choose another folder")
 
     def survey(self, path: Path) -> Survey | None:
         """What an earlier run found of a source that has not changed since; None: read it."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from rlv2v.data import video
 from rlv2v.data.index import Source
-from rlv2v.data.video import Upright, one_line, resize
+from rlv2v.data.video import Upright, resize
 from rlv2v.errors import UserError
 
 Size = tuple[int, int]
@@ -119,7 +119,7 @@ class FrameReader:
         expected = (num, size[1], size[0], 3)
         if frames.shape != expected:
             raise UserError(
-                f"{one_line(source.path)}: expected {expected} from frame {start} on, got {frames.shape}; "
+                f"{source.path}: expected {expected} from frame {start} on, got {frames.shape}; "
                 "the file changed while in use: start again to index it anew"
             )
         return frames

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 
-from rlv2v.data.video import one_line
 from rlv2v.data.writer import write_clip, write_image
 from rlv2v.errors import UserError
 
@@ -144,7 +143,7 @@ def write_dataset(out: Path, *, size: int = 32, frames: int = 8, seed: int = 0, 
 def check(out: Path, size: int, frames: int, seed: int, counts: Counts) -> None:
     """Refuse what cannot become a dataset, before anything is written."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{one_line(out)}: exists and is not an empty folder; choose a new folder or remove it first")
+        raise UserError(f"{out}: exists and is not an empty folder; choose a new folder or remove it first")
     if not 16 <= size <= 4096:
         raise UserError(f"--size: expected 16 to 4096 pixels, got {size}")
     if not 2 <= frames <= 4096:

@@ -21,7 +21,7 @@ import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
 
-from rlv2v.errors import UserError
+from rlv2v.errors import UserError, one_line
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
 TEXT_FORMATS = {"tty", "bin", "xbin", "adf", "idf", "concat", "hls", "dash", "sdp", "svg_pipe"}
@@ -29,11 +29,6 @@ TEXT_FORMATS = {"tty", "bin", "xbin", "adf", "idf", "concat", "hls", "dash", "sd
 SCALING = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 """Without the last two flags FFmpeg's colours come out 1 to 1.5 levels of 255 too dark."""
 Kind = Literal["video", "frames", "raw", "image"]
-
-
-def one_line(text: object) -> str:
-    """`text` with every newline and control character escaped, so that no file name can break a message."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def kind_of(path: Path) -> Kind:
@@ -65,13 +60,13 @@ def read_image(path: Path) -> np.ndarray:
     """One image as uint8 RGB (H,W,3), upright by its EXIF tag; transparency is dropped."""
     try:
         if path.exists() and not path.is_file():
-            raise UserError(f"{one_line(path)}: expected an image file, got a folder, pipe or device")
+            raise UserError(f"{path}: expected an image file, got a folder, pipe or device")
         encoded = np.fromfile(path, np.uint8)
         image = cv2.imdecode(encoded, cv2.IMREAD_COLOR) if encoded.size else None
     except (OSError, cv2.error) as error:
-        raise UserError(f"{one_line(path)}: cannot be read as an image: {one_line(error)}") from error
+        raise UserError(f"{path}: cannot be read as an image: {error}") from error
     if image is None:
-        raise UserError(f"{one_line(path)}: cannot be read as an image; expected {', '.join(sorted(IMAGE_SUFFIXES))}")
+        raise UserError(f"{path}: cannot be read as an image; expected {', '.join(sorted(IMAGE_SUFFIXES))}")
     rgb: np.ndarray = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
     return rgb
 
@@ -82,10 +77,10 @@ def raw_header(path: Path, file: BinaryIO) -> tuple[int, int, int, int]:
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, fortran, dtype = read[np.lib.format.read_magic(file)](file)
     except (OSError, ValueError, EOFError, KeyError) as error:
-        raise UserError(f"{one_line(path)}: cannot be read as .npy: {one_line(error)}") from error
+        raise UserError(f"{path}: cannot be read as .npy: {error}") from error
     if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape or fortran:
         order = " in Fortran order" if fortran else ""
-        raise UserError(f"{one_line(path)}: expected uint8 (T,H,W,3), got {dtype} {shape}{order}")
+        raise UserError(f"{path}: expected uint8 (T,H,W,3), got {dtype} {shape}{order}")
     return shape
 
 
@@ -96,7 +91,7 @@ def raw_shape(path: Path) -> tuple[tuple[int, int, int, int], int]:
             shape = raw_header(path, file)
             held = (path.stat().st_size - file.tell()) // (shape[1] * shape[2] * 3)
     except OSError as error:
-        raise UserError(f"{one_line(path)}: cannot be read as .npy: {one_line(error.strerror)}") from error
+        raise UserError(f"{path}: cannot be read as .npy: {error.strerror}") from error
     return shape, min(held, shape[0])
 
 
@@ -111,7 +106,7 @@ def read_raw(path: Path, start: int, num: int) -> np.ndarray:
             file.seek(start * frames[:1].nbytes, 1)
             got = file.readinto(frames.data) if frames.size else 0
     except OSError as error:
-        raise UserError(f"{one_line(path)}: cannot be read as .npy: {one_line(error.strerror)}") from error
+        raise UserError(f"{path}: cannot be read as .npy: {error.strerror}") from error
     return frames if got == frames.nbytes else frames[: got // (shape[1] * shape[2] * 3)]
 
 
@@ -121,10 +116,10 @@ def open_video(path: Path) -> av.container.InputContainer:
         container = av.open(path.as_posix() if path.is_absolute() else f"./{path.as_posix()}")
     except (av.FFmpegError, OSError, ValueError) as error:
         reason = one_line(getattr(error, "strerror", None) or error)
-        raise UserError(f"{one_line(path)}: cannot be opened as a video: {reason}") from error
+        raise UserError(f"{path}: cannot be opened as a video: {reason}") from error
     if fault := no_video(container):
         container.close()
-        raise UserError(f"{one_line(path)}: {fault}")
+        raise UserError(f"{path}: {fault}")
     return container
 
 
@@ -174,19 +169,19 @@ def decode(path: Path, size: tuple[int, int] | None = None) -> Iterator[np.ndarr
         try:
             for frame in container.decode(stream_of(container)):
                 if frame.is_corrupt:
-                    raise UserError(f"{one_line(path)}: frame {count} is damaged")
+                    raise UserError(f"{path}: frame {count} is damaged")
                 yield upright(frame)
                 count += 1
         except (av.FFmpegError, OSError) as error:
             reason = one_line(getattr(error, "strerror", None) or error)
-            raise UserError(f"{one_line(path)}: cannot be decoded after frame {count}: {reason}") from error
+            raise UserError(f"{path}: cannot be decoded after frame {count}: {reason}") from error
 
 
 def stored_frames(path: Path, size: tuple[int, int] | None = None) -> Iterator[np.ndarray]:
     """All frames of a raw clip, a folder of images or one image, scaled to `size` or to the size of the first."""
     files = files_of(path)
     if not files:
-        raise UserError(f"{one_line(path)}: a folder without images; expected numbered frames")
+        raise UserError(f"{path}: a folder without images; expected numbered frames")
     for frame in raw_frames(path) if kind_of(path) == "raw" else map(read_image, files):
         size = size or (frame.shape[1], frame.shape[0])
         yield frame if frame.shape[1::-1] == size else resize(frame, *size)
@@ -198,7 +193,7 @@ def raw_frames(path: Path) -> Iterator[np.ndarray]:
     for k in range(held):
         yield from read_raw(path, k, 1)
     if held < num:
-        raise UserError(f"{one_line(path)}: the file ends after {held} of {num} frames")
+        raise UserError(f"{path}: the file ends after {held} of {num} frames")
 
 
 def read_frames(
@@ -211,7 +206,7 @@ def read_frames(
     the file when it cannot be opened or decoded.
     """
     if not path.exists():
-        raise UserError(f"{one_line(path)}: no such file or folder")
+        raise UserError(f"{path}: no such file or folder")
     frames = decode(path, size) if kind_of(path) == "video" else stored_frames(path, size)
     yield from islice(frames, start, None if num is None else start + num)
 
@@ -236,7 +231,7 @@ def probe(path: Path) -> Probe:
     kind = kind_of(path)
     first = next(read_frames(path, num=1), None)
     if first is None:
-        raise UserError(f"{one_line(path)}: no frame can be decoded")
+        raise UserError(f"{path}: no frame can be decoded")
     height, width = first.shape[:2]
     if kind != "video":
         count = raw_shape(path)[0][0] if kind == "raw" else len(images_in(path)) if kind == "frames" else 1

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
-from rlv2v.data.video import kind_of, one_line, open_video
+from rlv2v.data.video import kind_of, open_video
 from rlv2v.errors import UserError
 
 MP4_AUDIO = {"aac", "mp3", "ac3", "eac3", "alac", "flac", "opus"}
@@ -49,12 +49,12 @@ class VideoWriter:
         audio_from: Path | None = None,
     ) -> None:
         if not path.parent.is_dir():
-            raise UserError(f"{one_line(path)}: folder {one_line(path.parent)} does not exist; create it first")
+            raise UserError(f"{path}: folder {path.parent} does not exist; create it first")
         if path.is_dir():
-            raise UserError(f"{one_line(path)}: is a folder; expected the name of a video file")
+            raise UserError(f"{path}: is a folder; expected the name of a video file")
         if path.suffix.lower() not in {".mp4", ".mov", ".mkv"}:
             raise UserError(
-                f"{one_line(path)}: cannot write {path.suffix or 'a name without suffix'}; expected .mp4, .mov or .mkv"
+                f"{path}: cannot write {path.suffix or 'a name without suffix'}; expected .mp4, .mov or .mkv"
             )
         if not 0 < fps <= 1000:
             raise ValueError(f"VideoWriter: fps must be in (0, 1000], got {fps}")

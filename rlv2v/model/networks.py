@@ -1,4 +1,4 @@
-"""The networks of RL-V2V-GAN (section 3.2, 3.4, table 1): G and P (`Translator`), D and Q (`Judge`)."""
+"""The networks of RL-V2V-GAN (section 3.2, 3.4, table 1): G and P (`Translator`), D and Q (`Discriminator`)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, pixel_shuffle
 
-from rlv2v.model.layers import RPB, SLOPE, URB, ConvLSTM, State, cat_channels, per_frame, space_to_depth, xavier_linear
-from rlv2v.model.parts import run_keeping, set_memory
+from rlv2v.model.activation_memory import run_keeping, set_memory
+from rlv2v.model.blocks import RPB, SLOPE, URB, xavier_linear
+from rlv2v.model.conv_lstm import ConvLSTM
+from rlv2v.model.frames import State, cat_channels, per_frame, space_to_depth
 
 
 def exact(y: Tensor) -> torch.autocast:
@@ -32,7 +34,7 @@ class Translator(nn.Module):
         norm: "clip" or "batch", see `SequenceNorm`.
         horizon: clip length that the ConvLSTMs' biases are made for (0: biases 0), see `ConvLSTM`.
         head_width: channels of the mask head at full resolution.
-        memory: what a training run keeps for its backward, see `rlv2v.model.parts`.
+        memory: what a training run keeps for its backward, see `rlv2v.model.activation_memory`.
     """
 
     mask_gain: Tensor
@@ -75,22 +77,26 @@ class Translator(nn.Module):
         set_memory(self, memory)
 
     def forward(
-        self, x: Tensor, state: State = None, *, every: bool = False, fork: bool = False
+        self, x: Tensor, state: State = None, *, all_states: bool = False, one_step_from_each: bool = False
     ) -> tuple[Tensor, State]:
-        """Translate frames from a state; `every` and `fork` as in `rlv2v.model.layers`."""
-        y, _, state = self.run(x, state, every=every, fork=fork)
+        """Translate frames from a state; `every` and `fork` as in `rlv2v.model.blocks`."""
+        y, _, state = self.run(x, state, all_states=all_states, one_step_from_each=one_step_from_each)
         return y, state
 
     def run(
-        self, x: Tensor, state: State = None, *, every: bool = False, fork: bool = False
+        self, x: Tensor, state: State = None, *, all_states: bool = False, one_step_from_each: bool = False
     ) -> tuple[Tensor, Tensor | None, State]:
         """As `forward`, with the copy mask m (B,T,1,H,W) in (0,1) between; None without a mask head."""
-        y, mask, state = run_keeping(self, self.whole, x, state, every=every, fork=fork)
+        y, mask, state = run_keeping(
+            self, self.whole, x, state, all_states=all_states, one_step_from_each=one_step_from_each
+        )
         return y, mask, state
 
-    def whole(self, x: Tensor, state: State, *, every: bool, fork: bool) -> tuple[Tensor, Tensor | None, State]:
+    def whole(
+        self, x: Tensor, state: State, *, all_states: bool, one_step_from_each: bool
+    ) -> tuple[Tensor, Tensor | None, State]:
         """`run`, all frames at once."""
-        how = {"every": every, "fork": fork}
+        how = {"all_states": all_states, "one_step_from_each": one_step_from_each}
         num_blocks = len(self.encoder) + len(self.decoder)
         before = state or (None,) * (num_blocks + 1)
         after, skips = [], []
@@ -120,7 +126,7 @@ class Translator(nn.Module):
         return torch.lerp(rgb.tanh(), x, mask), mask
 
 
-class Judge(nn.Module):
+class Discriminator(nn.Module):
     """Discriminator or critic: one RPB a width, mean over the pixels that are left, FC, LeakyReLU, FC.
 
     Shapes: frames (B,T,3,H,W) -> (B,T,heads); entry t judges the prefix x[1:t]. A discriminator's numbers are logits
@@ -150,19 +156,19 @@ class Judge(nn.Module):
         set_memory(self, memory)
 
     def forward(
-        self, x: Tensor, state: State = None, *, every: bool = False, fork: bool = False
+        self, x: Tensor, state: State = None, *, all_states: bool = False, one_step_from_each: bool = False
     ) -> tuple[Tensor, State]:
-        """Judge every prefix, from a state; `every` and `fork` as in `rlv2v.model.layers`."""
-        y, state = run_keeping(self, self.whole, x, state, every=every, fork=fork)
+        """Discriminator every prefix, from a state; `every` and `fork` as in `rlv2v.model.blocks`."""
+        y, state = run_keeping(self, self.whole, x, state, all_states=all_states, one_step_from_each=one_step_from_each)
         return y, state
 
-    def whole(self, x: Tensor, state: State, *, every: bool, fork: bool) -> tuple[Tensor, State]:
+    def whole(self, x: Tensor, state: State, *, all_states: bool, one_step_from_each: bool) -> tuple[Tensor, State]:
         """`forward`, all frames at once."""
         before = state or (None,) * len(self.blocks)
         after = []
         y = space_to_depth(x, self.patch)
         for block, memory in zip(self.blocks, before, strict=True):
-            y, _, memory = block(y, memory, every=every, fork=fork)
+            y, _, memory = block(y, memory, all_states=all_states, one_step_from_each=one_step_from_each)
             after.append(memory)
         with exact(y):
             y = self.out(leaky_relu(self.hidden(y.mean((3, 4), dtype=x.dtype)), SLOPE))

@@ -1,0 +1,68 @@
+"""A run's networks, and `RUN/model.safetensors` to translate with: g_x and g_y, the config in the metadata.
+
+Nothing read here runs code. Every file is written beside its place, flushed to the disk and renamed: a reader sees the
+old one or the new one. What a run needs to go on is in `rlv2v.checkpoint.store`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from rlv2v.config import Config
+from rlv2v.errors import UserError, first_line
+from rlv2v.files import write_atomically
+from rlv2v.model import Translator
+from rlv2v.model.build import build_nets
+
+VERSION = 1
+
+
+def pack_translators(g_x: Translator, g_y: Translator, config: Config) -> bytes:
+    """A `model.safetensors`: both generators and, in the metadata, the config."""
+    tensors: dict[str, Tensor] = {}
+    for name, net in (("g_x", g_x), ("g_y", g_y)):
+        tensors |= {f"{name}.{key}": value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
+    return save(tensors, {"config": config.to_json(), "version": str(VERSION)})
+
+
+def save_translators(run: Path, g_x: Translator, g_y: Translator, config: Config) -> None:
+    """Write `RUN/model.safetensors`."""
+    write_atomically(run / "model.safetensors", pack_translators(g_x, g_y, config))
+
+
+def load_translator(
+    run: Path, direction: str = "x2y", device: str | torch.device = "cpu", *, best: bool = False
+) -> tuple[Translator, Config]:
+    """The generator of a run, ready to translate, and the run's config.
+
+    Args:
+        run: folder with a `model.safetensors`.
+        direction: "x2y" (G_Y) or "y2x" (G_X).
+        device: where it shall run.
+        best: that of the best checkpoint, `best.safetensors`, instead of the newest.
+
+    Raises:
+        UserError: no model there, or not one of this package's.
+    """
+    path = run / ("best.safetensors" if best else "model.safetensors")
+    if direction not in ("x2y", "y2x"):
+        raise UserError(f"direction: expected 'x2y' or 'y2x', got {direction!r}")
+    if not path.is_file():
+        raise UserError(f"{run}: expected a trained run with {path.name}, found none; train one first")
+    prefix = {"x2y": "g_y.", "y2x": "g_x."}[direction]
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            config = Config.from_json((file.metadata() or {}).get("config", ""), f"{path}: config")
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            weights = {name[len(prefix) :]: file.get_tensor(name) for name in names}
+        generators = build_nets(config, discriminators=False)
+        g = generators.g_y if direction == "x2y" else generators.g_x
+        g.load_state_dict(weights)
+    except (SafetensorError, RuntimeError, OSError, ValueError) as error:
+        raise UserError(f"{path}: expected a model written by rlv2v.train, got {first_line(error)}") from None
+    return g.to(device).eval(), config

@@ -1,0 +1,67 @@
+"""Frames in, translated frames out: a generator run frame by frame with its state carried along."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import cv2
+import numpy as np
+import torch
+from torch.nn.functional import pad
+
+from rlv2v.config import Config
+from rlv2v.data import to_model, to_uint8
+from rlv2v.data.video import fit
+from rlv2v.errors import UserError
+from rlv2v.model import Translator
+from rlv2v.model.blocks import limit_memory
+from rlv2v.model.frames import State
+
+
+@torch.inference_mode()
+def translate_chunk(g: Translator, config: Config, frames: np.ndarray, state: State = None) -> tuple[np.ndarray, State]:
+    """The next T frames of a video, uint8 (T,H,W,3) of any size, after those that `state` has seen (None: the start).
+
+    Returns frames of the same shape and the state after them. Beyond the first `config.frames` frames the normalisation
+    forgets (`limit_memory`), frame by frame, so that it is the same however a video is cut into chunks. A `per_frame`
+    model (the CycleGAN baseline) starts anew on every frame, and its state stays None.
+    """
+    height, width = frames.shape[1:3]
+    device = next(g.parameters()).device
+    x = to_model(torch.from_numpy(np.ascontiguousarray(frames)).to(device))  # (T,3,H,W)
+    x = pad(x, (0, -width % g.multiple, 0, -height % g.multiple), mode="replicate")
+    if config.per_frame:
+        y = g(x[:, None])[0][:, 0]
+    else:
+        first = config.frames if state is None else 1
+        parts = []
+        for chunk in (x[:first], *x[first:, None]):
+            part, state = g(chunk[None], state)
+            state = limit_memory(state, config.frames)
+            parts.append(part[0])
+        y = torch.cat(parts)
+    if not torch.isfinite(y).all():
+        raise UserError("translate: the model's output is not finite; its weights are damaged or its training diverged")
+    return to_uint8(y[..., :height, :width]).cpu().numpy(), state
+
+
+def translate_clip(g: Translator, config: Config, frames: np.ndarray) -> np.ndarray:
+    """A whole clip from its start, uint8 (T,H,W,3) -> the same shape; see `translate_chunk`."""
+    return translate_chunk(g, config, frames)[0]
+
+
+def translate_stream(
+    g: Translator, config: Config, frames: Iterable[np.ndarray], *, size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(source, translation) of each frame, uint8 (H,W,3); one in memory. size: short side the model sees, 0: own."""
+    state = None
+    for frame in frames:
+        height, width = frame.shape[:2]
+        clip = fit(frame[None], size or min(height, width))
+        translated, state = translate_chunk(g, config, clip, state)
+        if clip.shape[1:3] == (height, width):
+            yield frame, translated[0]
+        else:
+            shrinks = clip.shape[1] > height
+            method = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+            yield frame, cv2.resize(translated[0], (width, height), interpolation=method)

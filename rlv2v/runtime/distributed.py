@@ -1,0 +1,330 @@
+"""Several processes as one run: torchrun's ranks, what they average and what they agree on.
+
+The one place that uses torch.distributed. Alone, a process averages, gathers and agrees with itself: every function
+here is then the identity, and the rest of the package has no path of its own for several ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rlv2v.errors import UserError
+from rlv2v.runtime.device import grow_segments, pick_device
+
+NUM_BUCKETS = 4  # a phase; fewer where they would be small
+MIN_BUCKET_BYTES = 256 * 1024
+PATIENCE = timedelta(hours=6)  # of ranks that wait while the first one reads a dataset
+T = TypeVar("T")
+
+
+class StepControl(NamedTuple):
+    """What all ranks do alike next."""
+
+    stop: bool
+    """Some rank was asked to end."""
+    seconds: float
+    """Rank 0's clock."""
+    save: bool
+    """Rank 0 wants a checkpoint."""
+
+
+class World:
+    """This process among the ranks of a run.
+
+    Args:
+        device: where this rank computes.
+        control: the group that small decisions go through, on the CPU; None alone.
+    """
+
+    def __init__(self, device: torch.device, control: Any = None) -> None:
+        self.device, self._control = device, control
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if control else (0, 1)
+        self._sent: tuple[Any, Tensor] | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes and speaks."""
+        return self.rank == 0
+
+    def broadcast_object(self, make: Callable[[], T]) -> T:
+        """What `make` gives on rank 0, on all ranks."""
+        value = [make() if self.first else None]
+        if self._control:
+            with lost():
+                dist.broadcast_object_list(value, group=self._control, device=torch.device("cpu"))
+        return value[0]  # type: ignore[return-value]
+
+    def broadcast_parameters(self, *modules: nn.Module) -> None:
+        """Give all ranks the parameters and buffers of rank 0."""
+        if self._control:
+            with lost(), torch.no_grad():
+                for module in modules:
+                    for tensor in (*module.parameters(), *module.buffers()):
+                        # a dense copy: the tensors of channels-last weights are not contiguous
+                        copy = tensor.detach().contiguous()
+                        dist.broadcast(copy, 0)
+                        tensor.copy_(copy)
+
+    def rank0_first(self, make: Callable[[], T]) -> T:
+        """Run `make` on rank 0, then on all others: they find what it left on the disk."""
+        value = make() if self.first else None
+        self.barrier()
+        return make() if value is None else value
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self._control:
+            with lost():
+                dist.barrier(group=self._control)
+
+    def all_agree(self, control: StepControl) -> StepControl:
+        """What the ranks said at their last call, in one; alone: what is said now.
+
+        The answer is a step old, so that no rank waits for it: it travels while the next step is computed.
+        """
+        if not self._control:
+            return control
+        before = self.flush()
+        said = [float(control.stop), *((control.seconds, float(control.save)) if self.first else (0.0, 0.0))]
+        sums = torch.tensor(said, dtype=torch.float64)
+        with lost():
+            self._sent = (dist.all_reduce(sums, group=self._control, async_op=True), sums)
+        return before
+
+    def flush(self) -> StepControl:
+        """What the ranks said at their last call."""
+        if self._sent is None:
+            return StepControl(False, 0.0, False)
+        work, sums = self._sent
+        self._sent = None
+        with lost():
+            work.wait()
+        return StepControl(bool(sums[0]), float(sums[1]), bool(sums[2]))
+
+    def close(self) -> None:
+        """Leave the other ranks; every rank calls it, and only when all goes well."""
+        if self._control:
+            self.flush()
+            dist.destroy_process_group()
+            self._control = None
+
+    def abort(self) -> None:
+        """Leave the other ranks after an error: with its threads left to the interpreter's end, gloo aborts there."""
+        if self._control:
+            self._sent = self._control = None
+            dist.destroy_process_group()
+
+
+def connect(device: str) -> World:
+    """This process's world: torchrun's, over NCCL on GPUs and gloo on CPUs; without torchrun a world of one.
+
+    Args:
+        device: as `rlv2v.runtime.device.pick_device` takes it; "auto" and "cuda" mean the GPU of the local rank.
+
+    Raises:
+        UserError: no such device, or the ranks cannot reach each other.
+    """
+    alone, gpu = "RANK" not in os.environ or "WORLD_SIZE" not in os.environ, torch.cuda.is_available()
+    if gpu:
+        grow_segments()
+    if not alone and gpu and device in ("auto", "cuda"):
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    picked = pick_device(device)
+    if picked.type == "cuda":  # streams, events and recordings are those of the current device
+        torch.cuda.set_device(picked)
+    if alone:
+        return World(picked)
+    try:
+        store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+        # torchrun may keep one store over its restarts, with the addresses of ranks that are dead by now
+        store = dist.PrefixStore(f"restart-{restarts()}", store)  # type: ignore[attr-defined]
+        dist.init_process_group("nccl" if picked.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
+        return World(picked, dist.new_group(backend="gloo", timeout=PATIENCE))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"torchrun: rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not reach the others: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+
+
+@contextmanager
+def pretend(size: int) -> Iterator[World]:
+    """Within it this process is rank 0 of `size` ranks, none of which is there but itself: what it sends goes nowhere.
+
+    To count what a step sends, without the ranks; no number that comes out of it is right.
+    """
+    dist.init_process_group("fake", rank=0, world_size=size)
+    try:
+        yield World(torch.device("cpu"), dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+
+
+def restarts() -> int:
+    """How often torchrun has brought this job back."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def num_ranks() -> int:
+    """Ranks that the functions below run over."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@contextmanager
+def lost() -> Iterator[None]:
+    """A peer that is gone is no bug of this rank: say so in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"lost another rank ({text}); torchrun --max-restarts brings a run back by itself, --resume by hand"
+        ) from None
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.contiguous().clone()
+        with lost():
+            dist.all_reduce(y)
+        return y / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _Mean.apply(grads[0])
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.size = len(x)
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        with lost():
+            dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        first = dist.get_rank() * ctx.size
+        return grads[0][first : first + ctx.size] * dist.get_world_size()
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean of x over the ranks. Backward: the mean of its gradients, so that what they average to is right."""
+    return x if num_ranks() == 1 else _Mean.apply(x)
+
+
+def gather(x: Tensor) -> Tensor:
+    """(B,...) of every rank -> (ranks*B,...), for a term that all ranks then compute alike.
+
+    Backward gives this rank's part of the gradient, times the ranks: the mean over ranks of the weights' gradients is
+    then the term's own.
+    """
+    return x if num_ranks() == 1 else _Gather.apply(x)
+
+
+class Reducer:
+    """The mean over ranks of one phase's gradients, in few large buckets, begun while backward still runs.
+
+        with reducer:
+            loss.backward()
+        reducer.finish()
+
+    Buckets follow the order in which the first backward pass made the gradients, so that each is complete early; they
+    go out in that order on every rank. A weight without a gradient stays without one.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self._weights = list(weights)
+        self._active, self._order = False, list[int]()
+        self._buckets: list[list[int]] = []
+        self._bucket_of: dict[int, int] = {}
+        self._missing: list[int] = []
+        self._sent: list[tuple[Any, Tensor, list[Tensor]]] = []
+        self._hooks = [
+            weight.register_post_accumulate_grad_hook(self._hook(index))
+            for index, weight in enumerate(self._weights)
+            if num_ranks() > 1
+        ]
+
+    def _hook(self, index: int) -> Callable[[Tensor], None]:
+        def ready(_: Tensor) -> None:
+            if not self._active:
+                return
+            if not self._buckets:
+                self._order.append(index)
+                return
+            bucket = self._bucket_of[index]
+            self._missing[bucket] -= 1
+            while len(self._sent) < len(self._buckets) and not self._missing[len(self._sent)]:
+                self._send(self._buckets[len(self._sent)])
+
+        return ready
+
+    def __enter__(self) -> Reducer:
+        self._active = True
+        self._order.clear()
+        self._missing = [len(bucket) for bucket in self._buckets]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._active = False
+
+    def finish(self) -> None:
+        """Wait until every gradient is the mean over the ranks."""
+        if not self._hooks:
+            return
+        if not self._buckets:
+            self._arrange()
+        while len(self._sent) < len(self._buckets):
+            self._send(self._buckets[len(self._sent)])
+        for work, flat, grads in self._sent:
+            if work is None:
+                continue
+            with lost():
+                work.wait()
+            flat /= num_ranks()
+            parts = flat.split([grad.numel() for grad in grads])
+            torch._foreach_copy_(grads, [part.view(grad.shape) for part, grad in zip(parts, grads, strict=True)])
+        self._sent = []
+
+    def _send(self, bucket: list[int]) -> None:
+        grads = [grad for index in bucket if (grad := self._weights[index].grad) is not None]
+        if not grads:
+            self._sent.append((None, torch.empty(0), []))
+            return
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        with lost():
+            self._sent.append((dist.all_reduce(flat, async_op=True), flat, grads))
+
+    def _arrange(self) -> None:
+        """Buckets by rank 0's order of the pass that has just run; what it left out comes last."""
+        order = [[*self._order, *(i for i in range(len(self._weights)) if i not in set(self._order))]]
+        with lost():
+            dist.broadcast_object_list(order)
+        sizes = [weight.numel() * weight.element_size() for weight in self._weights]
+        limit = max(MIN_BUCKET_BYTES, -(-sum(sizes) // NUM_BUCKETS))
+        bucket, held = list[int](), 0
+        for index in order[0]:
+            bucket.append(index)
+            held += sizes[index]
+            if held >= limit:
+                self._buckets.append(bucket)
+                bucket, held = [], 0
+        self._buckets += [bucket] if bucket else []
+        self._bucket_of = {index: number for number, bucket in enumerate(self._buckets) for index in bucket}
+
+    def close(self) -> None:
+        """Take the hooks off the weights."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []

@@ -1,0 +1,205 @@
+"""Streaming translation: state, odd sizes, rates, audio, and refusals before any work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from rlv2v.config import Config
+from rlv2v.data.video import probe, read_frames
+from rlv2v.data.writer import write_image
+from rlv2v.errors import UserError
+from rlv2v.method.translation import translate_chunk, translate_clip, translate_stream
+from rlv2v.model import Translator
+from rlv2v.runtime.device import pick_device
+from rlv2v.translate import Args, beside, check_paths, main
+
+SETTINGS = Config(size=16, frames=4)
+PER_FRAME = Config(size=16, frames=4, method="cyclegan")
+
+
+@pytest.fixture(scope="module")
+def g() -> Translator:
+    torch.manual_seed(0)
+    return Translator((4, 8), patch=2, head="mask").eval()
+
+
+def noise(t: int = 6, h: int = 16, w: int = 16, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (t, h, w, 3), dtype=np.uint8)
+
+
+def test_chunks_with_state_equal_the_whole_clip(g):
+    clip = noise()
+    whole = translate_clip(g, SETTINGS, clip)
+    first, state = translate_chunk(g, SETTINGS, clip[:1])
+    second, state = translate_chunk(g, SETTINGS, clip[1:4], state)
+    third, _ = translate_chunk(g, SETTINGS, clip[4:], state)
+    parts = np.concatenate([first, second, third])
+    assert np.abs(parts.astype(int) - whole).max() <= 1  # uint8 rounding of a float difference of about 1e-6
+    alone, _ = translate_chunk(g, SETTINGS, clip[4:])
+    assert np.abs(alone.astype(int) - third).max() > 1, "the state must matter, or this test says nothing"
+
+
+def test_per_frame_model_translates_each_frame_alone(g):
+    clip = noise()
+    whole = translate_clip(g, PER_FRAME, clip)
+    each = np.concatenate([translate_clip(g, PER_FRAME, clip[t : t + 1]) for t in range(len(clip))])
+    assert np.abs(whole.astype(int) - each).max() <= 1
+    assert translate_chunk(g, PER_FRAME, clip)[1] is None
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (17, 23), (9, 31), (1, 1)])
+def test_sizes_that_do_not_divide_are_padded_and_cropped_back(g, height, width):
+    clip = noise(2, height, width)
+    out = translate_clip(g, SETTINGS, clip)
+    assert out.shape == clip.shape and out.dtype == np.uint8
+    height_pad, width_pad = -height % g.multiple, -width % g.multiple
+    padded = np.pad(clip, ((0, 0), (0, height_pad), (0, width_pad), (0, 0)), mode="edge")
+    np.testing.assert_array_equal(out, translate_clip(g, SETTINGS, padded)[:, :height, :width])
+
+
+@pytest.mark.parametrize("size", [16, 0, 64])
+def test_stream_restores_the_size_and_keeps_the_source(g, size):
+    clip = noise(3, 30, 46)
+    pairs = list(translate_stream(g, SETTINGS, iter(clip), size=size))
+    np.testing.assert_array_equal(np.stack([source for source, _ in pairs]), clip)
+    assert all(out.shape == (30, 46, 3) for _, out in pairs)
+
+
+def test_stream_reads_one_frame_at_a_time(g):
+    """Constant memory: nothing is read ahead of what has been given out."""
+    taken = 0
+
+    def frames():
+        nonlocal taken
+        for frame in noise(5):
+            taken += 1
+            yield frame
+
+    for given, _ in enumerate(translate_stream(g, SETTINGS, frames(), size=16), start=1):
+        assert taken == given
+
+
+def test_output_that_is_not_finite_is_refused():
+    broken = Translator((4, 8), patch=2, head="mask").eval()
+    with torch.no_grad():
+        broken.to_rgbm.bias.fill_(torch.nan)
+    with pytest.raises(UserError, match="not finite"):
+        translate_clip(broken, SETTINGS, noise())
+
+
+def test_beside_has_even_sides():
+    frame = noise(1, 17, 15)[0]
+    both = beside(frame, frame[::-1])
+    assert both.shape == (18, 30, 3)
+    np.testing.assert_array_equal(both[:17, :15], frame)
+    np.testing.assert_array_equal(both[:17, 15:], frame[::-1])
+
+
+def test_paths_are_checked_before_any_work(tmp_path):
+    source = tmp_path / "in.mp4"
+    source.write_bytes(b"video")
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "link.mp4").symlink_to(source)
+    for out, words in {
+        "out.gif": "expected the suffix .mp4, .mov, .mkv, got .gif",
+        "out": "got none",
+        "missing/out.mp4": "does not exist; create it",
+        "folder.mp4": "is a folder",
+        "in.mp4": "same file",
+        "link.mp4": "same file",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            check_paths(source, tmp_path / out)
+    with pytest.raises(UserError, match="no such video"):
+        check_paths(tmp_path / "absent.mp4", tmp_path / "out.mp4")
+    check_paths(source, tmp_path / "out.mp4")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta:x"])
+def test_unusable_device_is_named(name):
+    with pytest.raises(UserError, match=f"--device: expected .* got '{name}'"):
+        pick_device(name)
+
+
+def command(*args: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "rlv2v.translate", *map(str, args)], capture_output=True, text=True, check=False
+    )
+
+
+def write_source(path: Path, *, height: int = 30, width: int = 46, count: int = 12, rate: Fraction) -> None:
+    """An MPEG-4 part 2 video with a tone: a codec and a rate that the output does not have by default."""
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("mpeg4", rate=rate)
+        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+        sound = container.add_stream("aac", rate=16000, layout="mono")
+        for frame in noise(count, height, width):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        samples = int(16000 * count / rate)
+        tone = (np.sin(np.arange(samples) / 6) * 8000).astype(np.int16)[None]
+        audio = av.AudioFrame.from_ndarray(tone, format="s16", layout="mono")
+        audio.sample_rate, audio.pts = 16000, 0
+        container.mux(sound.encode(audio))
+        container.mux(video.encode(None))
+        container.mux(sound.encode(None))
+
+
+def test_command_keeps_count_rate_size_and_audio(tiny_run, tmp_path):
+    source, out = tmp_path / "in.mp4", tmp_path / "out.mp4"
+    write_source(source, rate=Fraction(30000, 1001))
+    done = command(tiny_run, source, out)
+    assert done.returncode == 0, done.stderr
+    about = probe(out)
+    assert (about.codec, about.width, about.height, about.num_frames) == ("h264", 46, 30, 12)
+    assert float(about.fps) == pytest.approx(30000 / 1001, rel=1e-4)
+    assert about.has_audio
+    with av.open(str(out)) as container:
+        assert container.streams.video[0].codec_context.pix_fmt == "yuv420p"
+    frames, sources = np.stack(list(read_frames(out))), np.stack(list(read_frames(source)))
+    assert len(frames) == 12 and np.abs(frames.astype(int) - sources).mean() > 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.mp4", "out.mp4"]
+
+
+def test_command_takes_a_frame_folder_of_odd_size_and_the_other_direction(tiny_run, tmp_path):
+    folder, out, back = tmp_path / "frames", tmp_path / "out.mp4", tmp_path / "back.mp4"
+    folder.mkdir()
+    for index, frame in enumerate(noise(11, 21, 27)):
+        write_image(folder / f"frame{index}.png", frame)  # frame10 comes after frame9
+    assert command(tiny_run, folder, out).returncode == 0
+    assert (probe(out).width, probe(out).height, probe(out).num_frames) == (27, 21, 11)
+    assert command(tiny_run, folder, back, "--direction", "y2x", "--side-by-side").returncode == 0
+    assert (probe(back).width, probe(back).height) == (54, 22)
+    left = np.stack(list(read_frames(back)))[:, :21, :27]
+    right = np.stack(list(read_frames(back)))[:, :21, 27:]
+    one_way = np.stack(list(read_frames(out)))
+    assert np.abs(right.astype(int) - left).mean() > 1 and np.abs(right.astype(int) - one_way).mean() > 1
+
+
+def test_refusals_name_the_thing_and_write_nothing(tiny_run, tmp_path):
+    source = tmp_path / "in.mp4"
+    write_source(source, rate=Fraction(25))
+    whole = source.read_bytes()
+    (tmp_path / "broken.mp4").write_bytes(b"not a video" * 100)
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    out = tmp_path / "out.mp4"
+    before = sorted(p.name for p in tmp_path.iterdir())
+    for args, words in [
+        (Args(tmp_path / "no-run", source, out), "no-run"),
+        (Args(tiny_run, tmp_path / "broken.mp4", out), "broken.mp4"),
+        (Args(tiny_run, tmp_path / "empty.mp4", out), "empty.mp4"),
+        (Args(tiny_run, source, source), "same file"),
+        (Args(tiny_run, source, out, size=3), "--size"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            main(args)
+    done = command(tmp_path / "no-run", source, out)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == before and source.read_bytes() == whole

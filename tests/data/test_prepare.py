@@ -1,0 +1,247 @@
+"""The prepare command: every kind of source gives the right frames, evenly timed, under names that tell it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from prepare_clips import CODECS, HEIGHT, VFR, WIDTH, N, encode, rows_of, stamped, stamps, state
+
+from rlv2v.data import prepare as work
+from rlv2v.data import readers, video
+from rlv2v.data.index import Dataset, examine, index_folder, open_dataset
+from rlv2v.data.loader import Loader
+from rlv2v.data.writer import write_image
+from rlv2v.errors import UserError
+from rlv2v.prepare import Args, main
+
+
+def nearest(times: Sequence[float], fps: float, num: int) -> list[int]:
+    """The rule for time, as a loop: of the frames nearest to k/fps the first."""
+    return [min(range(len(times)), key=lambda i: (round(abs(times[i] - k / fps), 6), i)) for k in range(num)]
+
+
+@pytest.fixture(scope="module")
+def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source of every kind and fault."""
+    folder = tmp_path_factory.mktemp("prepare") / "src" / "trainX"
+    folder.mkdir(parents=True)
+    clip = stamped()
+    for name, (codec, pixels, options) in CODECS.items():
+        if codec not in av.codecs_available:
+            continue
+        if name == "mpeg2.ts":  # MPEG-2 knows no 10 frames a second
+            with av.open(str(folder / name), "w") as output:
+                stream = output.add_stream(codec, rate=25, options=options)
+                stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, pixels
+                for frame in clip:
+                    output.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+                output.mux(stream.encode(None))
+        else:
+            encode(folder / name, clip, codec, pixels, **options)
+    encode(folder / "odd.mkv", stamped(height=63, width=95), "libx264", "yuv444p")
+    encode(folder / "rotated.mp4", clip, rotation=90)
+    encode(folder / "vfr.mp4", clip, times=VFR)
+    for part, size in ((clip[:10], (64, 96)), (clip[10:], (96, 144))):
+        scaled = np.stack([video.resize(f, size[1], size[0]) for f in part])
+        encode(folder / f"part{size[0]}.h264", scaled, "libx264", "yuv420p", bf="0")
+    parts = [folder / "part64.h264", folder / "part96.h264"]
+    (folder / "size change.h264").write_bytes(b"".join(p.read_bytes() for p in parts))
+    for part in parts:
+        part.unlink()
+    encode(folder / "cut.mp4", clip, g="4", bf="0", crf="1")
+    whole = (folder / "cut.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) * 4 // 5])
+    (folder / "frames").mkdir()
+    for t, frame in enumerate(clip):
+        write_image(folder / "frames" / f"frame{t}.png", frame)
+    np.save(folder / "array.npy", clip)
+    encode(folder / "größe\n東京 -.mp4", clip[:8])
+    encode(folder / "short.mp4", clip[:3])
+    (folder / "zero.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_text("not a video")
+    (folder / "empty").mkdir()
+    return folder.parent
+
+
+EXCLUDED = {
+    "short.mp4": "3 frames, fewer than --frames 4",
+    "zero.mp4": "the file is empty",
+    "text.mp4": "cannot be opened as a video",
+    "empty": "a folder without images",
+}
+
+
+@pytest.fixture(scope="module", params=["raw", "video"])
+def prepared(request: pytest.FixtureRequest, src: Path) -> tuple[str, Path]:
+    out = src.parent / request.param
+    main(Args(src, out, size=32, store=request.param, frames=4, jobs=2))
+    return request.param, out
+
+
+def test_every_source_gives_the_right_frames(src: Path, prepared: tuple[str, Path]) -> None:
+    store, out = prepared
+    rows = rows_of(out)
+    assert set(rows) == {p.name for p in (src / "trainX").iterdir()}
+    for name, reason in EXCLUDED.items():
+        row = rows.pop(name)
+        assert row["status"] == "excluded" and reason in row["reason"] and row["output"] == "", row
+    assert len({row["output"] for row in rows.values()}) == len(rows) >= 20
+    for name, row in rows.items():
+        assert row["status"] == "made", row
+        path = out / row["output"]
+        assert path.suffix == {"raw": ".npy", "video": ".mp4"}[store]
+        frames = np.stack(list(video.read_frames(path)))
+        if store == "raw":
+            assert np.load(path).dtype == np.uint8 and path.stat().st_size == frames.nbytes + 128 == row["bytes"]
+        turned = name == "rotated.mp4"
+        side = 32 if store == "raw" else 128
+        long = round(95 / 63 * side) if name == "odd.mkv" else side * 3 // 2
+        long += long % 2 if store == "video" else 0
+        assert frames.shape[1:3] == ((long, side) if turned else (side, long)), (name, frames.shape)
+        assert (row["height"], row["width"]) == frames.shape[1:3] and row["frames"] == len(frames), name
+        expected = list(range({"größe\n東京 -.mp4": 8}.get(name, N)))
+        if name == "vfr.mp4":
+            expected = nearest([t / 10 for t in VFR], (N - 1) / 4.5, N)
+            assert expected != sorted(set(expected)), "the case must repeat frames"
+            assert row["fps"] == pytest.approx((N - 1) / 4.5, rel=1e-4)
+        elif name == "cut.mp4":
+            assert 4 <= len(frames) < N and row["reason"], row
+            expected = expected[: len(frames)]
+        if turned:
+            with av.open(str(src / "trainX" / name)) as container:
+                angle = next(container.decode(video=0)).rotation
+            assert abs(angle) == 90, "the file must carry the rotation"
+            frames = np.rot90(frames, -angle // 90, axes=(1, 2))
+        assert stamps(frames) == expected, name
+        if name not in ("vfr.mp4", "mpeg2.ts", "frames", "array.npy", "size change.h264"):
+            assert row["fps"] == 10, row
+
+
+def test_the_video_store_is_what_dali_and_nvdec_read(prepared: tuple[str, Path]) -> None:
+    store, out = prepared
+    if store == "raw":
+        pytest.skip("of the other store")
+    for path in sorted((out / "trainX").iterdir()):
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            packets = [p for p in container.demux(stream) if p.size]
+            about = stream.codec_context
+            assert (stream.codec_context.name, about.pix_fmt) in (("vp9", "yuv420p"), ("libvpx-vp9", "yuv420p"))
+            assert min(about.width, about.height) >= 128 and not about.width % 2 and not about.height % 2
+            assert about.colorspace in (5, 6) and about.color_range == 1, (about.colorspace, about.color_range)
+        keys = [t for t, packet in enumerate(packets) if packet.is_keyframe]
+        assert keys[0] == 0 and max(np.diff([*keys, len(packets)])) <= 12, keys
+        steps = set(np.diff([p.pts for p in packets]))
+        assert len(steps) == 1 and all(p.pts == p.dts for p in packets), steps
+    sources = index_folder(out / "trainX", frames=1)
+    assert all(source.dali and source.status == "ok" for source in sources)
+    if readers.has_dali():
+        frames = min(source.num_frames for source in sources)
+        dataset = Dataset(out, {"x": sources, "y": [], "z": [], "s": []}, [], "")
+        both = [
+            Loader(dataset, batch={"x": len(sources)}, frames=frames, size=128, seed=0, backend=backend)
+            for backend in ("auto", "dali")
+        ]
+        (ours, dali) = (next(loader).x for loader in both)
+        assert torch.equal(ours, dali), "the same bits"
+
+
+def test_names_are_safe_and_tell_the_source(prepared: tuple[str, Path]) -> None:
+    _, out = prepared
+    names = {Path(name).stem: Path(row["output"]).name for name, row in rows_of(out).items() if row["output"]}
+    assert names["größe\n東京 -"].startswith("größe_東京-") and names["ten bits"].startswith("ten_bits-")
+    assert all(not set(name) & set(" \n\t/\\:*?\"'<>|") and not name.startswith((".", "-")) for name in names.values())
+
+
+def test_colours_survive(tmp_path: Path) -> None:
+    """A mix-up of BT.601 with BT.709, or of limited with full range, costs far more than these bounds."""
+    y, x = np.mgrid[:128, :128] / 128
+    picture = np.stack([255 * x, 255 * y, 255 * (1 - x)], -1).astype(np.uint8)
+    (tmp_path / "src" / "clip").mkdir(parents=True)
+    for t in range(3):
+        write_image(tmp_path / "src" / "clip" / f"{t}.png", picture)
+    main(Args(tmp_path / "src", tmp_path / "raw", size=128, store="raw", jobs=1))
+    main(Args(tmp_path / "src", tmp_path / "video", size=128, store="video", jobs=1))
+    np.testing.assert_array_equal(np.load(next((tmp_path / "raw" / "trainX").iterdir()))[1], picture)
+    found = list(video.read_frames(next((tmp_path / "video" / "trainX").iterdir())))[1]
+    assert np.abs(found.astype(float) - picture).mean() < 2.5, np.abs(found.astype(float) - picture).mean()
+
+
+def test_a_second_run_makes_and_reads_nothing(
+    src: Path, prepared: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out = prepared
+    before, seen = state(out), []
+    survey = work.survey
+    monkeypatch.setattr(work, "survey", lambda path, fps: (seen.append(path.name), survey(path, fps))[1])
+    main(Args(src, out, size=32, store="auto", frames=4, jobs=1))
+    assert state(out) == before and f"0 made, {len(before)} already there" in capsys.readouterr().out
+    assert set(seen) == set(EXCLUDED) - {"short.mp4"}, "only what could not be used is tried again"
+    with pytest.raises(UserError, match=r"was prepared with --size 32 --store \w+; give the same"):
+        main(Args(src, out, size=48, store="auto", jobs=1))
+    assert state(out) == before
+
+
+@pytest.mark.parametrize("fps", [4, 5, 25, 29.97])
+def test_fps_takes_the_nearest_frame(tmp_path: Path, fps: float) -> None:
+    (tmp_path / "src").mkdir()
+    encode(tmp_path / "src" / "even.mp4", stamped())
+    encode(tmp_path / "src" / "vfr.mp4", stamped(), times=VFR)
+    main(Args(tmp_path / "src", tmp_path / "out", size=32, store="raw", fps=fps, jobs=1, into="trainY"))
+    rows = rows_of(tmp_path / "out")
+    for name, times in (("even.mp4", range(N)), ("vfr.mp4", VFR)):
+        seconds = [t / 10 for t in times]
+        length = seconds[-1] * N / (N - 1)  # the last frame is shown for the average step
+        expected = nearest(seconds, fps, round(length * fps))
+        assert stamps(np.load(tmp_path / "out" / rows[name]["output"])) == expected
+        assert rows[name]["fps"] == pytest.approx(fps) and rows[name]["output"].startswith("trainY/")
+
+
+def test_packet_times_and_decoded_times_agree(src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quick way to a frame's time must give what the frames say themselves."""
+    for path in sorted((src / "trainX").iterdir()):
+        source = examine(path, None, threading.Event()).source
+        if source.kind != "video" or source.status == "excluded":
+            continue
+        with av.open(str(path)) as container:
+            shown = [f.time for f, _ in zip(container.decode(video=0), range(source.num_frames), strict=False)]
+        if None in shown or (np.diff(shown) <= 0).any():
+            shown = [t / source.fps for t in range(source.num_frames)]
+        np.testing.assert_allclose(work.frame_times(source), np.array(shown) - shown[0], atol=1e-6, err_msg=path.name)
+
+
+def layout(root: Path, names: Sequence[str]) -> Path:
+    for seed, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for num, clip in (("1", stamped(6 + seed)), ("2", stamped(9 + seed))):
+            encode(root / name / f"{num}.mp4", clip)
+    return root
+
+
+def test_cyclegan_layout_becomes_ours_and_pairs_keep_one_name(tmp_path: Path) -> None:
+    src = layout(tmp_path / "src", ("trainA", "trainB", "testA", "testTruth"))
+    (src / "trainS").mkdir()
+    for t in range(3):
+        write_image(src / "trainS" / f"still {t}.jpg", stamped()[t])
+    for name in ("valA", "valTruth"):  # loose images: one video, named after its folder
+        (src / name).mkdir()
+        for t in range(3):
+            write_image(src / name / f"{t}.png", stamped()[t if name == "valA" else t + 3])
+    main(Args(src, tmp_path / "out", size=32, store="raw", jobs=1))
+    out = {p.name: sorted(f.name for f in p.iterdir()) for p in (tmp_path / "out").iterdir() if p.is_dir()}
+    sizes = {"trainX": 2, "trainY": 2, "testX": 2, "testTruth": 2, "trainS": 3, "valX": 1, "valTruth": 1}
+    assert {name: len(names) for name, names in out.items()} == sizes and out["valX"] == out["valTruth"]
+    assert out["testX"] == out["testTruth"] and not set(out["trainX"]) & set(out["trainY"])
+    stills = [video.read_image(tmp_path / "out" / "trainS" / name) for name in out["trainS"]]
+    assert [s.shape for s in stills] == [(32, 48, 3)] * 3 and stamps(np.stack(stills)) == [0, 1, 2]
+    data = open_dataset(tmp_path / "out", frames=6)
+    assert [len(data.sets[k]) for k in "xyzs"] == [2, 2, 0, 3] and not data.excluded
+    (src / "trainX").mkdir()
+    with pytest.raises(UserError, match="of which two mean the same set"):
+        main(Args(src, tmp_path / "out2", jobs=1))

@@ -1,0 +1,140 @@
+"""The synthetic dataset: what is written is what was drawn, and the truth is the source on Y's background."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlv2v.data import synth, video
+from rlv2v.data.index import open_dataset
+from rlv2v.data.synth import Counts
+from rlv2v.errors import UserError
+
+COUNTS = Counts(x=48, y=18, z=18, s=7, val=4, test=4)
+FRAMES, SIZE = 6, 33
+BLUE, RED = (0, 0, 255), (255, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("synth") / "set"
+    synth.write_dataset(out, size=SIZE, frames=FRAMES, seed=3, counts=COUNTS)
+    return out
+
+
+def read_set(folder: Path) -> list[np.ndarray]:
+    return [np.stack(list(video.read_frames(path))) for path in sorted(folder.iterdir()) if path.name[0] != "."]
+
+
+def test_layout_and_counts(written: Path) -> None:
+    found = {p.name: len(list(p.iterdir())) for p in written.iterdir() if p.is_dir()}
+    clips = {"trainX": 8, "trainY": 3, "trainZ": 3, "trainS": 7, "valX": 4, "valTruth": 4, "testX": 4, "testTruth": 4}
+    assert found == clips
+    about = json.loads((written / "dataset.json").read_text())
+    assert about["kind"] == "synthetic" and about["size"] == SIZE and about["seed"] == 3
+
+
+@pytest.mark.parametrize("name", synth.SETS)
+def test_codec_gives_every_pixel_back(written: Path, name: str) -> None:
+    for index, clip in enumerate(read_set(written / name)):
+        drawn, _ = synth.clip_of(name, index, seed=3, frames=FRAMES, size=SIZE)
+        np.testing.assert_array_equal(clip, drawn, err_msg=f"{name} {index}: the codec changed the pixels")
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_truth_is_the_source_with_its_background_replaced(written: Path, part: str) -> None:
+    sources, truths = read_set(written / f"{part}X"), read_set(written / f"{part}Truth")
+    for source, truth in zip(sources, truths, strict=True):
+        inside = source.any(-1)
+        assert inside.any((1, 2)).all(), "the object must be in every frame"
+        expected = synth.background(FRAMES, SIZE)
+        expected[inside] = source[inside]
+        np.testing.assert_array_equal(truth, expected)
+
+
+def test_background_turns_red_in_the_second_half(written: Path) -> None:
+    for clip in read_set(written / "trainY") + read_set(written / "trainZ"):
+        blue, red = (clip == BLUE).all(-1).sum((1, 2)), (clip == RED).all(-1).sum((1, 2))
+        assert (blue[: FRAMES // 2] > 0).all() and not red[: FRAMES // 2].any()
+        assert (red[FRAMES // 2 :] > 0).all() and not blue[FRAMES // 2 :].any()
+
+
+def test_sets_are_disjoint(written: Path) -> None:
+    clips = {name: [c.tobytes() for c in read_set(written / name)] for name in ("trainX", "valX", "testX")}
+    every = list(itertools.chain.from_iterable(clips.values()))
+    assert len(set(every)) == len(every), "a clip occurs twice"
+
+
+def test_objects_move_straight_stay_inside_and_keep_their_colour_distance() -> None:
+    for index in range(200):
+        clip, _ = synth.clip_of("trainX", index, seed=0, frames=8, size=32)
+        colours = np.unique(clip[clip.any(-1)], axis=0)
+        assert len(colours) == 1, "one colour, no anti-aliasing"
+        away = [np.linalg.norm((colours[0] - np.array(c, float)) / 255) for c in ((0, 0, 0), BLUE, RED)]
+        assert min(away) >= 0.45
+        boxes = np.array([[v for axis in np.nonzero(f.any(-1)) for v in (axis.min(), axis.max() + 1)] for f in clip])
+        sides = boxes[:, 1::2] - boxes[:, ::2]
+        assert (sides == sides[0]).all() and (sides >= 8).all() and (sides <= 16).all(), sides
+        steps = np.diff(boxes[:, ::2], axis=0)
+        assert (np.abs(steps) <= 3).all() and (np.ptp(steps, axis=0) <= 1).all(), "constant speed, rounded to pixels"
+
+
+def test_same_seed_same_bytes_other_seed_other_clips(tmp_path: Path) -> None:
+    few = Counts(x=16, y=8, z=0, s=2, val=1, test=1)
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        synth.write_dataset(tmp_path / name, size=16, frames=8, seed=seed, counts=few)
+    files = [sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())]
+    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files[0])
+    assert (tmp_path / "a/trainX/00000.mp4").read_bytes() != (tmp_path / "c/trainX/00000.mp4").read_bytes()
+    assert open_dataset(tmp_path / "a", frames=8).sets["z"] == []
+
+
+def test_a_folder_with_content_is_refused_and_untouched(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    with pytest.raises(UserError, match=r"out: exists and is not an empty folder"):
+        synth.write_dataset(tmp_path / "out")
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "mine.txt"]
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(synth, "write_image", full)
+    with pytest.raises(OSError, match="No space"):
+        synth.write_dataset(tmp_path / "out", size=16, counts=Counts(x=8, y=8, z=0, s=1, val=0, test=0))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--size", "4"], "--size: expected 16 to 4096 pixels, got 4"),
+        (["--frames", "1"], "--frames: expected 2"),
+        (["--counts.y", "3"], "--counts.y: expected at least one clip of 8 frames, got 3 frames"),
+        (["--counts.s", "-1"], "--counts.s: expected 0 or more, got -1"),
+        (["--seed", "-1"], "--seed: expected 0 or more"),
+    ],
+)
+def test_bad_flags_are_named(tmp_path: Path, flags: list[str], message: str) -> None:
+    import tyro
+
+    from rlv2v.synth import Args, main
+
+    with pytest.raises(UserError, match=message):
+        main(tyro.cli(Args, args=[str(tmp_path / "out"), *flags]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_leaves_with_2_and_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rlv2v.synth", str(tmp_path / "out"), "--size", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1 and "--size" in done.stderr

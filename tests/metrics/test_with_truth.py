@@ -1,0 +1,110 @@
+"""The metrics on clips whose figures can be worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from rlv2v.metrics.with_truth import METRIC_KEYS, PSNR_CAP, clip_metrics, mean_metrics
+
+GREEN, BLUE, RED = (0, 255, 0), (0, 0, 255), (255, 0, 0)
+T, SIZE = 8, 16
+
+
+def clip(colour=GREEN, backgrounds=((0, 0, 0),) * T, *, top=4, shift=0) -> np.ndarray:
+    """A 6x6 square of `colour` over one background a frame; `shift` moves it right."""
+    frames = np.empty((T, SIZE, SIZE, 3), np.uint8)
+    frames[:] = np.array(backgrounds, np.uint8)[:, None, None]
+    frames[:, top : top + 6, 4 + shift : 10 + shift] = colour
+    return frames
+
+
+SOURCE = clip()
+TRUTH = clip(backgrounds=(BLUE,) * 4 + (RED,) * 4)
+
+
+def metrics(output: np.ndarray, truth: np.ndarray | None = TRUTH, *, synthetic: bool = True) -> dict[str, float | None]:
+    return clip_metrics(output, SOURCE, truth, synthetic=synthetic)
+
+
+def test_truth_scores_perfectly():
+    m = metrics(TRUTH)
+    assert m["background_accuracy"] == m["clip_accuracy"] == m["iou"] == 1
+    assert m["foreground_error"] == m["l1"] == m["flicker"] == 0
+    assert m["psnr"] == PSNR_CAP and m["ssim"] == pytest.approx(1)
+
+
+def test_source_copied_has_iou_one_and_no_background():
+    m = metrics(SOURCE)
+    assert m["background_accuracy"] == m["clip_accuracy"] == 0
+    assert m["iou"] == 1 and m["foreground_error"] == 0
+    share_of_background = 1 - 36 / SIZE**2
+    assert m["l1"] == pytest.approx(share_of_background / 3, rel=1e-6)
+    assert m["psnr"] == pytest.approx(-10 * math.log10(share_of_background / 3), rel=1e-4)
+    # One of the seven steps changes two of the three channels of the truth's background by 1.
+    assert m["flicker"] == pytest.approx(share_of_background * 2 / 3 / (T - 1), rel=1e-6)
+
+
+def test_one_wrong_frame_costs_the_whole_clip():
+    output = clip(backgrounds=(BLUE,) * 5 + (RED,) * 3)
+    m = metrics(output)
+    assert m["background_accuracy"] == pytest.approx(7 / 8) and m["clip_accuracy"] == 0
+
+
+def test_off_colour_background_counts_by_its_nearest_palette_colour():
+    assert metrics(clip(backgrounds=((40, 30, 170),) * 4 + ((180, 60, 20),) * 4))["background_accuracy"] == 1
+
+
+def test_shifted_object_has_the_iou_of_its_overlap():
+    output = clip(backgrounds=(BLUE,) * 4 + (RED,) * 4, shift=3)
+    assert metrics(output)["iou"] == pytest.approx(18 / 54)
+
+
+def test_vanished_object_has_iou_zero_and_its_colour_distance_as_error():
+    m = metrics(clip(colour=BLUE, backgrounds=(BLUE,) * T))
+    assert m["iou"] == 0 and m["foreground_error"] == pytest.approx(2 / 3)
+
+
+def test_flicker_ignores_a_constant_offset_and_sees_an_alternating_one():
+    grey = np.full((T, SIZE, SIZE, 3), 0.5, np.float32)
+    sign = np.where(np.arange(T) % 2, 1, -1)[:, None, None, None]
+    constant = clip_metrics(grey + 0.1, grey, grey, synthetic=False)
+    alternating = clip_metrics(grey + np.float32(0.1) * sign, grey, grey, synthetic=False)
+    assert constant["flicker"] == pytest.approx(0, abs=1e-6)
+    assert alternating["flicker"] == pytest.approx(0.2, rel=1e-5)
+    assert constant["l1"] == pytest.approx(alternating["l1"], rel=1e-5)
+
+
+def test_real_data_has_no_synthetic_metrics_and_no_truth_has_none():
+    real = metrics(SOURCE, synthetic=False)
+    assert [key for key in METRIC_KEYS if real[key] is None] == list(METRIC_KEYS[:4])
+    assert metrics(SOURCE, None) == dict.fromkeys(METRIC_KEYS)
+
+
+def test_one_tiny_frame_lacks_flicker_and_ssim_only():
+    m = clip_metrics(SOURCE[:1, :8, :8], SOURCE[:1, :8, :8], TRUTH[:1, :8, :8], synthetic=True)
+    assert [key for key in METRIC_KEYS if m[key] is None] == ["ssim", "flicker"]
+
+
+def test_uint8_and_float_agree():
+    as_float = clip_metrics(SOURCE / 255.0, SOURCE / 255.0, TRUTH / 255.0, synthetic=True)
+    assert as_float == pytest.approx(metrics(SOURCE), rel=1e-6)
+
+
+def test_mean_is_over_the_clips_that_have_the_metric():
+    m = mean_metrics([metrics(TRUTH), metrics(SOURCE), metrics(SOURCE, None)])
+    assert m["clip_accuracy"] == 0.5
+    assert mean_metrics([metrics(SOURCE, None)]) == dict.fromkeys(METRIC_KEYS)
+
+
+@pytest.mark.parametrize("wrong", [SOURCE[:4], SOURCE[..., :1], SOURCE[0]])
+def test_wrong_shapes_are_named(wrong):
+    with pytest.raises(ValueError, match=r"output must be \(T,H,W,3\)=\(8, 16, 16, 3\)"):
+        metrics(wrong)
+
+
+def test_nothing_to_average_is_refused():
+    with pytest.raises(ValueError, match="at least one clip"):
+        mean_metrics([])

@@ -1,0 +1,49 @@
+"""Several ranks of one run as processes of this machine, over gloo."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def start_ranks(
+    num: int, arguments: Sequence[object], environment: Mapping[str, str] = {}
+) -> list[subprocess.Popen[str]]:
+    """`python ARGUMENTS` once a rank, with what torchrun would set."""
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(num),
+        "OMP_NUM_THREADS": "1",
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | dict(environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(num)
+    ]
+
+
+def run_ranks(num: int, arguments: Sequence[object], environment: Mapping[str, str] = {}) -> list[str]:
+    """The same, to the end; returns what each said on stderr. AssertionError if one failed."""
+    processes = start_ranks(num, arguments, environment)
+    said = [process.communicate(timeout=300)[1] for process in processes]
+    for process, text in zip(processes, said, strict=True):
+        assert process.returncode == 0, text
+    return said
