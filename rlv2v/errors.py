@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Report a mistake in what the user gave: the thing, what was expected, what came, and the remedy.
@@ -22,3 +25,9 @@ def one_line(text: object) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, at most 200 characters of it; its type's name if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return "; did you mean <name>?" for the one of `names` that `name` resembles most, "" if none does."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
