@@ -29,11 +29,6 @@ TABLE = re.compile(r"(<!-- table (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 MEASUREMENT = re.compile(
     r"(?<![\w.])\d[\d.,]*(?:x\b| ?%| (?:times as|times the|[mun]?s|seconds|[KMG]i?B|dB|GB/s|clips a second)\b)"
 )
-METHODS = {"default": "**rlv2v**", "bf16": "**rlv2v**, bf16", "no-rl": "rlv2v without RL", "paper": "preset `paper`"}
-METHODS |= {"cyclegan": "per-frame CycleGAN", "identity": "source copied"}
-METRICS = {"background_accuracy": ("background", 3), "clip_accuracy": ("clips", 2), "iou": ("IoU", 3)}
-METRICS |= {"l1": ("L1", 4), "psnr": ("PSNR", 1), "foreground_error": ("object", 3), "flicker": ("flicker", 4)}
-SUMMARY = ("background_accuracy", "clip_accuracy", "iou", "l1", "psnr", "flicker")
 
 
 def read_list() -> dict[str, Any]:
@@ -45,6 +40,8 @@ def read_list() -> dict[str, Any]:
 
 
 LIST = read_list()
+METHODS, METRICS = LIST["methods"], LIST["metrics"]
+SUMMARY = [key for key in METRICS if key != "foreground_error"]
 
 
 @cache
