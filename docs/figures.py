@@ -54,7 +54,7 @@ def load(name: str) -> dict[str, Any]:
 @cache
 def age(name: str) -> str:
     """Return how many commits HEAD is ahead of the commit that made a JSON; "?" if git does not know it."""
-    commit = load(name)["commit"].removesuffix("-dirty")
+    commit = str(load(name)["commit"]).removesuffix("-dirty")
     command = ["git", "-C", str(ROOT), "rev-list", "--count", f"{commit}..HEAD"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "?"
 
