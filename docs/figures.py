@@ -3,8 +3,8 @@
     python docs/figures.py             list each figure with its JSON and that JSON's age in commits
     python docs/figures.py --write     bring figures and generated tables up to date first
 
-docs/figures.toml lists the figures. Exit code 1: a figure or a table differs from its JSON, a text or a JSON is
-missing, or a page holds a number with a unit of measurement that the list does not know.
+docs/figures.toml lists the figures. Exit code 1: a figure or table differs from its JSON, a text or a JSON is missing,
+or a page holds a number with a unit of measurement that the list does not know.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ RESULTS = ROOT / "bench" / "results"
 FIGURE = re.compile(r"\{(\S+)@(.*?)\}")
 NUMBER = r"([\d.,]*\d(?:\s+to\s+[\d.,]*\d)?)"
 TABLE = re.compile(r"(<!-- table (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-MEASUREMENT = re.compile(
-    r"(?<![\w.])\d[\d.,]*(?:x\b| ?%| (?:times as|times the|[mun]?s|seconds|[KMG]i?B|dB|GB/s|clips a second)\b)"
-)
+UNITS = "times as|times the|[mun]?s|seconds|[KMG]i?B|dB|GB/s|clips a second"
+MEASUREMENT = re.compile(rf"(?<![\w.])\d[\d.,]*(?:x\b| ?%| (?:{UNITS})\b)")
 
 
 def read_list() -> dict[str, Any]:
@@ -40,7 +39,7 @@ def read_list() -> dict[str, Any]:
 
 
 LIST = read_list()
-METHODS, METRICS = LIST["methods"], LIST["metrics"]
+METRICS = LIST["metrics"]
 SUMMARY = [key for key in METRICS if key != "foreground_error"]
 
 
@@ -54,8 +53,8 @@ def load(name: str) -> dict[str, Any]:
 @cache
 def age(name: str) -> str:
     """Return how many commits HEAD is ahead of the commit that made a JSON; "?" if git does not know it."""
-    commit = str(load(name)["commit"]).removesuffix("-dirty")
-    command = ["git", "-C", str(ROOT), "rev-list", "--count", f"{commit}..HEAD"]
+    span = str(load(name)["commit"]).removesuffix("-dirty") + "..HEAD"
+    command = ["git", "-C", str(ROOT), "rev-list", "--count", span]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "?"
 
 
@@ -109,7 +108,7 @@ def fill(text: str) -> str:
         if source.startswith("range "):
             return " to ".join(fill(f"{{{spec}@{word} {source[6:]}}}") for word in ("min", "max"))
         value = evaluate(source)
-        return f"{float(f'{value:.{spec[1:]}g}'):,g}" if spec[0] == "g" else f"{value:{spec}}"
+        return f"{float(format(value, '.' + spec[1:] + 'g')):,g}" if spec[0] == "g" else f"{value:{spec}}"
 
     return FIGURE.sub(figure, text)
 
@@ -123,7 +122,7 @@ def table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 def run_cells(found: list[dict[str, Any]], metrics: Iterable[str]) -> list[str]:
     """Return method, seeds, seconds, steps and medians of metrics of some runs of one method as texts."""
     seeds, steps = (" ".join(str(row[key]) for row in found if row["seed"] is not None) for key in ("seed", "steps"))
-    texts = [METHODS[found[0]["method"]], seeds, f"{found[0]['budget_s']:.0f}" if seeds else "", steps]
+    texts = [LIST["methods"][found[0]["method"]], seeds, f"{found[0]['budget_s']:.0f}" if seeds else "", steps]
     for key in metrics:
         values = [row[key] for row in found if row[key] is not None]
         texts.append(f"{statistics.median(values):.{METRICS[key][1]}f}" if values else "")
@@ -132,11 +131,10 @@ def run_cells(found: list[dict[str, Any]], metrics: Iterable[str]) -> list[str]:
 
 def make_table(name: str) -> str:
     """Return a table that README.md or docs/ show between `<!-- table NAME -->` and `<!-- end -->`."""
-    if name == "quality":  # README.md: medians over seeds
-        groups = [(title, sorted(rows(*group), key=lambda row: str(row["seed"]))) for title, *group in LIST["quality"]]
-        lines = [[title, *run_cells(found, SUMMARY)] for title, found in groups]
+    if name == "quality":
+        lines = [[title, *run_cells(rows(*group), SUMMARY)] for title, *group in LIST["quality"]]
         header = ["set", "method", "seeds", "s", *(METRICS[key][0] for key in SUMMARY)]
-        return table(header, [line[:4] + line[5:] for line in lines])
+        return table(header, [line[:4] + line[5:] for line in lines])  # without the steps
     if name == "runs":
         lines = [[row["file"].removeprefix("quality-"), *run_cells([row], METRICS)] for row in rows("quality-*", "")]
         return table(["file", "method", "seed", "s", "steps", *(title for title, _ in METRICS.values())], lines)
@@ -177,8 +175,7 @@ def check(path: Path, *, write: bool) -> Iterable[str]:
                 yield f"{name}: {' '.join(found[0].split())!r}: the JSON says {value}, not {found[number]}"
                 content = content[: found.start(number)] + value + content[found.end(number) :]
         rest = pattern.sub(blank, rest)
-    rest = re.sub("|".join(LIST["settings"]), blank, rest)
-    for number, line in enumerate(rest.splitlines(), 1):
+    for number, line in enumerate(re.sub("|".join(LIST["settings"]), blank, rest).splitlines(), 1):
         for measured in MEASUREMENT.findall(line):
             yield f"{name}:{number}: {measured!r} has no entry in docs/figures.toml"
     if content != original and write:
@@ -191,10 +188,9 @@ def main() -> None:
     """Check all pages but the decisions, which are dated records."""
     parser = argparse.ArgumentParser(description="Check the figures of README.md and docs/ against bench/results/.")
     parser.add_argument("--write", action="store_true", help="bring figures and generated tables up to date first")
-    write = parser.parse_args().write
     pages = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "docs" / "decisions" / "index.md")
     try:
-        problems = [problem for page in pages for problem in check(page, write=write)]
+        problems = [problem for page in pages for problem in check(page, write=parser.parse_args().write)]
     except ValueError as error:
         problems = [str(error)]
     print("\n".join(problems) or "all figures are those of their JSON")
