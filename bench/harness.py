@@ -27,11 +27,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 
-from rlv2v.data.video import one_line
 from rlv2v.errors import UserError
 
 Row = dict[str, Any]
@@ -77,13 +76,6 @@ class DeviceArgs(TimedArgs):
     """Where the contenders run."""
 
 
-class HasJson(Protocol):
-    """Anything that names the file for the JSON."""
-
-    @property
-    def json(self) -> Path | None: ...
-
-
 class Bench:
     """Collect the rows of one bench, keep --json up to date, and print the JSON line at the end.
 
@@ -95,18 +87,18 @@ class Bench:
 
     Args:
         name: the bench's name in the JSON.
-        args: its flags; `Args` are checked, and set torch's threads.
+        args: its flags, with `json`; those of `Args` are checked, and set torch's threads.
         fields: further fields of the JSON, before `rows`.
 
     Raises:
         UserError: the folder of --json does not exist, or a shared flag is out of range.
     """
 
-    def __init__(self, name: str, args: HasJson, **fields: Any) -> None:
+    def __init__(self, name: str, args: Any, **fields: Any) -> None:
         self.name, self.path, self.rows, self.fields = name, args.json, list[Row](), fields
         self.missing: dict[str, str] = {}
         if self.path is not None and not self.path.parent.is_dir():
-            raise UserError(f"--json {one_line(self.path)}: its folder does not exist; create it first")
+            raise UserError(f"--json {self.path}: its folder does not exist; create it first")
         if isinstance(args, TimedArgs) and args.rounds < 2:
             raise UserError(f"--rounds: expected at least 2, got {args.rounds}")
         if isinstance(args, Args):

@@ -36,6 +36,18 @@ class Peer(ABC):
     """Use a prioritised buffer as a learner does; `next_row` is the first row of the stream that was not added yet.
 
     capacity: rows that it holds. video: states are windows of `payload.state` frames; otherwise one frame.
+
+    A buffer defines
+        make()                  make the empty buffer
+        rows(first, count)      rows of the stream in the form that `add` takes; never timed
+        add(rows)               add rows at the largest priority
+        sample(count)           draw rows, with weights
+        update(ids, priorities) set the priorities of rows by their id, key or index
+        read(batch)             ids as `update` takes them, rewards and weights of a batch, (count,) each
+        parts(batch)            its payload: arrays (count, ...) of frames, and each frame's offset to its row's value
+        bytes_used()            bytes of the rows' arrays and the trees; None if the buffer does not show them
+        save(path), load(path)  in the documented way that keeps most; load into a new buffer
+    and, where one row goes in another way, row(first) and add_one(row).
     """
 
     share = 1
@@ -51,16 +63,25 @@ class Peer(ABC):
         self.make()
 
     @abstractmethod
-    def make(self) -> None:
-        """Make the empty buffer."""
-
+    def make(self) -> None: ...
     @abstractmethod
-    def rows(self, first: int, count: int) -> Any:
-        """Return rows of the stream in the form that `add` takes; never timed."""
-
+    def rows(self, first: int, count: int) -> Any: ...
     @abstractmethod
-    def add(self, rows: Any) -> object:
-        """Add rows at the largest priority."""
+    def add(self, rows: Any) -> object: ...
+    @abstractmethod
+    def sample(self, count: int = DRAWN) -> Any: ...
+    @abstractmethod
+    def update(self, ids: Any, priorities: Array) -> object: ...
+    @abstractmethod
+    def read(self, batch: Any) -> tuple[Any, Array, Array]: ...
+    @abstractmethod
+    def parts(self, batch: Any) -> list[tuple[Array, Array]]: ...
+    @abstractmethod
+    def bytes_used(self) -> int | None: ...
+    @abstractmethod
+    def save(self, path: Path) -> object: ...
+    @abstractmethod
+    def load(self, path: Path) -> object: ...
 
     def row(self, first: int) -> Any:
         """Return one row of the stream in the form that `add_one` takes."""
@@ -69,34 +90,6 @@ class Peer(ABC):
     def add_one(self, row: Any) -> object:
         """Add one row, as a learner that takes one step at a time."""
         return self.add(row)
-
-    @abstractmethod
-    def sample(self, count: int = DRAWN) -> Any:
-        """Draw rows, with weights."""
-
-    @abstractmethod
-    def update(self, ids: Any, priorities: Array) -> object:
-        """Set the priorities of rows by their id, key or index."""
-
-    @abstractmethod
-    def read(self, batch: Any) -> tuple[Any, Array, Array]:
-        """Return the ids as `update` takes them, rewards and weights of a batch, (count,) each."""
-
-    @abstractmethod
-    def parts(self, batch: Any) -> list[tuple[Array, Array]]:
-        """Return a batch's payload: arrays (count, ...) of frames, and each frame's offset to its row's value."""
-
-    @abstractmethod
-    def bytes_used(self) -> int | None:
-        """Return the bytes of the rows' arrays and the trees; None if the buffer does not show them."""
-
-    @abstractmethod
-    def save(self, path: Path) -> object:
-        """Save in the documented way; of several the one that keeps most."""
-
-    @abstractmethod
-    def load(self, path: Path) -> object:
-        """Load a saved buffer into this new one."""
 
     def prepare(self, count: int) -> Any:
         """Return the next rows of the stream."""

@@ -68,7 +68,8 @@ def finish(command: list[str]) -> str | None:
     """Run a command to its end; return what went wrong, or None."""
     process = start(command)
     _, errors = process.communicate()
-    return f"exit code {process.returncode}: {errors.strip()[-300:]}" if process.returncode else None
+    last = (errors.strip().splitlines() or [""])[-1]
+    return f"exit code {process.returncode}: {last[:300]}" if process.returncode else None
 
 
 def contents(run: Path, steps: int) -> list[Any]:

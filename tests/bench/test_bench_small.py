@@ -90,7 +90,7 @@ def test_kills_are_compared_bit_by_bit() -> None:
     assert not survive.same(state, [torch.tensor([1.0, 1.0, 1.0 + 1e-6]), 1, "a"]) and not survive.same(
         state, state[:2]
     )
-    assert survive.finish(["sh", "-c", "echo first >&2; echo why >&2; exit 3"]) == "exit code 3: first\nwhy"
+    assert survive.finish(["sh", "-c", "echo first >&2; echo why >&2; exit 3"]) == "exit code 3: why"
 
 
 def test_a_run_that_fails_is_a_row_of_quality(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
