@@ -202,10 +202,7 @@ def cuda_us(call: Call) -> float:
 
 
 def time_in_turns(contenders: Sequence[Contender], rounds: int, clock: Clock = wall_us) -> Times:
-    """Return the microseconds of each contender, all of them once a round.
-
-    Each is warmed up first. Each round shuffles the order, and the garbage collector is off.
-    """
+    """Return the microseconds of each contender, warmed up, in rounds of shuffled order, without garbage collection."""
     times: Times = {contender.key: [] for contender in contenders}
     repeats = {}
 

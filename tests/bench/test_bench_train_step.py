@@ -19,7 +19,7 @@ CLOSE = 1e-9
 NETS = ("g_x", "g_y", "p_x", "p_y", "d_x", "d_y", "q_x", "q_y")
 SMALL: dict[str, Any] = {"size": 16, "frames": 4, "widths": (4, 8), "judge_widths": (4, 8, 8), "replay_capacity": 5}
 CASES = [
-    ("default", 4, {"rl_every": 1}),
+    ("default", 4, {"rl_every": 1, "eta1": (1.0, 1.0)}),
     ("paper", 8, {"eta1": (0.5, 0.5), "q_positive": False}),
     ("default", 8, {"reward": "paper", "gan": "nonsaturating", "distance": "l2", "seed": 1}),
     ("default", 8, {"rl": False, "identity": 0.0, "colours": 0.0, "average": 0.0, "clip_grad": 0.5}),
