@@ -1,15 +1,13 @@
-"""The real pair: clips of a street video, its night grade as hidden truth, and no test frame in training."""
+"""bench/real_pair.py: clips of a street video, its night grade as hidden truth, and no test frame in training."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
+import real_pair
 
 from rlv2v.data.index import open_dataset
 from rlv2v.data.loader import evaluation_clips
@@ -18,18 +16,7 @@ from rlv2v.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def real_pair() -> ModuleType:
-    """The script as a module: bench/ is not a package."""
-    spec = importlib.util.spec_from_file_location("real_pair", Path(__file__).parents[1] / "bench" / "real_pair.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["real_pair"] = module  # dataclass looks its module up
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def written(real_pair: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pair") / "set"
     real_pair.main(real_pair.Args(out=out, size=32))
     return out
@@ -40,15 +27,15 @@ def clips(folder: Path) -> list[np.ndarray]:
 
 
 def test_layout(written: Path) -> None:
-    found = open_dataset(written, frames=8)
-    assert [len(found.sets[k]) for k in "xyzs"] == [15, 30, 0, 0]
-    assert all(s.num_frames == 8 and s.height == 32 and s.dali for s in found.sets["x"] + found.sets["y"])
+    dataset = open_dataset(written, frames=8)
+    assert [len(dataset.sets[k]) for k in "xyzs"] == [15, 30, 0, 0]
+    assert all(s.num_frames == 8 and s.height == 32 and s.dali for s in dataset.sets["x"] + dataset.sets["y"])
     assert [len(clips(written / name)) for name in ("testX", "testTruth", "valX", "valTruth")] == [3] * 4
     assert json.loads((written / "dataset.json").read_text())["kind"] == "real-pair"
 
 
 @pytest.mark.parametrize("part", ["test", "val"])
-def test_truth_is_the_graded_source_and_far_from_it(real_pair: ModuleType, written: Path, part: str) -> None:
+def test_truth_is_the_graded_source_and_far_from_it(written: Path, part: str) -> None:
     for source, truth in zip(clips(written / f"{part}X"), clips(written / f"{part}Truth"), strict=True):
         np.testing.assert_array_equal(truth, real_pair.night(source))
         assert 10 * np.log10(255**2 / np.mean((source.astype(float) - truth) ** 2)) < 16, "the task must not be trivial"
@@ -65,7 +52,7 @@ def test_no_frame_of_test_or_val_is_trained_on(written: Path) -> None:
     assert not trained & (frames("testX") | frames("valX")) and not frames("testX") & frames("valX")
 
 
-def test_grade_by_hand(real_pair: ModuleType) -> None:
+def test_grade_by_hand() -> None:
     grey = np.full((3, 1, 1, 3), 128, np.uint8)
     x = (128 / 255) ** 1.1
     expected = [
@@ -74,7 +61,7 @@ def test_grade_by_hand(real_pair: ModuleType) -> None:
     assert real_pair.night(grey)[:, 0, 0].tolist() == expected
 
 
-def test_mistakes_are_named(real_pair: ModuleType, tmp_path: Path) -> None:
+def test_mistakes_are_named(tmp_path: Path) -> None:
     for changes, message in (
         ({"frames": 1}, "--frames: expected 2 to 25"),
         ({"size": 999}, "--size: expected 16 to 272"),

@@ -1,8 +1,8 @@
-"""The networks of RL-V2V-GAN as plain eager PyTorch, for the twin in `train_step_plain`: operations of torch only.
+"""The networks of RL-V2V-GAN in plain eager PyTorch, operations of torch only, for the twin in `plain_step`.
 
 The same functions of the same weights as `rlv2v.model`, which `load` copies over, written as they are usually found: a
 ConvLSTM is one convolution of [x, h] a frame in a Python loop, frames are (B,T,C,H,W) contiguous, and there is no state
-to hand over: a network maps a whole video. The normalisation is causal, as the method's is (reading 11).
+to pass on: a network maps a whole video. The normalisation is causal, as the method's is (reading 11).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ NETS = ("g_x", "g_y", "p_x", "p_y", "d_x", "d_y", "q_x", "q_y")
 
 
 def per_frame(op: Callable[..., Tensor], x: Tensor, *args: object) -> Tensor:
-    """An operation on (N,C,H,W), applied to every frame of (B,T,C,H,W)."""
+    """Apply an operation on (N,C,H,W) to every frame of (B,T,C,H,W)."""
     return op(x.flatten(0, 1), *args).unflatten(0, x.shape[:2])
 
 
 class ConvLSTM(nn.Module):
-    """i, f, o, g = conv([x_t, h_{t-1}]);  c_t = f c_{t-1} + i g;  h_t = o tanh(c_t)."""
+    """Compute i, f, o, g = conv([x_t, h_{t-1}]);  c_t = f c_{t-1} + i g;  h_t = o tanh(c_t)."""
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class ConvLSTM(nn.Module):
 
 
 class SequenceNorm(nn.Module):
-    """(x - mean) / sqrt(var + eps) * weight + bias, over all pixels of each clip's frames so far."""
+    """Compute (x - mean) / sqrt(var + eps) * weight + bias, over all pixels of each clip's frames so far."""
 
     def __init__(self, channels: int, eps: float = 1e-3) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class SequenceNorm(nn.Module):
 
 
 class Residual(nn.Module):
-    """R: LeakyReLU(ConvLSTM(x) + skip(x))."""
+    """Compute R: LeakyReLU(ConvLSTM(x) + skip(x))."""
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Residual(nn.Module):
 
 
 class RPB(nn.Module):
-    """R, average pooling, normalisation; and R's output, for the skip."""
+    """Apply R, average pooling, normalisation; return R's output too, for the skip."""
 
     def __init__(self, c_in: int, c_out: int, norm: str) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class RPB(nn.Module):
 
 
 class URB(nn.Module):
-    """Upsampling, R over [upsampled, skip], normalisation."""
+    """Apply upsampling, R over [upsampled, skip], normalisation."""
 
     def __init__(self, c_in: int, c_skip: int, c_out: int, norm: str) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class URB(nn.Module):
 
 
 class Translator(nn.Module):
-    """G or P: (B,T,3,H,W) -> the same, and the copy mask (B,T,1,H,W) of a mask head."""
+    """Translate a video, as G or P: (B,T,3,H,W) -> the same, and the copy mask (B,T,1,H,W) of a mask head."""
 
     mask_gain: Tensor
 
@@ -136,7 +136,7 @@ class Translator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D or Q: (B,T,3,H,W) -> (B,T,heads), entry t of the prefix x[1:t]."""
+    """Score every prefix of a video, as D or Q: (B,T,3,H,W) -> (B,T,heads), entry t of the prefix x[1:t]."""
 
     def __init__(self, widths: Sequence[int], *, heads: int, patch: int, norm: str, positive: bool = False) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class Discriminator(nn.Module):
 
 
 class Nets(nn.Module):
-    """The eight networks, by the paper's names."""
+    """Hold the eight networks, by the paper's names."""
 
     g_x: Translator
     g_y: Translator
@@ -177,12 +177,12 @@ class Nets(nn.Module):
             setattr(self, name, net)
         for name in NETS[4:]:
             heads, positive = 2 if name == "d_y" else 1, config.model.q_positive and name.startswith("q")
-            how: dict[str, Any] = {"patch": config.model.patch, "norm": config.model.disc_norm}
-            setattr(self, name, Discriminator(config.model.disc_widths, heads=heads, positive=positive, **how))
+            shared: dict[str, Any] = {"patch": config.model.patch, "norm": config.model.disc_norm}
+            setattr(self, name, Discriminator(config.model.disc_widths, heads=heads, positive=positive, **shared))
 
 
 def plain_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of `rlv2v.method.losses.Nets` under the names, and in the shapes, that they have in `Nets`."""
+    """Return the weights of rlv2v's `Nets` under the names, and in the shapes, that they have in this one."""
     plain = {}
     for name, value in state.items():
         if name.endswith(".w_x"):
