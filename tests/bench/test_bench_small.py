@@ -18,8 +18,8 @@ import torch
 from harness import Bench
 
 from rlv2v.checkpoint.store import Checkpoints
-from rlv2v.config import PRESETS
 from rlv2v.errors import UserError
+from rlv2v.presets import PRESETS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL: dict[str, Any] = PRESETS["tiny"] | {"replay_capacity": 8}
@@ -62,7 +62,7 @@ def test_checkpoint_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_a_checkpoint_that_is_not_the_run_is_seen(tmp_path: Path) -> None:
-    run, store = checkpoint.Run(checkpoint.Config(**SMALL)), Checkpoints(tmp_path, keep=1, num_replicas=1)
+    run, store = checkpoint.Run(checkpoint.Config.of("default", **SMALL)), Checkpoints(tmp_path, keep=1, num_replicas=1)
     assert len(run.replays["x"]) == 8 and not checkpoint.same(store, run)
     store.save(1, run.state(), {0: run.replica()})
     store.wait()
@@ -73,15 +73,15 @@ def test_a_checkpoint_that_is_not_the_run_is_seen(tmp_path: Path) -> None:
 
 
 def test_memory_is_counted() -> None:
-    row = memory.counted_row(memory.Args(**SMALL), 1)
+    row = memory.counted_row(memory.Args(preset="tiny").config, 1)
     assert row["backend"] == "counted" and row["with_reserve"] > row["total"] > 0
 
 
 @pytest.mark.thorough
 def test_memory_is_timed_and_what_fits_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    args = memory.Args(**SMALL)
+    args = memory.Args(preset="tiny")
     monkeypatch.setattr(memory, "ROUNDS", 2)
-    rows = memory.timed_rows(args)
+    rows = memory.timed_rows(args.config)
     assert [each["backend"] for each in rows] == list(memory.MEMORY) and rows[0]["peak"] > 0
     assert all(set(each["speedup_over"]) == {"store"} for each in rows[1:])
     rows = memory.fitting_rows(args, 16, 1)

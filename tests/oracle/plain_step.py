@@ -328,7 +328,7 @@ class Plain:
                 contrast = contrast_loss(video, fake.video)
                 terms[f"contrast_{name}"] = twice * gains.content * config.loss.term("contrast") * contrast
             if config.loss.term("mask_prior") and fake.mask is not None:
-                terms[f"mask_{name}"] = gains.content * config.loss.term("mask_prior") * mask_prior(fake.mask)
+                terms[f"mask_prior_{name}"] = gains.content * config.loss.term("mask_prior") * mask_prior(fake.mask)
         if config.loss.term("colours"):
             terms["colours_y"] = config.loss.term("colours") * domain_gap(fake_y.video, yz, directions)
             terms["colours_x"] = config.loss.term("colours") * domain_gap(fake_x.video, x, directions)
