@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 
 class UserError(ValueError):
     """Report a mistake in what the user gave: the thing, what was expected, what came, and the remedy.
@@ -22,3 +24,15 @@ def one_line(text: object) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, at most 200 characters of it; its type's name if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def get_logger(name: str) -> logging.Logger:
+    """Return the logger `name`, with newlines and control characters in its messages escaped."""
+    logger = logging.getLogger(name)
+    logger.addFilter(_escape)
+    return logger
+
+
+def _escape(record: logging.LogRecord) -> bool:
+    record.msg, record.args = one_line(record.getMessage()), None
+    return True

@@ -1,4 +1,4 @@
-"""A function over many files on several processes, so that a crash, a kill or Ctrl-C costs one file and no more.
+"""Run a function over many files on several processes, so that a crash, a kill or Ctrl-C costs one file only.
 
 Workers are forked from a clean server process, not from the caller with its threads; they end with their parent, also
 when that is killed, and leave Ctrl-C to it.
@@ -24,12 +24,12 @@ Result = TypeVar("Result")
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def start_worker() -> None:
-    """What each worker does first."""
+    """Prepare a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(1)
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -46,10 +46,10 @@ def end_with_parent() -> None:
 def run_all(
     function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int, *, isolate: bool = False
 ) -> Iterator[tuple[Task, Result | UserError]]:
-    """(task, function(task)) in the order of completion; a `UserError` of one task is its result.
+    """Yield (task, function(task)) in the order of completion; a `UserError` of one task is its result.
 
-    jobs: processes; 1 runs here, unless `isolate`. A process that dies (a decoder's crash, no memory) fails its task
-    alone: what was under way is tried again one by one. Any other exception of a task ends the run and is raised.
+    jobs: processes; 1 runs in this one, unless `isolate`. A process that dies (a decoder's crash, no memory) fails its
+    task alone: what was under way is tried again one by one. Any other exception of a task ends the run and is raised.
     """
     if jobs == 1 and not isolate:
         for task in tasks:
@@ -77,11 +77,11 @@ def run_all(
 def in_pool(
     function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int
 ) -> Iterator[tuple[Task, Future[Result]]]:
-    """Futures as they are done; those that a dying process took along come last, in the order of `tasks`."""
+    """Yield futures as they are done; those that a dying process took along come last, in the order of `tasks`."""
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
-        context.set_forkserver_preload(["rlv2v.data.prepare"])
+        context.set_forkserver_preload(["rlv2v.data.prepare.convert"])
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(min(jobs, max(1, len(tasks))), context, initializer=start_worker)
     done = False
@@ -104,7 +104,7 @@ def in_pool(
 
 
 def submit(pool: ProcessPoolExecutor, function: Callable[[Task], Result], task: Task) -> Future[Result]:
-    """The task's future, failed at once where a process has died already."""
+    """Return the task's future, failed at once where a process has died already."""
     try:
         return pool.submit(function, task)
     except BrokenProcessPool as error:

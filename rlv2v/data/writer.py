@@ -1,8 +1,7 @@
-"""Frames out: one writer that never leaves half a file under the name that was asked for."""
+"""Write videos and images; half a video never stands under the name that was asked for."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
@@ -16,15 +15,15 @@ import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
 from rlv2v.data.video import kind_of, open_video
-from rlv2v.errors import UserError
+from rlv2v.errors import UserError, get_logger
 
 MP4_AUDIO = {"aac", "mp3", "ac3", "eac3", "alac", "flac", "opus"}
 Codec = Literal["h264", "vp9", "vp9-lossless"]
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
-    """Write uint8 RGB (H,W,3) as the format of the suffix; lossless for `.png`."""
+    """Write uint8 RGB (H,W,3) in the format of the suffix, in place; lossless for `.png`."""
     done, encoded = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     if not done:
         raise ValueError(f"write_image: {path.suffix} cannot be encoded")
@@ -32,7 +31,7 @@ def write_image(path: Path, image: np.ndarray) -> None:
 
 
 class VideoWriter:
-    """Write uint8 RGB (H,W,3) frames to `path`; a context manager, `path` appears only when it closes without error.
+    """Write uint8 RGB (H,W,3) frames to `path`, which appears only when this context manager ends without an error.
 
     codec: `h264` plays everywhere (yuv420p, BT.709; odd sizes need yuv444p, which Chromium, VLC and mpv play).
     `vp9` (yuv420p, BT.601 limited range, even sizes only) is what DALI's CPU decoder and NVDEC read.
@@ -66,7 +65,7 @@ class VideoWriter:
         self._output = av.open(self._partial.resolve().as_posix(), "w")
 
     def _open_audio(self, source: Path) -> tuple[av.container.InputContainer, Iterator[Any]] | None:
-        """The packets of the first audio track of `source`, or None where there is none that MP4 can hold."""
+        """Return the packets of the first audio track of `source`, or None where there is none that MP4 can hold."""
         if kind_of(source) != "video":
             return None
         container = open_video(source)
