@@ -170,25 +170,17 @@ class GraphRun:
         self._futures: dict[int, list[Future[np.ndarray]]] = {}
         self._stream = torch.cuda.Stream(options.device_id) if options.device == "gpu" else None
         samples = [sample for step in steps for sample in step]
-        if options.route == "video":
-            with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-                for k, sample in enumerate(samples):
-                    end = sample.start + options.frames
-                    file.write(f"{links[sample.source.path]} {k} {sample.start} {end}\n")
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+            if options.route == "video":
+                for k, s in enumerate(samples):
+                    file.write(f"{links[s.source.path]} {k} {s.start} {s.start + options.frames}\n")
                 file.flush()
-                self._graph = new_graph(options, file.name)
-                self._graph.build()
-        else:
-            self._graph = new_graph(options, [str(sample.source.path.absolute()) for sample in samples])
+            files = [str(s.source.path.absolute()) for s in samples]
+            self._graph = new_graph(options, file.name if options.route == "video" else files)
             self._graph.build()
         self._num_fed = 0
         for _ in range(options.prefetch):
             self._feed()
-
-    @property
-    def steps_left(self) -> int:
-        """Return how many steps are still to be taken."""
-        return self.end - self.step
 
     def gives(self, step: int, samples: tuple[ClipSample, ...]) -> bool:
         """Return whether the next batch is that of `step`, made of `samples`."""
@@ -318,7 +310,7 @@ class GraphReader:
                     self._run = self._build(step, self._num_steps)
             except RuntimeError as error:
                 self._error = error
-        if self._run is not None and self._next is None and 4 * self._run.steps_left <= self._num_steps:
+        if self._run is not None and self._next is None and 4 * (self._run.end - step) <= self._num_steps:
             self._next = self._builder.submit(self._build, self._run.end, self._num_steps)
 
     def take(self, step: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Load training batches from a dataset; the next ones are prepared while the last one is in use.
 
-The content of a batch is a function of its step (`rlv2v.data.sampler`), so a loader's whole state is its step and the
-list of the files that broke. On the CPU each clip is read and resized by a thread (`ThreadReader`); on a GPU, or for
+The content of a batch is a function of its step (`rlv2v.data.sampler`), so a loader's state is its step and the list
+of the files that broke. On the CPU each clip is read and resized by a thread (`ThreadReader`); on a GPU, or for
 `backend="dali"`, one DALI graph for each set decodes, resizes and crops (`rlv2v.data.dali`). Both draw the same clips
 and decode the same colours; they resample nearly alike.
 """
@@ -41,23 +41,18 @@ class Batch:
 
 
 class ClipReader:
-    """Read clips of H = W = `size`, with one `FrameReader` a thread, and cache whole sources, resized.
+    """Read clips of H = W = `size`, with one `FrameReader` a thread, and cache sources, resized.
 
     The first sources read stay, until `cache_bytes` are full. Clips are drawn in random order, each once an epoch: to
     evict the oldest would only drop what comes next.
     """
 
     def __init__(self, size: int, cache_bytes: int) -> None:
-        self.size, self.cache_bytes = size, cache_bytes
+        self.size, self.free_bytes = size, cache_bytes
         self._local, self._lock = threading.local(), threading.Lock()
         self._times: dict[Path, Times | None] = {}
         self._cache: dict[Path, np.ndarray | None] = {}
         """None: a thread is reading the source, or could not."""
-
-    @property
-    def cached_bytes(self) -> int:
-        """Return the bytes of all frames in memory."""
-        return sum(frames.nbytes for frames in self._cache.values() if frames is not None)
 
     def read(self, source: Source, start: int, num: int) -> np.ndarray:
         """Return frames `start .. start+num`, short side `size`, by this thread's reader."""
@@ -73,18 +68,17 @@ class ClipReader:
             width, height = fit_size(source.width, source.height, self.size)
             num_bytes = source.num_frames * width * height * 3
             with self._lock:
-                if source.path in self._cache or num_bytes > self.cache_bytes:
-                    num_bytes = 0
-                else:
-                    self.cache_bytes -= num_bytes
+                reserved = source.path not in self._cache and num_bytes <= self.free_bytes
+                if reserved:
+                    self.free_bytes -= num_bytes
                     self._cache[source.path] = None
-            if not num_bytes:
+            if not reserved:
                 return self.read(source, start, num)
             try:
                 frames = self._cache[source.path] = self.read(source, 0, source.num_frames)
             except (UserError, OSError):  # whether a clip fails must not depend on which thread was to fill the cache
                 with self._lock:
-                    self.cache_bytes += num_bytes
+                    self.free_bytes += num_bytes
                 return self.read(source, start, num)
         return frames[start : start + num]
 

@@ -8,7 +8,7 @@ clip to clip, each wanted frame is scaled and converted in one pass from the dec
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -112,10 +112,10 @@ class FrameReader:
         elif source.kind == "raw":
             frames = video.read_raw(source.path, start, num)
             if frames.shape[2:0:-1] != size:
-                frames = stack(resize(frame, *size) for frame in frames)
+                frames = np.array([resize(frame, *size) for frame in frames], np.uint8)
         else:
             images = map(video.read_image, video.files_of(source.path)[start : start + num])
-            frames = stack(image if image.shape[1::-1] == size else resize(image, *size) for image in images)
+            frames = np.array([i if i.shape[1::-1] == size else resize(i, *size) for i in images], np.uint8)
         expected = (num, size[1], size[0], 3)
         if frames.shape != expected:
             raise UserError(
@@ -138,7 +138,7 @@ class FrameReader:
                 self._leave_open(path, opened)
                 return frames
             opened.close()
-        return stack(video.read_frames(path, start=start, num=num, size=size))
+        return np.array(list(video.read_frames(path, start=start, num=num, size=size)), np.uint8)
 
     def _leave_open(self, path: Path, opened: OpenVideo) -> None:
         """Leave a video open, and close those that were not used for the longest time."""
@@ -146,9 +146,3 @@ class FrameReader:
         while len(self._videos) > MAX_OPEN_FILES or sum(v.pixels for v in self._videos.values()) > MAX_OPEN_PIXELS:
             _, oldest = self._videos.popitem(last=False)
             oldest.close()
-
-
-def stack(frames: Iterable[np.ndarray]) -> np.ndarray:
-    """Return (T,H,W,3) for frames (H,W,3), or shape (0,) if there are none."""
-    clip = list(frames)
-    return np.stack(clip) if clip else np.empty(0, np.uint8)

@@ -138,10 +138,9 @@ def check(out: Path, size: int, frames: int, seed: int, counts: Counts) -> None:
     """Refuse what cannot become a dataset, before anything is written."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not an empty folder; choose a new folder or remove it first")
-    if not 16 <= size <= 4096:
-        raise UserError(f"--size: expected 16 to 4096 pixels, got {size}")
-    if not 2 <= frames <= 4096:
-        raise UserError(f"--frames: expected 2 to 4096 frames a clip, got {frames}")
+    for name, value, low, unit in (("size", size, 16, "pixels"), ("frames", frames, 2, "frames a clip")):
+        if not low <= value <= 4096:
+            raise UserError(f"--{name}: expected {low} to 4096 {unit}, got {value}")
     if seed < 0:
         raise UserError(f"--seed: expected 0 or more, got {seed}")
     for name, value in asdict(counts).items():

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from typing import TypeVar
 
 import cv2
@@ -58,56 +59,31 @@ def run_all(
             except UserError as error:
                 yield task, error
         return
-    left: list[Task] = []
-    for task, future in in_pool(function, tasks, jobs):
-        failure = future.exception()
-        if isinstance(failure, BrokenProcessPool):
-            left.append(task)
-        elif isinstance(failure, UserError):
-            yield task, failure
-        else:
-            yield task, future.result()
-    if left and jobs == 1:
-        yield left[0], UserError("its process died: the decoder crashed or the memory did not suffice")
-        left = left[1:]
-    if left:
-        yield from run_all(function, left, 1, isolate=True)
-
-
-def in_pool(
-    function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int
-) -> Iterator[tuple[Task, Future[Result]]]:
-    """Yield futures as they are done; those that a dying process took along come last, in the order of `tasks`."""
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if "forkserver" in methods:
+    forkserver = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forkserver else "spawn")
+    if forkserver:
         context.set_forkserver_preload(["rlv2v.data.prepare.convert"])
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(min(jobs, max(1, len(tasks))), context, initializer=start_worker)
-    done = False
+    unfinished, complete = dict(enumerate(tasks)), False
     try:
-        futures = {submit(pool, function, task): num for num, task in enumerate(tasks)}
-        broken = []
+        futures: dict[Future[Result], int] = {}
+        with suppress(BrokenProcessPool):  # a process has died before all tasks were submitted
+            for num, task in enumerate(tasks):
+                futures[pool.submit(function, task)] = num
         for future in as_completed(futures):
-            if isinstance(future.exception(), BrokenProcessPool):
-                broken.append(future)
-            else:
-                yield tasks[futures[future]], future
-        done = True
-        for future in sorted(broken, key=futures.__getitem__):
-            yield tasks[futures[future]], future
+            failure = future.exception()
+            if not isinstance(failure, BrokenProcessPool):
+                task = unfinished.pop(futures[future])
+                yield task, failure if isinstance(failure, UserError) else future.result()
+        complete = True
     finally:
-        if not done:  # Ctrl-C, or an error of the caller's: do not wait for what is under way
+        if not complete:  # Ctrl-C, or an error of the caller's: do not wait for what is under way
             for child in set(multiprocessing.active_children()) - others:
                 child.terminate()
         pool.shutdown(cancel_futures=True)
-
-
-def submit(pool: ProcessPoolExecutor, function: Callable[[Task], Result], task: Task) -> Future[Result]:
-    """Return the task's future, failed at once where a process has died already."""
-    try:
-        return pool.submit(function, task)
-    except BrokenProcessPool as error:
-        failed: Future[Result] = Future()
-        failed.set_exception(error)
-        return failed
+    again = list(unfinished.values())
+    if again and jobs == 1:
+        yield again.pop(0), UserError("its process died: the decoder crashed or the memory did not suffice")
+    if again:
+        yield from run_all(function, again, 1, isolate=True)

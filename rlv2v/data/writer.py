@@ -19,6 +19,7 @@ from rlv2v.errors import UserError, get_logger
 
 MP4_AUDIO = {"aac", "mp3", "ac3", "eac3", "alac", "flac", "opus"}
 Codec = Literal["h264", "vp9", "vp9-lossless"]
+VP9_OPTIONS = {"cpu-used": "8", "deadline": "realtime", "lag-in-frames": "0", "auto-alt-ref": "0"}
 log = get_logger(__name__)
 
 
@@ -41,20 +42,15 @@ class VideoWriter:
     """
 
     def __init__(
-        self,
-        path: Path,
-        fps: Fraction | float,
-        codec: Codec = "h264",
-        audio_from: Path | None = None,
+        self, path: Path, fps: Fraction | float, codec: Codec = "h264", audio_from: Path | None = None
     ) -> None:
         if not path.parent.is_dir():
             raise UserError(f"{path}: folder {path.parent} does not exist; create it first")
         if path.is_dir():
             raise UserError(f"{path}: is a folder; expected the name of a video file")
         if path.suffix.lower() not in {".mp4", ".mov", ".mkv"}:
-            raise UserError(
-                f"{path}: cannot write {path.suffix or 'a name without suffix'}; expected .mp4, .mov or .mkv"
-            )
+            suffix = path.suffix or "a name without suffix"
+            raise UserError(f"{path}: cannot write {suffix}; expected .mp4, .mov or .mkv")
         if not 0 < fps <= 1000:
             raise ValueError(f"VideoWriter: fps must be in (0, 1000], got {fps}")
         self.path, self.fps, self.codec = path, Fraction(fps).limit_denominator(1001 * 60), codec
@@ -90,13 +86,7 @@ class VideoWriter:
             context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         else:
             stream.pix_fmt = "yuv420p" if self.codec == "vp9" else "gbrp"
-            stream.options = {
-                **({"crf": "16", "b": "0"} if self.codec == "vp9" else {"lossless": "1"}),
-                "cpu-used": "8",
-                "deadline": "realtime",
-                "lag-in-frames": "0",
-                "auto-alt-ref": "0",
-            }
+            stream.options = VP9_OPTIONS | ({"crf": "16", "b": "0"} if self.codec == "vp9" else {"lossless": "1"})
             context.thread_count = 1
             if self.codec == "vp9":
                 context.bit_rate = 0

@@ -79,8 +79,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Source]:
     write_clip(root / "lossless vp9.mp4", clip_of("lossless vp9.mp4", 64), 25, "vp9-lossless")
     np.save(root / "raw.npy", clip_of("raw.npy", LENGTH))
     write_frames(root / "folder", clip_of("folder", 40))
-    found = by_name(index_folder(root, frames=T))
-    return [found[name] for name in NAMES]
+    sources = by_name(index_folder(root, frames=T))
+    return [sources[name] for name in NAMES]
 
 
 def test_the_index_numbers_every_source(sources: list[Source]) -> None:

@@ -250,12 +250,12 @@ def fields(message: bytes) -> Iterator[tuple[int, bytes]]:
 
 def operators(serialised: bytes) -> dict[str, tuple[str, str]]:
     """Return {first output: (operator, device)} of a pipeline; operators are field 5, their outputs field 3."""
-    found = {}
+    nodes = {}
     for operator in (list(fields(content)) for number, content in fields(serialised) if number == 5):
         name = next(content for number, content in operator if number == 1).decode()
         first = dict(fields(next(content for number, content in operator if number == 3)))
-        found[first[1].decode().removesuffix("[0]")] = (name, first[2].decode())
-    return found
+        nodes[first[1].decode().removesuffix("[0]")] = (name, first[2].decode())
+    return nodes
 
 
 @pytest.mark.parametrize("route", KINDS)
@@ -264,17 +264,17 @@ def test_the_serialised_graph_differs_in_reader_and_device_alone(tmp_path: Path,
     (tmp_path / "list.txt").write_text("none.mp4 0 0 4\n")
     listed = {"raw": ["none.npy"], "video": str(tmp_path / "list.txt"), "frames": None}[route]
     built = new_graph(GraphOptions(route, device, batch=2, frames=T, size=16), listed)  # type: ignore[arg-type]
-    found = operators(built.serialize())
+    nodes = operators(built.serialize())
     readers = {
         "raw": ("readers__Numpy", "cpu"),
         "video": ("experimental__readers__Video", device),
         "frames": ("ExternalSource", "cpu"),
     }
     expected = {"resize": "Resize", "crop": "Slice", "flips": "Flip", "transposed": "Transpose"}
-    assert found["reader"] == readers[route]
-    assert {name: found[name] for name in expected} == {name: (op, device) for name, op in expected.items()}
-    assert {place for op, place in found.values() if op == "_ArithmeticGenericOp"} == {device}
-    assert {n for n, (op, _) in found.items() if op == "ExternalSource"} >= {"target", "corner", "flip", "transpose"}
+    assert nodes["reader"] == readers[route]
+    assert {name: nodes[name] for name in expected} == {name: (op, device) for name, op in expected.items()}
+    assert {place for op, place in nodes.values() if op == "_ArithmeticGenericOp"} == {device}
+    assert {n for n, (op, _) in nodes.items() if op == "ExternalSource"} >= {"target", "corner", "flip", "transpose"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -19,9 +19,9 @@ from rlv2v.data.writer import write_clip
 from rlv2v.errors import UserError
 
 T, NUM = 4, 11
-FAULTS = ["gone", "cut", "noise"]
-CASES = [("auto", fault) for fault in FAULTS] + [pytest.param("dali", "cut", marks=needs_dali)]
-CASES += [pytest.param("dali", fault, marks=[needs_dali, pytest.mark.thorough]) for fault in ("gone", "noise")]
+FAULTS = ["gone", "cut", "noise", "shorter"]
+CASES = [("auto", fault) for fault in FAULTS] + [pytest.param("dali", "shorter", marks=needs_dali)]
+CASES += [pytest.param("dali", fault, marks=[needs_dali, pytest.mark.thorough]) for fault in FAULTS[:3]]
 
 
 @pytest.fixture(scope="module", params=["vp9", pytest.param("h264", marks=pytest.mark.thorough), "raw"])
@@ -56,6 +56,10 @@ def damage(path: Path, fault: str) -> None:
         path.write_bytes(content[: len(content) // 3])
     elif fault == "noise":
         path.write_bytes(np.random.default_rng(0).bytes(len(content)))
+    elif fault == "shorter" and raw:
+        np.save(path, np.zeros((T - 1, 24, 32, 3), np.uint8))
+    elif fault == "shorter":
+        write_clip(path, np.zeros((T - 1, 24, 32, 3), np.uint8), 8, "vp9-lossless")
 
 
 def loader(data: Dataset, **changes: Any) -> Loader:
@@ -134,7 +138,7 @@ def test_threads_and_a_resume_see_the_same_clips(intact: Path, data: Dataset, ba
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_more_than_a_fifth_lost_ends_the_run_with_the_list(data: Dataset, backend: str) -> None:
     source = loader(data, backend=backend)
-    for k, fault in zip((0, 5, 10), FAULTS, strict=True):
+    for k, fault in zip((0, 5, 10), FAULTS, strict=False):
         damage(data.sets["x"][k].path, fault)
     with pytest.raises(UserError, match=r"set X: expected at most 20% of its 11 files .* lost 3") as caught:
         take(source, 30)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_clips import BACKENDS, open_loader, smooth, write_frames
+from data_clips import open_loader, smooth, write_frames
 
 from rlv2v.data.index import Dataset, open_dataset
 from rlv2v.data.loader import Batch, evaluation_clips
@@ -71,14 +70,6 @@ def test_batches_have_their_shapes_and_empty_sets_are_none(data: Dataset) -> Non
     assert next(open_loader(data, batch={"x": 1, "y": 1})).z is None
     without = next(open_loader(Dataset(data.root, {**data.sets, "z": [], "s": []}, [], data.fingerprint)))
     assert without.x is not None and without.z is None and without.s is None
-
-
-def test_frames_follow_each_other_and_come_from_the_set(data: Dataset) -> None:
-    for _, batch in zip(range(20), open_loader(data, size=20, augment="none"), strict=False):
-        for name, low, high in (("x", 0, 6), ("y", 100, 102), ("z", 150, 150)):
-            for clip in getattr(batch, name):
-                assert (clip[..., 0] == clip[0, 0, 0, 0]).all() and low <= clip[0, 0, 0, 0] <= high
-                assert clip[:, 0, 0, 1].diff().tolist() == [1] * (T - 1)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -181,23 +172,6 @@ def test_augmentation_is_one_choice_a_clip(data: Dataset) -> None:
     assert len({s.crop for step in range(10) for s in sampler.samples("x", step)}) == 30, "the crop stays random"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("fault", ["cut", "shorter", "gone"])
-def test_a_file_that_breaks_while_in_use_is_named(root: Path, tmp_path: Path, backend: str, fault: str) -> None:
-    shutil.copytree(root, tmp_path / "copy")
-    data = open_dataset(tmp_path / "copy", frames=T)
-    file = tmp_path / "copy" / "trainY" / "1.mp4"
-    if fault == "cut":
-        file.write_bytes(file.read_bytes()[:200])
-    elif fault == "shorter":
-        write_clip(file, marked(T - 1, 101), 8, "vp9-lossless")
-    else:
-        file.unlink()
-    with pytest.raises(UserError, match=r"trainY/1\.mp4: ") as caught:
-        next(open_loader(data, batch={"y": 3}, backend=backend))
-    assert "\n" not in str(caught.value)
-
-
 def test_without_dali_the_threads_work_and_the_extra_is_named(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     for changes in ({"backend": "dali"}, {"device": "gpu"}):
@@ -241,7 +215,7 @@ def test_cache_is_bounded_and_changes_nothing(tmp_path: Path) -> None:
     small, none = (open_loader(data, batch={"x": 2}, size=200, cache_mib=mib) for mib in (3, 0))
     for _ in range(8):
         assert torch.equal(next(small).x, next(none).x)
-    assert none.clips.cached_bytes == 0 and small.clips.cached_bytes == 2 * 8 * 200 * 260 * 3
+    assert small.clips.free_bytes == 3 * 2**20 - 2 * 8 * 200 * 260 * 3, "room for two of six sources"
 
 
 def test_evaluation_clips_are_the_centre_in_name_order(tmp_path: Path) -> None:

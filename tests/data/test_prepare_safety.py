@@ -255,9 +255,9 @@ def crash_on_two(task: int) -> int:
 
 
 def test_a_crash_costs_one_file() -> None:
-    found = dict(run_all(crash_on_two, range(6), 2))
-    assert {t: r for t, r in found.items() if not isinstance(r, UserError)} == {t: t for t in (0, 1, 4, 5)}
-    assert str(found[3]) == "three" and "its process died" in str(found[2])
+    results = dict(run_all(crash_on_two, range(6), 2))
+    assert {t: r for t, r in results.items() if not isinstance(r, UserError)} == {t: t for t in (0, 1, 4, 5)}
+    assert str(results[3]) == "three" and "its process died" in str(results[2])
 
 
 @pytest.mark.thorough

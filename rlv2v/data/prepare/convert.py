@@ -31,6 +31,7 @@ import numpy as np
 from rlv2v.data import video
 from rlv2v.data.index import examine
 from rlv2v.data.inspect import Source, excluded_source
+from rlv2v.data.readers import packet_times
 from rlv2v.data.video import fit_size
 from rlv2v.data.writer import VideoWriter, write_image
 from rlv2v.errors import UserError
@@ -142,22 +143,11 @@ def frame_times(source: Source) -> np.ndarray:
     They come from the packets where those number the frames, else from a decode (hidden frames, edit lists, damage);
     even steps of the file's rate where frames have no times or times run back.
     """
-    num = source.num_frames
+    num, known = source.num_frames, packet_times(source)
     with video.open_video(source.path) as container:
         stream = video.stream_of(container)
-        base = stream.time_base
-        try:
-            stamps = [p.pts for p in container.demux(stream) if p.size]
-        except av.FFmpegError:
-            stamps = []
-    known = [pts for pts in stamps if pts is not None]
-    if len(known) == len(stamps) == len(set(known)) == num:
-        known.sort()
-    else:
-        with video.open_video(source.path) as container:
-            stamps = [f.pts for f in islice(container.decode(video.stream_of(container)), num)]
-        known = [pts for pts in stamps if pts is not None]
-    times = np.array(known, np.float64) * float(base or 0)
+        stamps = [f.pts for f in islice(container.decode(stream), num)] if known is None else known[0]
+        times = np.array([pts for pts in stamps if pts is not None], np.float64) * float(stream.time_base or 0)
     if len(times) != num or (np.diff(times) <= 0).any():
         return np.arange(num) / source.fps
     return times - times[0]
