@@ -1,4 +1,4 @@
-# make env | train | test | test-native | bench | lint | clean        (each sets up .venv first; see CONTRIBUTING.md)
+# make env | train | test | test-thorough | test-native | lint | docs | bench | clean   (each sets up .venv first; see CONTRIBUTING.md)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -18,7 +18,7 @@ BENCHES := $(filter-out bench/machine.py bench/picture.py bench/quality.py bench
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
-.PHONY: help env train test test-native bench lint clean
+.PHONY: help env train test test-thorough test-native lint docs bench clean
 
 help:
 	@sed -n 1p Makefile
@@ -37,8 +37,17 @@ train: $(ENV)
 	$(BIN)/python -m rlv2v.evaluate $(RUN) --data $(DATA) --split test --json $(RUN)/evaluation.json
 	$(BIN)/python -m rlv2v.report $(RUN)
 
+# One process a core, and one thread each: small tensors gain nothing from more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(shell nproc) --dist worksteal
+
 test: $(ENV)
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not thorough"
+
+# What takes long, with oneDNN and torch held to AVX2; the layers' own tests once more as the CPU is.
+test-thorough: $(ENV) test-native
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m thorough
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m "not thorough" tests/kernels tests/model tests/method
+	$(PYTEST) -m thorough tests/kernels tests/model
 
 # The C++ core under AddressSanitizer and UBSan, then under ThreadSanitizer.
 test-native: $(ENV)

@@ -70,7 +70,7 @@ class Run:
             self.parts[f"adam_{name}"] = adam
         self.replays = {domain: full_replay(config) for domain in "xy"}
         self.nets = nets
-        self.clip = torch.rand(config.batch_x, config.frames, 3, config.size, config.size)
+        self.clip = torch.rand(config.data.batch_x, config.data.frames, 3, config.data.size, config.data.size)
 
     def state(self) -> dict[str, Any]:
         return {name: part.state_dict() for name, part in self.parts.items()}
@@ -86,11 +86,11 @@ class Run:
 
 def full_replay(config: Config) -> PrioritizedReplay:
     """Transitions of clips of noise up to the capacity, one a clip, as most mini-batches with a new one bring."""
-    rng, shape = np.random.default_rng(0), (config.size, config.size, 3)
-    replay = PrioritizedReplay(config.replay_capacity, shape, config.frames - 1)
-    while len(replay) < config.replay_capacity:
-        clip = replay.put_clip(rng.integers(0, 256, (config.frames, *shape), np.uint8))
-        p = int(rng.integers(1, config.frames))
+    rng, shape = np.random.default_rng(0), (config.data.size, config.data.size, 3)
+    replay = PrioritizedReplay(config.rl.replay_capacity, shape, config.data.frames - 1)
+    while len(replay) < config.rl.replay_capacity:
+        clip = replay.put_clip(rng.integers(0, 256, (config.data.frames, *shape), np.uint8))
+        p = int(rng.integers(1, config.data.frames))
         action = rng.integers(0, 256, shape, np.uint8)
         replay.add(state=(clip, 0, p), action=action, reward=0.0, true_frame=(clip, p), position=p + 1)
         clip.release()

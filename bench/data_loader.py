@@ -48,7 +48,7 @@ def waits(data: Path, out: Path, steps: int) -> dict[str, Any]:
             return batch
 
     train.Loader = Timed  # type: ignore[attr-defined]
-    short: dict[str, Any] = {"warmup_steps": 2, "warmup_cache": False, "snapshot_seconds": 1e9}
+    short: dict[str, Any] = {"warmup_steps": 2, "snapshot_seconds": 1e9}
     with redirect_stderr(io.StringIO()):  # progress bars
         train.train(Config.of("default", data=data, out=out, steps=steps, **short))
     waited = sum(end - begin for begin, end in zip(began[1:-1], ended[1:-1], strict=True))
@@ -74,9 +74,9 @@ def memory(root: Path, unprepared: bool, marks: tuple[int, int]) -> list[float]:
         dataset: Dataset = open_dataset(root, frames=FRAMES)
         loader = Loader(dataset, batch={"x": 1}, frames=FRAMES, size=SIZE, seed=0, cache_mib=0)
     else:
-        dataset = open_dataset(root, frames=config.frames)
-        batch = {"x": config.batch_x, "y": config.batch_y, "z": config.batch_z, "s": config.batch_s}
-        loader = Loader(dataset, batch=batch, frames=config.frames, size=config.size, seed=0)
+        dataset = open_dataset(root, frames=config.data.frames)
+        batch = {"x": config.data.batch_x, "y": config.data.batch_y, "z": config.data.batch_z, "s": config.data.batch_s}
+        loader = Loader(dataset, batch=batch, frames=config.data.frames, size=config.data.size, seed=0)
     found = []
     for step in range(1, marks[1] + 1):
         next(loader)

@@ -54,16 +54,18 @@ def random_clips(config: Config) -> Clips:
     """A batch of noise in the shape of the config's."""
 
     def noise(num: int, frames: int) -> Tensor:
-        return torch.rand(num, frames, 3, config.size, config.size) * 2 - 1
+        return torch.rand(num, frames, 3, config.data.size, config.data.size) * 2 - 1
 
-    x, y, z = (noise(num, config.frames) for num in (config.batch_x, config.batch_y, config.batch_z))
-    return Clips(x, y, z, noise(config.batch_s, 1))
+    x, y, z = (
+        noise(num, config.data.frames) for num in (config.data.batch_x, config.data.batch_y, config.data.batch_z)
+    )
+    return Clips(x, y, z, noise(config.data.batch_s, 1))
 
 
 def both_sides(nets: Nets, clips: Clips, config: Config, *, literal: bool) -> tuple[Tensor, list[Tensor]]:
     """(value of each side, gradient of every weight that the side moves)."""
     learned, judged = ([p for name in names for p in getattr(nets, name).parameters()] for names in (LEARNED, JUDGED))
-    at = torch.arange(config.frames)
+    at = torch.arange(config.data.frames)
     if literal:
         terms = generator_losses_ref(nets, clips, config, at.tolist())
     else:

@@ -68,24 +68,26 @@ class Args(Config):
 
 
 def row(case: str, backend: str, config: Config, **found: Any) -> Row:
-    return {"case": case, "backend": backend, "pass": config.memory, "dtype": config.precision} | found
+    return {"case": case, "backend": backend, "pass": config.runtime.memory, "dtype": config.runtime.precision} | found
 
 
 def counted(config: Config, share: int) -> Row:
     """The count, printed."""
     found = estimate(config, num_replicas=share)
-    print(f"counted, a rank's step of {config.preset}, {config.size}x{config.size}, T={config.frames}, MB")
+    print(
+        f"counted, a rank's step of {config.preset}, {config.data.size}x{config.data.size}, T={config.data.frames}, MB"
+    )
     for name, size in found._asdict().items():
         print(f"    {name:12} {size / 1e6:10.1f}")
     print(f"    {'with reserve':12} {found.reserved / 1e6:10.1f}", flush=True)
-    case = f"step {config.size}x{config.size} T={config.frames}"
+    case = f"step {config.data.size}x{config.data.size} T={config.data.frames}"
     return row(case, "counted", config, **found._asdict(), with_reserve=found.reserved)
 
 
 def run_steps(config: Config, share: int, num: int, settled: int = 0) -> None:
     """Steps on this GPU; after `settled` of them peaks count anew."""
     device = torch.device("cuda")
-    algorithm = Algorithm(replace(config, replicas=share), device)
+    algorithm = Algorithm(config.replace(replicas=share), device)
     for number in range(num):
         if number == settled:
             torch.cuda.synchronize()
@@ -107,14 +109,16 @@ def forget() -> None:
 def measured(config: Config, share: int) -> Row:
     """The peak of the CUDA allocator over real steps, of what was asked of it and of what it holds."""
     forget()
-    of_round = 2 * config.rl_every  # in which each domain has its turn
-    settled = of_round * (NUM_PLAIN + 1 if config.graphs else 1)  # all moments are there, every phase is recorded
+    of_round = 2 * config.rl.every  # in which each domain has its turn
+    settled = of_round * (
+        NUM_PLAIN + 1 if config.runtime.graphs else 1
+    )  # all moments are there, every phase is recorded
     run_steps(config, share, settled + 2 * of_round, settled)
     held, (free, whole) = torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()
     beside = whole - free - torch.cuda.memory_reserved()
     found = {"held": held, "beside": beside}
-    how = "graphs" if config.graphs else "no graphs"
-    if not config.graphs:  # what a replay uses is not allocated anew
+    how = "graphs" if config.runtime.graphs else "no graphs"
+    if not config.runtime.graphs:  # what a replay uses is not allocated anew
         found["total"] = torch.cuda.max_memory_allocated()
         print(f"measured, {how}: {found['total'] / 1e6:.1f} MB allocated at the peak")
     print(
@@ -122,7 +126,7 @@ def measured(config: Config, share: int) -> Row:
         f"context, kernels, other programs",
         flush=True,
     )
-    return row(f"step {config.size}x{config.size} T={config.frames}, {how}", "measured", config, **found)
+    return row(f"step {config.data.size}x{config.data.size} T={config.data.frames}, {how}", "measured", config, **found)
 
 
 def confirmed(config: Config, share: int, card: int) -> bool:
@@ -131,7 +135,7 @@ def confirmed(config: Config, share: int, card: int) -> bool:
     whole = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, (card - CONTEXT_BYTES) / whole))
     try:
-        run_steps(config, share, config.rl_every + 1)
+        run_steps(config, share, config.rl.every + 1)
     except torch.OutOfMemoryError:
         return False
     finally:
@@ -154,7 +158,7 @@ def timed(config: Config) -> list[Row]:
             loss.backward()
             times[memory].append(time.process_time() - began)
     rows = []
-    case = f"generators {config.size}x{config.size} T={config.frames}"
+    case = f"generators {config.data.size}x{config.data.size} T={config.data.frames}"
     for memory in MEMORY:
         peak = count(of(config, memory), "generators").peak
         p20, p50, p80 = statistics.quantiles(times[memory][1:], n=10)[1::3]
@@ -179,7 +183,7 @@ def fitting(args: Args, share: int) -> list[Row]:
     for size in args.sizes:
         for memory in MEMORY:
             config = replace(of(args, memory), size=size)
-            longest, widest = replace(config, frames=64), replace(config, frames=16)
+            longest, widest = config.replace(frames=64), config.replace(frames=16)
             frames = largest(longest, card, over="frames", num_replicas=share, confirm=False)
             batch = largest(widest, card, over="batch", num_replicas=share, confirm=False)
             found = {"card": card, "frames": frames, "batch_factor": batch}

@@ -54,7 +54,7 @@ def main(args: Args) -> None:
     config = models[0][1]
 
     def clip(folder: str) -> np.ndarray:
-        clips = evaluation_clips(args.data / folder, frames=config.frames, size=config.size)
+        clips = evaluation_clips(args.data / folder, frames=config.data.frames, size=config.data.size)
         found = next(itertools.islice(clips, args.clip, None), None)
         if found is None:
             raise UserError(f"--clip: {args.data / folder} has fewer than {args.clip + 1} clips")

@@ -113,7 +113,6 @@ def train(job: Job, args: Args, data: Path, size: int, budget: float, *, resume:
         command += ["--resume"]
     else:
         command += [*FLAGS[job.method], "--data", str(data), "--size", str(size), "--frames", str(args.frames)]
-        command += ["--no-warmup-cache"]
         if args.case.startswith("synth") and job.method != "paper":
             command += ["--augment", "dihedral"]  # its shapes have no up and down
         command += ["--seed", str(job.seed)]

@@ -15,7 +15,7 @@ import json
 import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def step_job(args: Args, factor: int) -> Job:
     """Steps with `factor` times the clips, stills and transitions of the preset."""
     config = config_of(args.measured, args.size)
     names = ("batch_x", "batch_y", "batch_z", "batch_s", "transitions")
-    config = replace(config, **{name: factor * getattr(config, name) for name in names})
+    config = config.replace(**{name: factor * getattr(config, name) for name in names})
     return {"what": "step", "config": config.to_json(), "cycles": args.cycles, "device": args.device, "batch": factor}
 
 
@@ -128,10 +128,10 @@ def measure_steps(args: Args) -> list[Row]:
     config, rows = config_of(args.measured, args.size), list[Row]()
     for name, (ranks, jobs) in forms.items():
         case, together = (
-            f"{args.measured} {config.size}x{config.size} T={config.frames} batch {name}",
+            f"{args.measured} {config.data.size}x{config.data.size} T={config.data.frames} batch {name}",
             joined(found[name]),
         )
-        row = timing_row(case, kind, "step", config.precision, together["step"])
+        row = timing_row(case, kind, "step", config.runtime.precision, together["step"])
         parts = {part: round(1e3 * seconds, 3) for part, seconds in together["parts"].items() if seconds}
         row |= {"batch": jobs[0]["batch"], "ranks": ranks, "runs_at_once": len(jobs), "parts_ms": parts}
         rows.append(row)
@@ -298,8 +298,8 @@ def main(args: Args) -> None:
         steps = traced(config)
         counts[name] = counted(steps)
         print(f"{name}: a rank and step: {counts[name]}", flush=True)
-        clips = config.batch_x + config.batch_y + config.batch_z
-        foreseen += predictions(name, steps, clips, loader_rate(config.size, config.frames), here)
+        clips = config.data.batch_x + config.data.batch_y + config.data.batch_z
+        foreseen += predictions(name, steps, clips, loader_rate(config.data.size, config.data.frames), here)
     print_predictions(foreseen)
 
     inputs = {

@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +92,14 @@ def time_all_reduces(job: Job, world: World) -> dict[str, list[float]]:
 def time_steps(job: Job, world: World) -> dict[str, Any]:
     """Seconds of a step, the mean of each cycle of steps, and of its parts, the mean of all."""
     config = Config.from_json(job["config"], "JOB")
-    config = replace(config, replicas=world.size, steps=LENGTH, budget=None)
+    config = config.replace(replicas=world.size, steps=LENGTH, budget=None)
     device = world.device
     algorithm = Algorithm(config, device, rank=world.rank, num_ranks=world.size)
     algorithm.start()
     torch.manual_seed(world.rank)
     clips = random_clips(config, device)
     watch, clock, found = NanGuard(device), StepTimer(device), list[float]()
-    warm = NUM_PLAIN + 1 if config.graphs and device.type == "cuda" else 1  # until every phase is recorded
+    warm = NUM_PLAIN + 1 if config.runtime.graphs and device.type == "cuda" else 1  # until every phase is recorded
     for number in range(job["cycles"] + warm):
         wait(device)
         if number == warm:
@@ -112,7 +111,7 @@ def time_steps(job: Job, world: World) -> dict[str, Any]:
             told = algorithm.step(clips, clock.mark)
             control = world.all_agree(StepControl(False, 0.0, False))
             told |= algorithm.advance(control.seconds, told.pop("distance"))
-            watch.tell(algorithm.schedule.step, told)
+            watch.record(algorithm.schedule.step, told)
             clock.step()
             watch.read()
             clock.mark("host")

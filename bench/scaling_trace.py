@@ -14,7 +14,7 @@ and so is the measure of the domains' distance every tenth step: a step is rathe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -147,24 +147,26 @@ def work(func: Any, args: Any, kwargs: Any, result: Any) -> Op:
 
 def cycle(config: Config) -> int:
     """Steps after which a run's work is the same again: both domains have had their transitions."""
-    return 2 * config.rl_every if config.rl else 1
+    return 2 * config.rl.every if config.rl.enabled else 1
 
 
 def random_clips(config: Config, device: torch.device | str = "cpu") -> Clips:
     """A rank's batch of noise."""
 
     def noise(num: int, frames: int) -> Tensor:
-        return torch.rand(num, frames, 3, config.size, config.size, device=device) * 2 - 1
+        return torch.rand(num, frames, 3, config.data.size, config.data.size, device=device) * 2 - 1
 
-    x, y, z = (noise(num, config.frames) for num in (config.batch_x, config.batch_y, config.batch_z))
-    return Clips(x, y, z, noise(config.batch_s, 1))
+    x, y, z = (
+        noise(num, config.data.frames) for num in (config.data.batch_x, config.data.batch_y, config.data.batch_z)
+    )
+    return Clips(x, y, z, noise(config.data.batch_s, 1))
 
 
 def random_transitions(config: Config) -> Transitions:
     """A rank's mini-batch M of noise, in the shapes of stored transitions."""
-    num, size = config.transitions, config.size
+    num, size = config.rl.transitions, config.data.size
     frames = (torch.rand(num, 3, size, size) for _ in range(2))
-    states, lengths = torch.rand(num, config.frames - 1, 3, size, size), torch.ones(num, dtype=torch.long)
+    states, lengths = torch.rand(num, config.data.frames - 1, 3, size, size), torch.ones(num, dtype=torch.long)
     numbers, terminals = torch.rand(num), torch.zeros(num, dtype=torch.bool)
     return Transitions(states, lengths, next(frames), numbers, next(frames), terminals, torch.ones(num))
 
@@ -174,13 +176,13 @@ def trace(config: Config, num_ranks: int) -> list[list[Event]]:
 
     config: of one rank; its `replicas` do not count, each rank has one.
     """
-    config = replace(config, replicas=num_ranks, replay_capacity=1, graphs=False, steps=1_000_000)
+    config = config.replace(replicas=num_ranks, replay_capacity=1, graphs=False, steps=1_000_000)
     with pretend(num_ranks) as world, FakeTensorMode(allow_non_fake_inputs=True):
         with mock.patch("rlv2v.method.step.build_nets", real_nets):
             learner = Algorithm(config, torch.device("cpu"), rank=0, num_ranks=num_ranks)
         clips, transitions = random_clips(config), random_transitions(config)
         for agent in learner.agents.values():
-            agent.gather = lambda *_: (transitions, ReplayRows(()))  # type: ignore[method-assign]
+            agent.collect = lambda *_: (transitions, ReplayRows(()))  # type: ignore[method-assign]
         learner.start()
         for _ in range(cycle(config)):
             learner.advance(0.0, learner.step(clips)["distance"])
@@ -192,7 +194,7 @@ def trace_step(learner: Algorithm, clips: Clips, world: World) -> list[Event]:
     with Tracer() as tracer:
         told = learner.step(clips, tracer.mark)
         told |= learner.advance(0.0, told.pop("distance"))
-        NanGuard(world.device).tell(learner.schedule.step, told)
+        NanGuard(world.device).record(learner.schedule.step, told)
         tracer.mark("numbers")
         World(world.device, world._control).all_agree(StepControl(False, 0.0, False))
         tracer.mark("control")

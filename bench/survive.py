@@ -154,7 +154,6 @@ def main(args: Args) -> None:
     rng, rows = random.Random(args.seed), []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        os.environ["XDG_CACHE_HOME"] = str(root / "cache")
         data = root / "data"
         write_dataset(data, size=16, frames=4, counts=Counts(x=24, y=12, z=12, s=6, val=2, test=2))
         finish(TRAIN + flags(data, root / "first", args.steps))  # fills the caches: later runs take alike long

@@ -24,7 +24,7 @@ import os
 import statistics
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -146,7 +146,7 @@ def timed(config: Config, args: Args, device: torch.device) -> dict[str, list[fl
             return theirs.submit(time_plain, ids).result()
 
         round_steps = steps_of_round(config)
-        warm = max(args.warm, NUM_PLAIN + 1) if config.graphs else args.warm
+        warm = max(args.warm, NUM_PLAIN + 1) if config.runtime.graphs else args.warm
         time_rounds(fast, plain, round_steps, warm, args.stretch)
         return time_rounds(fast, plain, round_steps, args.rounds, args.stretch)
 
@@ -156,7 +156,7 @@ def case(preset: str, frames: int, args: Args, device: torch.device) -> list[dic
     graphs = args.graphs and device.type == "cuda"
     changes = {"size": args.size, "frames": frames, "steps": 10000, "replicas": 1, "graphs": graphs}
     config = Config.of(preset, **(COMPARABLE[preset] | changes)).check()
-    exact = compare(Pair(replace(config, graphs=False), device, torch.float64), 1)
+    exact = compare(Pair(config.replace(graphs=False), device, torch.float64), 1)
     pair = Pair(config, device)
     found = compare(pair, args.check) | {"float64": max(exact.values())}
     valid = all(found[name] <= limit for name, limit in LIMITS.items())

@@ -167,14 +167,18 @@ class Nets(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        assert "batch" not in (config.norm, config.disc_norm), "its statistics depend on what is run together"
+        assert "batch" not in (config.model.norm, config.model.disc_norm), (
+            "its statistics depend on what is run together"
+        )
         for name in NETS[:4]:
-            net = Translator(config.widths, patch=config.patch, head=config.head, norm=config.norm)
+            net = Translator(
+                config.model.widths, patch=config.model.patch, head=config.model.head, norm=config.model.norm
+            )
             setattr(self, name, net)
         for name in NETS[4:]:
-            heads, positive = 2 if name == "d_y" else 1, config.q_positive and name.startswith("q")
-            how: dict[str, Any] = {"patch": config.patch, "norm": config.disc_norm}
-            setattr(self, name, Discriminator(config.disc_widths, heads=heads, positive=positive, **how))
+            heads, positive = 2 if name == "d_y" else 1, config.model.q_positive and name.startswith("q")
+            how: dict[str, Any] = {"patch": config.model.patch, "norm": config.model.disc_norm}
+            setattr(self, name, Discriminator(config.model.disc_widths, heads=heads, positive=positive, **how))
 
 
 def plain_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

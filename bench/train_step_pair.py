@@ -39,18 +39,23 @@ def clips_at(config: Config, step: int, device: torch.device, dtype: torch.dtype
 
     def clips(name: str, num: int) -> Tensor:
         drawn = [
-            clip_of(name, step * num + n, seed=config.seed, frames=config.frames, size=config.size)[0]
+            clip_of(name, step * num + n, seed=config.seed, frames=config.data.frames, size=config.data.size)[0]
             for n in range(num)
         ]
         return to_model(torch.from_numpy(np.stack(drawn))).to(device, dtype)
 
-    sets = {"trainX": config.batch_x, "trainY": config.batch_y, "trainZ": config.batch_z, "trainS": config.batch_s}
+    sets = {
+        "trainX": config.data.batch_x,
+        "trainY": config.data.batch_y,
+        "trainZ": config.data.batch_z,
+        "trainS": config.data.batch_s,
+    }
     return Clips(*(clips(name, num) for name, num in sets.items()))
 
 
 def steps_of_round(config: Config) -> int:
     """In which each domain has a mini-batch."""
-    return 2 * config.rl_every if config.rl else 1
+    return 2 * config.rl.every if config.rl.enabled else 1
 
 
 class Pair:
@@ -72,14 +77,14 @@ class Pair:
 
     def listen(self, agent: Agent) -> None:
         """Hear which stored transitions an agent draws, for the twin; they and their rewards in the nets' dtype."""
-        gather = agent.gather
+        gather = agent.collect
 
         def heard(*given: Any) -> tuple[Transitions, ReplayRows]:
             batch, recall = gather(*given)
             self.ids = [number for _, ids in recall.drawn for number in ids.tolist()]
             return Transitions(*(f.to(self.dtype) if f.is_floating_point() else f for f in batch)), recall
 
-        agent.gather = heard  # type: ignore[method-assign,assignment]
+        agent.collect = heard  # type: ignore[method-assign,assignment]
 
     def clips(self, step: int) -> Clips:
         return clips_at(self.config, step, self.device, self.dtype)

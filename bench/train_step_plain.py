@@ -98,7 +98,7 @@ class Plain:
 
     def __init__(self, algorithm: Algorithm) -> None:
         config, device = algorithm.config, algorithm.device
-        assert config.precision == "fp32" and config.replicas == 1 and config.replay_alpha == 0
+        assert config.runtime.precision == "fp32" and config.runtime.replicas == 1 and config.rl.replay_alpha == 0
         self.config, self.device = config, device
         weight = next(algorithm.nets.parameters())
         self.dtype = weight.dtype
@@ -107,18 +107,18 @@ class Plain:
         self.average = nn.ModuleDict({name: copy.deepcopy(getattr(self.nets, name)) for name in ("g_x", "g_y")})
         self.load(algorithm)
         self.schedule = Schedule(config, device)
-        self.buffers: dict[str, deque[Stored]] = {domain: deque(maxlen=config.replay_capacity) for domain in "xy"}
+        self.buffers: dict[str, deque[Stored]] = {domain: deque(maxlen=config.rl.replay_capacity) for domain in "xy"}
         self.num_stored = dict.fromkeys("xy", 0)
 
         def adam(names: Sequence[str], lr: float) -> AdamW:
             weights = [p for name in names for p in getattr(self.nets, name).parameters()]
-            return AdamW(weights, lr, config.betas, weight_decay=config.weight_decay)
+            return AdamW(weights, lr, config.optim.betas, weight_decay=config.optim.weight_decay)
 
         self.rates = {
-            "generators": config.lr,
-            "discriminators": config.disc_lr,
-            "x": config.disc_lr,
-            "y": config.disc_lr,
+            "generators": config.optim.lr,
+            "discriminators": config.optim.disc_lr,
+            "x": config.optim.disc_lr,
+            "y": config.optim.disc_lr,
         }
         named = {"generators": GENERATORS, "discriminators": DISCRIMINATORS, "x": ("q_x",), "y": ("q_y",)}
         self.optimisers = {name: adam(named[name], rate) for name, rate in self.rates.items()}
@@ -137,7 +137,7 @@ class Plain:
         config, schedule = self.config, self.schedule
         rng = np.random.default_rng([config.seed, schedule.step])
         length = clips.x.shape[1]
-        at = sorted(rng.permutation(length)[: min(config.disc_frames or length, length)].tolist())
+        at = sorted(rng.permutation(length)[: min(config.loss.disc_frames or length, length)].tolist())
         directions = torch.from_numpy(rng.standard_normal((3, NUM_DIRECTIONS)).astype(np.float32)).to(self.device)
         directions = normalize(directions, dim=0)
         for name, optimiser in self.optimisers.items():
@@ -145,8 +145,8 @@ class Plain:
                 group["lr"] = self.rates[name] * schedule.learning
         told: dict[str, float] = {}
         domain, batch = None, list[Transition]()
-        if config.rl and schedule.step % config.rl_every == 0:
-            domain = "xy"[schedule.step // config.rl_every % 2]
+        if config.rl.enabled and schedule.step % config.rl.every == 0:
+            domain = "xy"[schedule.step // config.rl.every % 2]
             batch = self.gather(domain, clips, ids)
             told |= self.critic(domain, batch)
         spoken, fake_y, fake_x = self.generators(clips, at, directions, domain, batch)
@@ -179,14 +179,14 @@ class Plain:
         sets = [clips.x] if domain == "x" else [v for v in (clips.y, clips.z) if v is not None]
         videos = [video for clips_of_set in sets for video in clips_of_set]
         video = videos[rng.integers(len(videos))]
-        num = config.transitions
-        recalled = int((rng.random(num) < annealed(*config.eta1, progress)).sum()) if buffer else 0
+        num = config.rl.transitions
+        recalled = int((rng.random(num) < annealed(*config.rl.eta1, progress)).sum()) if buffer else 0
         assert recalled == len(ids), "the twin and the algorithm recall as many transitions"
         batch = []
         if recalled < num:
             length, fresh = len(video), num - recalled
             ends, frames = rng.integers(1, length, fresh), rng.integers(0, length, fresh)
-            greedy = rng.random(fresh) < annealed(*config.eta2, progress)
+            greedy = rng.random(fresh) < annealed(*config.rl.eta2, progress)
             draws = zip(ends.tolist(), frames.tolist(), greedy.tolist(), strict=True)
             batch = [self.play(domain, video, *draw) for draw in draws]
         # The oldest id that the buffer still holds comes first in it.
@@ -219,7 +219,7 @@ class Plain:
         q, d = getattr(self.nets, f"q_{domain}"), getattr(self.nets, f"d_{domain}")
         action = video[None, random_frame]
         first = second = action
-        if greedy or config.reward == "paper":
+        if greedy or config.rl.reward == "paper":
             first, second = self.candidates(self.nets, domain, state)
         if greedy:
             better = last(q, append(state, first)).item() >= last(q, append(state, second)).item()
@@ -227,13 +227,13 @@ class Plain:
         ends = torch.tensor([terminal], device=self.device)
         # D's word on the whole video counts at its end alone.
         video_logits = last(d, append(state, action)) if terminal else action.new_zeros(1, 1)
-        if config.reward == "transition":
+        if config.rl.reward == "transition":
             judged = (action, true_frame, last(d, action[:, None]), video_logits, ends)
-            reward = reward_per_transition(*judged, distance_weight=config.reward_distance, l_v=config.l_v)
+            reward = reward_per_transition(*judged, distance_weight=config.rl.reward_distance, l_v=config.loss.l_v)
         else:
             l_g = logsigmoid(-last(d, second[:, None])).mean(-1)
             l_tau, l_rc = ((a - true_frame).square().mean((1, 2, 3)) for a in (first, second))
-            weights = {"weight_tau": config.l_tau, "weight_rc": config.l_rc, "weight_v": config.l_v}
+            weights = {"weight_tau": config.loss.l_tau, "weight_rc": config.loss.l_rc, "weight_v": config.loss.l_v}
             reward = reward_paper(l_g, l_tau, l_rc, logsigmoid(-video_logits).mean(-1), ends, **weights)
         return Transition(state, action, reward[0], terminal)
 
@@ -247,7 +247,7 @@ class Plain:
                 with torch.no_grad():
                     actions = self.candidates(self.targets, domain, next_state)
                     values = [last(q_target, append(next_state, a))[0, 0] for a in actions]
-                    y = y + self.config.gamma * torch.maximum(*values)
+                    y = y + self.config.rl.gamma * torch.maximum(*values)
             errors.append(y - last(q, next_state)[0, 0])
         loss = torch.stack(errors).square().mean()
         reward = torch.stack([transition.reward for transition in batch]).mean()
@@ -268,7 +268,7 @@ class Plain:
         self, clips: Clips, at: Sequence[int], directions: Tensor, domain: str | None, batch: list[Transition]
     ) -> tuple[dict[str, float], Translated, Translated]:
         config, nets, schedule = self.config, self.nets, self.schedule
-        ramp = schedule.ramp.item() if config.mask_prior else 0.0
+        ramp = schedule.ramp.item() if config.loss.term("mask_prior") else 0.0
         for g in (nets.g_x, nets.g_y):
             g.mask_gain.fill_(ramp)
         frozen = (nets.d_x, nets.d_y, nets.q_x, nets.q_y)
@@ -276,18 +276,18 @@ class Plain:
             judge.requires_grad_(False)
         terms, fake_y, fake_x = self.terms(clips, at, directions)
         if domain:
-            terms["actor"] = config.rl_weight * self.actor(domain, batch)
+            terms["actor"] = config.rl.weight * self.actor(domain, batch)
         loss = torch.stack(list(terms.values())).sum()
         told = {name: term.item() for name, term in terms.items()} | {"loss": loss.item()}
-        told["grad"] = self.descend("generators", loss, config.clip_grad)
+        told["grad"] = self.descend("generators", loss, config.optim.clip_grad)
         for judge in frozen:
             judge.requires_grad_(True)
         for name in (*GENERATORS, f"q_{domain}") if domain else ():
-            follow(getattr(self.targets, name), getattr(nets, name), config.tau)
-        for name, average in self.average.items() if config.average else ():
-            follow(average, getattr(nets, name), 1.0 - config.average)
-        if config.colours:
-            told["distance"] = told["colours_y"] / config.colours
+            follow(getattr(self.targets, name), getattr(nets, name), config.rl.tau)
+        for name, average in self.average.items() if config.optim.average else ():
+            follow(average, getattr(nets, name), 1.0 - config.optim.average)
+        if config.loss.term("colours"):
+            told["distance"] = told["colours_y"] / config.loss.term("colours")
         else:
             told["distance"] = domain_gap(fake_y.whole.detach(), clips.yz, directions).item()
         return told, fake_y, fake_x
@@ -297,44 +297,44 @@ class Plain:
     ) -> tuple[dict[str, Tensor], Translated, Translated]:
         """The weighted terms of eq. 10 that G and P descend, and the translations of x and of y, z."""
         config, nets, gains = self.config, self.nets, self.schedule.gains
-        score = losses.generator_score(config.gan)
+        score = losses.generator_score(config.loss.gan)
         x, yz, s = clips.x, clips.yz, clips.s
         fake_y, fake_x = self.translate(nets.g_y, x), self.translate(nets.g_x, yz)
         terms = {
-            "g_y": config.l_adv * losses.l_g_y(score, fakes=nets.d_y(fake_y.singles(at))),
-            "g_x": config.l_adv * losses.l_g_x(score, fakes_y=nets.d_x(fake_x.singles(at))),
+            "g_y": config.loss.l_adv * losses.l_g_y(score, fakes=nets.d_y(fake_y.singles(at))),
+            "g_x": config.loss.l_adv * losses.l_g_x(score, fakes_y=nets.d_x(fake_x.singles(at))),
         }
-        if config.l_v:
-            terms["v_y"] = config.l_v * losses.l_v_y(score, fake=last(nets.d_y, fake_y.whole))
-            terms["v_x"] = config.l_v * losses.l_v_x(score, fake_y=last(nets.d_x, fake_x.whole))
+        if config.loss.l_v:
+            terms["v_y"] = config.loss.l_v * losses.l_v_y(score, fake=last(nets.d_y, fake_y.whole))
+            terms["v_x"] = config.loss.l_v * losses.l_v_x(score, fake_y=last(nets.d_x, fake_x.whole))
         terms = {name: gains.adversarial * term for name, term in terms.items()}
         ways = (
             ("x", x, fake_y, nets.g_x, nets.p_x, nets.p_y, 1.0),
             ("y", yz, fake_x, nets.g_y, nets.p_y, nets.p_x, 2.0),
         )
         for name, video, fake, g_back, p_here, p_there, twice in ways:
-            if config.l_tau:  # eq. 3, 4
+            if config.loss.l_tau:  # eq. 3, 4
                 predicted = torch.stack([last(p_here, v) for v in prefixes(video, video.shape[1] - 1)], 1)
-                distance = losses.DISTANCES[config.distance](predicted, video[:, 1:])
-                terms[f"tau_{name}"] = config.l_tau * distance
-            if config.l_rc:  # eq. 5, 6
+                distance = losses.DISTANCES[config.loss.distance](predicted, video[:, 1:])
+                terms[f"tau_{name}"] = config.loss.l_tau * distance
+            if config.loss.l_rc:  # eq. 5, 6
                 recycled = [last(g_back, append(v, last(p_there, v))) for v in fake.prefixes[:-1]]
-                distance = losses.l_rc(video, torch.stack(recycled, 1), config.distance)
-                terms[f"rc_{name}"] = config.l_rc * distance
-            if config.cycle:
-                terms[f"cycle_{name}"] = config.cycle * l1_loss(g_back(fake.whole), video)
-            if config.identity:
-                terms[f"identity_{name}"] = config.identity * l1_loss(g_back(video), video)
-            if config.contrast:
+                distance = losses.l_rc(video, torch.stack(recycled, 1), config.loss.distance)
+                terms[f"rc_{name}"] = config.loss.l_rc * distance
+            if config.loss.term("cycle"):
+                terms[f"cycle_{name}"] = config.loss.term("cycle") * l1_loss(g_back(fake.whole), video)
+            if config.loss.term("identity"):
+                terms[f"identity_{name}"] = config.loss.term("identity") * l1_loss(g_back(video), video)
+            if config.loss.term("contrast"):
                 contrast = contrast_loss(video, fake.whole)
-                terms[f"contrast_{name}"] = twice * gains.content * config.contrast * contrast
-            if config.mask_prior and fake.mask is not None:
-                terms[f"mask_{name}"] = gains.content * config.mask_prior * mask_prior(fake.mask)
-        if config.colours:
-            terms["colours_y"] = config.colours * domain_gap(fake_y.whole, yz, directions)
-            terms["colours_x"] = config.colours * domain_gap(fake_x.whole, x, directions)
-        if config.identity and s is not None:
-            terms["identity_s"] = config.identity * l1_loss(nets.g_y(s), s)
+                terms[f"contrast_{name}"] = twice * gains.content * config.loss.term("contrast") * contrast
+            if config.loss.term("mask_prior") and fake.mask is not None:
+                terms[f"mask_{name}"] = gains.content * config.loss.term("mask_prior") * mask_prior(fake.mask)
+        if config.loss.term("colours"):
+            terms["colours_y"] = config.loss.term("colours") * domain_gap(fake_y.whole, yz, directions)
+            terms["colours_x"] = config.loss.term("colours") * domain_gap(fake_x.whole, x, directions)
+        if config.loss.term("identity") and s is not None:
+            terms["identity_s"] = config.loss.term("identity") * l1_loss(nets.g_y(s), s)
         return terms, fake_y, fake_x
 
     def translate(self, g: Translator, video: Tensor) -> Translated:
@@ -347,7 +347,7 @@ class Plain:
         self, clips: Clips, fake_y: Translated, fake_x: Translated, at: Sequence[int]
     ) -> dict[str, float]:
         config, d_x, d_y = self.config, self.nets.d_x, self.nets.d_y
-        score, num_y = losses.discriminator_score(config.gan), len(clips.y)
+        score, num_y = losses.discriminator_score(config.loss.gan), len(clips.y)
 
         def judged(d: Discriminator, video: Tensor) -> Tensor:
             """D's logits of every prefix, (B,T,heads)."""
@@ -371,16 +371,16 @@ class Plain:
         )
         frames_x, fakes_x = d_x(singles(clips.x, at)), d_x(fake_x.singles(at).detach())
         l_g_x = losses.l_g_x(score, frames=frames_x, prefixes=x, fakes_y=fakes_x)
-        terms = {"d_g_y": -config.l_adv * l_g_y, "d_g_x": -config.l_adv * l_g_x}
-        if config.l_v:
+        terms = {"d_g_y": -config.loss.l_adv * l_g_y, "d_g_x": -config.loss.l_adv * l_g_x}
+        if config.loss.l_v:
             video_z = None if z is None else z[:, -1]
             fake = last(d_y, fake_y.whole.detach())
-            terms["d_v_y"] = -config.l_v * losses.l_v_y(score, video_y=y[:, -1], video_z=video_z, fake=fake)
+            terms["d_v_y"] = -config.loss.l_v * losses.l_v_y(score, video_y=y[:, -1], video_z=video_z, fake=fake)
             fake = last(d_x, fake_x.whole.detach())
-            terms["d_v_x"] = -config.l_v * losses.l_v_x(score, video=x[:, -1], fake_y=fake)
+            terms["d_v_x"] = -config.loss.l_v * losses.l_v_x(score, video=x[:, -1], fake_y=fake)
         loss = torch.stack(list(terms.values())).sum()
         told = {name: term.item() for name, term in terms.items()} | {"loss_d": loss.item()}
-        return told | {"grad_d": self.descend("discriminators", loss, config.clip_grad)}
+        return told | {"grad_d": self.descend("discriminators", loss, config.optim.clip_grad)}
 
 
 @torch.no_grad()

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlv2v.replay import PrioritizedReplay
 
-__all__ = ["PrioritizedReplay"]
+    __version__: str
+
+__all__ = ["PrioritizedReplay", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +21,8 @@ def __getattr__(name: str) -> Any:
         from rlv2v.replay import PrioritizedReplay
 
         return PrioritizedReplay
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("rlv2v")
     raise AttributeError(f"module 'rlv2v' has no attribute {name!r}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -36,3 +38,9 @@ def get_logger(name: str) -> logging.Logger:
 def _escape(record: logging.LogRecord) -> bool:
     record.msg, record.args = one_line(record.getMessage()), None
     return True
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return "; did you mean <name>?" for the one of `names` that `name` resembles most, "" if none does."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,7 +1,8 @@
 """`python -m rlv2v.evaluate RUN --data DIR --split test --json F`: measure a run against hidden truth.
 
 Three rows: `model`; `identity`, the source copied (what doing nothing scores); `truth`, the truth against itself (the
-best there is). A clip is `config.frames` consecutive frames, scaled and centre-cropped as in training; the clips of one
+best there is). A clip is `config.data.frames` consecutive frames, scaled and centre-cropped as in training; the
+clips of one
 video follow each other with the recurrent state carried along, which is what `rlv2v.translate` does.
 """
 
@@ -82,7 +83,8 @@ def evaluate_run(
 def translated_clips(
     g: Translator, config: Config, pair: Pair
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
-    """(source, output, truth) of each clip of a video, uint8 (T,size,size,3), T <= config.frames; state carried."""
+    """(source, output, truth) of each clip of a video, uint8 (T,size,size,3), T <= config.data.frames; state
+    carried."""
     state = None
     sources = clips(pair.source.path, config, num=pair.source.num_frames)
     truths = clips(pair.truth, config, num=pair.source.num_frames) if pair.truth else None
@@ -101,8 +103,8 @@ def translated_clips(
 def clips(path: Path, config: Config, *, num: int) -> Iterator[np.ndarray]:
     """The first `num` frames of a video in clips of the config's length (the last may be shorter) and square size."""
     stream = read_frames(path, num=num)
-    while chunk := list(islice(stream, config.frames)):
-        yield centre_crop(fit(np.stack(chunk), config.size), config.size)
+    while chunk := list(islice(stream, config.data.frames)):
+        yield centre_crop(fit(np.stack(chunk), config.data.size), config.data.size)
 
 
 def open_split(data: Path, split: Split) -> list[Pair]:

@@ -160,7 +160,7 @@ def videos(run: Path, data: Path, split: Split, *, num: int, device: str) -> lis
     g, config = load_translator(run, "x2y", device=pick_device(device))
     shown = []
     for pair in open_split(data, split)[:num]:
-        wanted = math.ceil(MAX_SHOWN_FRAMES / config.frames)
+        wanted = math.ceil(MAX_SHOWN_FRAMES / config.data.frames)
         names = ["source", "translated"] + (["truth"] if pair.truth else [])
         clips = [
             [part for part in parts if part is not None] for parts in islice(translated_clips(g, config, pair), wanted)

@@ -81,7 +81,7 @@ def main(args: Args) -> None:
     if not 0 < about.fps <= MAX_FPS:
         raise UserError(f"{args.source}: expected a rate of up to {MAX_FPS} frames a second, got {about.fps}")
     g, config = load_translator(args.run, args.direction, device=pick_device(args.device), best=args.best)
-    size = config.size if args.size is None else args.size
+    size = config.data.size if args.size is None else args.size
 
     started = time.perf_counter()
     stream = translate_stream(g, config, read_frames(args.source), size=size)

@@ -21,7 +21,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from rlv2v.checkpoint.export import save_translators
-from rlv2v.config import PRESETS, Config
+from rlv2v.config import Config
 from rlv2v.model.build import build_nets
 
 USUAL = policy()
@@ -56,7 +56,7 @@ def one_thread() -> Iterator[None]:
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a model of the tiny preset, untrained, as training writes it: config and weights."""
     run = tmp_path_factory.mktemp("run")
-    config = Config(**PRESETS["tiny"], preset="tiny", out=run)
+    config = Config.of("tiny", out=run)
     torch.manual_seed(0)
     nets = build_nets(config, discriminators=False)
     (run / "config.json").write_text(config.to_json())

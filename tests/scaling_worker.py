@@ -45,7 +45,7 @@ def main(given: Path, out: Path) -> None:
         given_away.clear()
         told = algorithm.step(clips)
         told |= algorithm.advance(0.0, told.pop("distance"))
-        watch.tell(algorithm.schedule.step, told)
+        watch.record(algorithm.schedule.step, told)
         world.all_agree(dist.StepControl(False, 0.0, False))
         steps.append(list(given_away))
     if world.first:

@@ -47,7 +47,7 @@ def test_what_a_step_sends_is_what_two_real_ranks_send(preset: str, tmp_path: Pa
         weights = [p for name in names for p in getattr(nets, name).parameters()]
         assert totals[f"gradients of {part}"] == 4 * sum(p.numel() for p in weights)
     critics = sum(4 * p.numel() for name in ("q_x", "q_y") for p in getattr(nets, name).parameters()) / 2
-    assert totals["gradients of critics"] == critics / config.rl_every
+    assert totals["gradients of critics"] == critics / config.rl.every
     assert totals["control"] == 24
     assert ("statistics" in totals) == (preset == "paper")
 

@@ -48,8 +48,8 @@ def test_steps_are_equal_in_double_precision(preset: str, changes: dict[str, Any
         for gradients in (False, True):
             assert bench().difference(told.fast, told.plain, gradients) <= CLOSE
     assert bench().weights_difference(pair.fast, pair.plain) <= CLOSE
-    if pair.config.rl:
-        in_x, in_y = (recalled[turn * pair.config.rl_every :: bench().steps_of_round(pair.config)] for turn in (0, 1))
+    if pair.config.rl.enabled:
+        in_x, in_y = (recalled[turn * pair.config.rl.every :: bench().steps_of_round(pair.config)] for turn in (0, 1))
         assert sum(in_x) and sum(in_y)
 
 

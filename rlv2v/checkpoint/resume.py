@@ -4,69 +4,80 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlv2v.checkpoint.store import Checkpoints, replica_name
-from rlv2v.config import FREE_ON_RESUME, Config
+from rlv2v.config import FLAGS, Config
 from rlv2v.data.loader import Loader
 from rlv2v.errors import UserError
 from rlv2v.method.step import Algorithm
 from rlv2v.runtime.distributed import World
 
 log = logging.getLogger(__name__)
+# What may change between a run and its resumption; every other setting makes it another run.
+FREE_ON_RESUME = frozenset(
+    {
+        *("data", "out", "resume", "steps", "budget", "device", "threads", "loader_threads", "snapshot_seconds"),
+        *("memory", "graphs", "replicas", "keep"),
+    }
+)
 
 
-def resumed_config(given: Config) -> Config:
-    """Check the flags of a resumed run against its `config.json`: what shapes the run may not change."""
-    path = given.out / "config.json"
+def resumed_config(config: Config) -> Config:
+    """Return the config in the folder of a run that is to be resumed, which may differ in `FREE_ON_RESUME` alone.
+
+    Raises:
+        UserError: no run there, or a setting that shapes the run has changed.
+    """
+    path = config.out / "config.json"
     if not path.is_file():
         raise UserError(
-            f"{given.out}: expected the folder of a run to resume, found no config.json; leave out --resume"
+            f"{config.out}: expected the folder of a run to resume, found no config.json; leave out --resume"
         )
-    before = Config.from_json(path.read_text(), str(path))
-    for field in fields(Config):
-        was, now = getattr(before, field.name), getattr(given, field.name)
-        if field.name not in FREE_ON_RESUME and was != now:
-            flag = field.name.replace("_", "-")
+    saved = Config.from_json(path.read_text(), str(path))
+    for flag in FLAGS:
+        if flag not in FREE_ON_RESUME and saved.get(flag) != config.get(flag):
             raise UserError(
-                f"--{flag}: the run in {given.out} has {was!r}, got {now!r}; leave it out or start a new run"
+                f"--{flag.replace('_', '-')}: the run in {config.out} has {saved.get(flag)!r}, got "
+                f"{config.get(flag)!r}; leave it out or start a new run"
             )
-    return before
+    return saved
 
 
-def settle_replicas(config: Config, num_ranks: int) -> Config:
-    """The config with its number of replicas: as it is given, or saved with the run, if the ranks can share it evenly.
+def settled_replicas(replicas: int, saved: int, num_ranks: int) -> int:
+    """Return the number of replicas of a run: as asked for, else as saved with it, else one a rank.
 
-    A resumed run whose replicas do not go evenly into the ranks gets one a rank, and says what that changes.
+    A resumed run (saved > 0) whose replicas do not go evenly into the ranks gets one a rank, and a warning.
+
+    Raises:
+        UserError: the replicas of a new run do not go evenly into the ranks.
     """
-    saved = None
-    if config.resume:
-        saved = resumed_config(config).replicas
-    replicas = config.replicas or saved or num_ranks
-    if replicas % num_ranks == 0:
-        if saved and replicas != saved:
-            log.warning("--replicas %d, %d before: %s", replicas, saved, changed(replicas, saved))
-        return replace(config, replicas=replicas)
-    if not config.resume:
-        raise UserError(f"--replicas: expected a multiple of the {num_ranks} ranks, got {replicas}")
+    wanted = replicas or saved or num_ranks
+    if wanted % num_ranks == 0:
+        if saved and wanted != saved:
+            log.warning("--replicas %d, %d before: %s", wanted, saved, changed(wanted, saved))
+        return wanted
+    if not saved:
+        raise UserError(f"--replicas: expected a multiple of the {num_ranks} ranks, got {wanted}")
     log.warning(
         "%d replicas do not go evenly into %d ranks; going on with %d: %s",
-        replicas, num_ranks, num_ranks, changed(num_ranks, replicas),
-    )  # fmt: skip
-    return replace(config, replicas=num_ranks)
+        wanted,
+        num_ranks,
+        num_ranks,
+        changed(num_ranks, wanted),
+    )
+    return num_ranks
 
 
 def changed(now: int, before: int) -> str:
-    """What is no longer identical when the replicas of a run change."""
-    buffers = (
-        f"replay buffers {now} to {before - 1} are dropped"
-        if now < before
-        else (f"replay buffers {before} to {now - 1} begin empty")
-    )
+    """Say what is no longer identical when the replicas of a run change."""
+    if now < before:
+        buffers = f"replay buffers {now} to {before - 1} are dropped"
+    else:
+        buffers = f"replay buffers {before} to {now - 1} begin empty"
     return (
         f"a step takes {now} instead of {before} times the batch, clips go on at the nearest place in their order, "
         f"{buffers}; from here on it is another run than it would have been"
@@ -80,11 +91,11 @@ def save(
     world: World,
     *,
     metric: float | None,
-    beside: Mapping[str, bytes],
+    run_files: Mapping[str, bytes],
 ) -> None:
     """Begin to write a checkpoint of everything that a run needs to go on as if nothing had happened.
 
-    metric, beside: see `Checkpoints.save`.
+    metric, run_files: see `Checkpoints.save`.
     """
     algorithm.flush()
     state = {name: part.state_dict() for name, part in algorithm.parts.items()}
@@ -93,7 +104,7 @@ def save(
         replica: {name: part.state_dict() for name, part in replays.items()} | {"loader": loader.state_dict()}
         for replica, replays in algorithm.replays().items()
     }
-    store.save(algorithm.schedule.step, state if world.first else None, replicas, metric=metric, beside=beside)
+    store.save(algorithm.schedule.step, state if world.first else None, replicas, metric=metric, run_files=run_files)
 
 
 def restore(store: Checkpoints, algorithm: Algorithm, loader: Loader, world: World) -> bool:
@@ -110,8 +121,7 @@ def restore(store: Checkpoints, algorithm: Algorithm, loader: Loader, world: Wor
     load_parts(algorithm.parts, saved, where)
     set_random_states(saved["rng"], world.device)
     before = store.replicas(step)
-    num_replicas = algorithm.config.replicas
-    assert num_replicas is not None
+    num_replicas = algorithm.config.runtime.replicas
     for replica, replays in algorithm.replays().items():
         if replica < before:
             mine = store.load(step, replica_name(replica))

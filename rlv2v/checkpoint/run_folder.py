@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 
-from rlv2v.checkpoint.resume import resumed_config
+from rlv2v.checkpoint.resume import resumed_config, settled_replicas
 from rlv2v.checkpoint.store import Checkpoints
-from rlv2v.config import Config
+from rlv2v.config import SYNTHETIC, Config
 from rlv2v.data.synth import write_dataset
 from rlv2v.errors import UserError
 from rlv2v.files import Lock, lock_folder, write_atomically
@@ -16,24 +15,31 @@ from rlv2v.files import Lock, lock_folder, write_atomically
 log = logging.getLogger(__name__)
 
 
-def prepare_folder(config: Config) -> Config:
-    """Make the run's folder, or check that it is one to resume; returns the config with its data folder settled.
+def settle(config: Config, num_ranks: int) -> Config:
+    """Return the config with its data folder and number of replicas settled; rank 0 calls it, before anything starts.
 
-    Nothing that exists is overwritten: a folder that holds a run needs --resume.
+    Nothing that exists is overwritten: a folder that holds a run needs --resume. Without --data the synthetic set is
+    written, unless it is there.
+
+    Raises:
+        UserError: the folder holds a run, or none to resume, or one of other settings.
     """
+    saved = 0
     if config.resume:
-        before = resumed_config(config)
-        config = config if config.data else replace(config, data=before.data)
+        resumed = resumed_config(config)
+        saved = resumed.runtime.replicas
+        config = config if config.data.folder != SYNTHETIC else config.replace(data=resumed.data.folder)
     elif config.out.is_dir():
         require_no_run(config.out)
     elif config.out.exists():
         raise UserError(f"{config.out}: expected a folder for the run, got a file; choose another --out")
-    if config.data is None:
-        config = replace(config, data=Path("data") / f"synth-{config.size}x{config.frames}")
-        assert config.data is not None
-        if not (config.data / "dataset.json").exists():
-            log.warning("no --data: writing the synthetic set to %s", config.data)
-            write_dataset(config.data, size=config.size, frames=config.frames)
+    config = config.replace(replicas=settled_replicas(config.runtime.replicas, saved, num_ranks))
+    if config.data.folder == SYNTHETIC:
+        folder = Path("data") / f"synth-{config.data.size}x{config.data.frames}"
+        if not (folder / "dataset.json").exists():
+            log.warning("no --data: writing the synthetic set to %s", folder)
+            write_dataset(folder, size=config.data.size, frames=config.data.frames)
+        config = config.replace(data=folder)
     return config
 
 

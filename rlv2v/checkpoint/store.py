@@ -78,7 +78,7 @@ class Checkpoints:
         replicas: Mapping[int, Mapping[str, Any]],
         *,
         metric: float | None = None,
-        beside: Mapping[str, bytes] | None = None,
+        run_files: Mapping[str, bytes] | None = None,
     ) -> None:
         """Copy what belongs to a checkpoint, and return while it is being written; see `check` and `wait`.
 
@@ -91,7 +91,7 @@ class Checkpoints:
             replicas: this rank's replicas by number. Their tensors on the CPU are taken as they are, since a replay's
                 `state_dict()` is a copy already: nobody may change them any more.
             metric: what the best checkpoint has the lowest of; None: not measured.
-            beside: files of the run's folder that are written once the checkpoint is there, by name.
+            run_files: files of the run's folder that are written once the checkpoint is there, by name.
 
         Raises:
             OSError, UserError: the write before failed; see `check`.
@@ -110,7 +110,7 @@ class Checkpoints:
         for replica, part in replicas.items():
             contents[replica_name(replica)] = self._copier.copy(replica_name(replica), part, taken=True)
         self._writer = threading.Thread(
-            target=self._write, args=(step, contents, metric, beside or {}), name="checkpoint"
+            target=self._write, args=(step, contents, metric, run_files or {}), name="checkpoint"
         )
         self._writer.start()
 
@@ -223,7 +223,7 @@ class Checkpoints:
         return None
 
     def _write(
-        self, step: int, contents: dict[str, dict[Any, Any]], metric: float | None, beside: Mapping[str, bytes]
+        self, step: int, contents: dict[str, dict[Any, Any]], metric: float | None, run_files: Mapping[str, bytes]
     ) -> None:
         """The background thread: this rank's files, and the first rank's putting together."""
         final = self._path(step)
@@ -239,7 +239,7 @@ class Checkpoints:
                 else:
                     for name, described in files.items():  # each says that the file beside it is complete
                         write_atomically((part / name).with_suffix(".json"), json.dumps(described).encode())
-            for name, packed in beside.items():
+            for name, packed in run_files.items():
                 write_atomically(self.run / name, packed)
             self._last = step
         except Exception as error:

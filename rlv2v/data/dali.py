@@ -20,7 +20,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +44,7 @@ NVDEC_MIN_SIZE = {"h264": (48, 16), "hevc": (144, 144), "vp9": (128, 128), "mpeg
 def has_dali() -> bool:
     """Return whether DALI is installed."""
     try:
-        import_module("nvidia.dali")
+        import nvidia.dali  # noqa: F401
     except ImportError:
         return False
     return True
@@ -98,8 +97,10 @@ class GraphOptions:
 
 def read_node(options: GraphOptions, listed: Any) -> tuple[Any, Any]:
     """Return the graph's (frames FHWC on the device or still on the CPU, label of each clip or None)."""
-    dali: Any = import_module("nvidia.dali")
-    fn, types = dali.fn, dali.types.DALIDataType
+    from nvidia import dali
+
+    fn: Any = dali.fn
+    types = dali.types.DALIDataType
     in_order = {"initial_fill": options.batch, "random_shuffle": False}
     if options.route == "video":
         frames, label = fn.experimental.readers.video(
@@ -127,9 +128,12 @@ def new_graph(options: GraphOptions, listed: Any) -> Any:
     each clip: `target` (height, width after the resize), `corner` (top, left), `flip` (left-right, up-down),
     `transpose` (255 or 0); for `raw` also `start`, for `frames` the frames themselves as `reader`.
     """
-    dali: Any = import_module("nvidia.dali")
-    fn, types = dali.fn, dali.types.DALIDataType
-    graph = dali.pipeline.Pipeline(
+    from nvidia import dali
+
+    fn: Any = dali.fn
+    types = dali.types.DALIDataType
+    pipeline: Any = dali.pipeline.Pipeline
+    graph = pipeline(
         batch_size=options.batch,
         num_threads=options.threads,
         device_id=options.device_id,
@@ -242,7 +246,8 @@ class GraphRun:
 
     def _copy(self, output: Any) -> torch.Tensor:
         """Return a tensor of torch's own: DALI uses its memory again."""
-        feed_ndarray: Any = import_module("nvidia.dali.plugin.pytorch.torch_utils").feed_ndarray
+        from nvidia.dali.plugin.pytorch.torch_utils import feed_ndarray
+
         if self._stream is None:
             clips: torch.Tensor = feed_ndarray(output, torch.empty(output.shape(), dtype=torch.uint8))
             return clips

@@ -1,4 +1,4 @@
-"""A batch of clips as the networks see it."""
+"""A batch of clips as the networks see it, and the one rule by which training makes batches."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlv2v.config import Config
 from rlv2v.data import to_model
-from rlv2v.data.loader import Batch
+from rlv2v.data.index import Dataset
+from rlv2v.data.loader import Batch, Loader
 from rlv2v.runtime.device import on_device
+from rlv2v.runtime.distributed import World
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,32 @@ class Clips:
 
 
 class Gains(NamedTuple):
-    """What the schedule scales: the adversarial terms, and the contrast and mask terms."""
+    """Hold what the schedule scales: the adversarial terms, and the added terms that are ramped."""
 
     adversarial: float | Tensor
     content: float | Tensor
+
+
+def batch_sizes(config: Config, num_replicas: int, *, has_z: bool) -> dict[str, int]:
+    """Return the clips of each set in a step of `num_replicas` replicas: twice as many of Y where there is no Z."""
+    data = config.data
+    sizes = {"x": data.batch_x, "y": data.batch_y * (1 if has_z else 2), "z": data.batch_z, "s": data.batch_s}
+    return {name: num_replicas * size for name, size in sizes.items()}
+
+
+def make_loader(config: Config, dataset: Dataset, world: World, *, stills: bool = True) -> Loader:
+    """Return the loader of this rank's share of every batch, from step 0 on; `stills=False` leaves S out."""
+    data = config.data
+    batch = batch_sizes(config, config.runtime.replicas // world.size, has_z=bool(dataset.sets["z"]))
+    return Loader(
+        dataset,
+        batch=batch if stills else batch | {"s": 0},
+        frames=data.frames,
+        size=data.size,
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.size,
+        augment=data.augment,
+        threads=data.loader_threads,
+        device=data.decode,
+    )

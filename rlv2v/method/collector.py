@@ -9,11 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from rlv2v.config import Config
 from rlv2v.data import to_model, to_uint8
-from rlv2v.method.rewards import reward_paper, reward_per_transition
+from rlv2v.method.rewards import REWARDS, RewardInputs
 from rlv2v.method.rl import (
     DOMAINS,
     Policies,
@@ -50,7 +49,7 @@ class Agent:
         crops: leave out padding that all states of a mini-batch share.
 
     What a step adds to the buffers, and the priorities that it gives, are on their way from the device meanwhile: the
-    buffers take them in at the next `gather`, or before a checkpoint by `settle`. The draws are the same either way.
+    buffers take them in at the next `collect`, or before a checkpoint by `settle`. The draws are the same either way.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class Agent:
         self.policies, self.policies_target = Policies.of(nets, domain), Policies.of(targets, domain)
         self.pending: list[Callable[[], object]] = []
         # Ranks whose normalisation runs over the clips of all want states of one shape.
-        self.crops = crops and "batch" not in (config.norm, config.disc_norm)
+        self.crops = crops and "batch" not in (config.model.norm, config.model.disc_norm)
 
     def flush(self) -> None:
         """Let the buffers take in what is on its way to them."""
@@ -79,7 +78,7 @@ class Agent:
         self.pending.clear()
 
     @torch.no_grad()
-    def gather(
+    def collect(
         self, videos: Sequence[Tensor], rngs: Sequence[np.random.Generator], progress: float
     ) -> tuple[Transitions, ReplayRows]:
         """M: for each replica m transitions, each a stored one with probability eta1, else a new one from its video.
@@ -87,30 +86,30 @@ class Agent:
         videos: (T,3,H,W) each.  rngs: of each replica.  Returns M, and where its stored part stands in the buffers.
         """
         self.flush()
-        num, config = self.config.transitions, self.config
+        num, config = self.config.rl.transitions, self.config
         parts: list[Transitions] = []
         drawn: list[tuple[slice, Tensor]] = []
         longest = 1
         for replica, (replay, video, rng) in enumerate(zip(self.replays, videos, rngs, strict=True)):
-            stored = int(explore(rng, num, annealed(*config.eta1, progress)).numpy().sum()) if len(replay) else 0
+            stored = int(explore(rng, num, annealed(*config.rl.eta1, progress)).numpy().sum()) if len(replay) else 0
             if stored < num:
                 lengths = rng.integers(1, len(video), num - stored)  # p uniform in 1..T-1
                 longest = max(longest, int(lengths.max()))
-                new = self.play(video, lengths, rng, annealed(*config.eta2, progress))
+                new = self.act(video, lengths, rng, annealed(*config.rl.eta2, progress))
                 parts.append(new)
                 found = HostCopy(to_uint8(video), to_uint8(new.actions), new.rewards)
-                self.pending.append(partial(remember, replay, found, lengths.tolist()))
+                self.pending.append(partial(store, replay, found, lengths.tolist()))
             if stored:
                 sample = replay.sample(stored)
                 longest = max(longest, int(sample.lengths.numpy().max()))
-                parts.append(self.recalled(sample, video.device))
+                parts.append(self.to_batch(sample, video.device))
                 drawn.append((slice((replica + 1) * num - stored, (replica + 1) * num), sample.ids.clone()))
         batch = Transitions(*(torch.cat(field) for field in zip(*parts, strict=True)))
         if self.crops:
             batch = batch._replace(states=batch.states[:, :longest])
         return batch, ReplayRows(tuple(drawn))
 
-    def play(self, video: Tensor, prefixes: np.ndarray, rng: np.random.Generator, eta2: float) -> Transitions:
+    def act(self, video: Tensor, prefixes: np.ndarray, rng: np.random.Generator, eta2: float) -> Transitions:
         """New transitions, one a prefix length p: a is the critic's choice of a1, a2 or (1 - eta2) a random frame."""
         num, length, device = len(prefixes), len(video), video.device
         lengths = on_device(prefixes, device)
@@ -122,48 +121,12 @@ class Agent:
             greedy = on_device(explore(rng, num, eta2), device)
             actions = torch.where(greedy[:, None, None, None], actions, random_frames)
             true_frames, terminals = video[lengths], lengths == length - 1
-            rewards = self.reward(states, lengths, actions, true_frames, terminals, first, second)
+            video_logits = last_of(self.d(append(states, lengths, actions))[0], lengths + 1)
+            judged = RewardInputs(self.d, states, lengths, actions, true_frames, terminals, first, second, video_logits)
+            rewards = REWARDS[self.config.rl.reward].compute(judged, self.config)
         return Transitions(states, lengths, actions, rewards, true_frames, terminals, torch.ones_like(rewards))
 
-    def reward(
-        self,
-        states: Tensor,
-        lengths: Tensor,
-        actions: Tensor,
-        true_frames: Tensor,
-        terminals: Tensor,
-        first: Tensor,
-        second: Tensor,
-    ) -> Tensor:
-        """r, (n,), of either form; the literal form judges the proposals a1, a2 of this transition's clip."""
-        config = self.config
-        whole = append(states, lengths, actions)
-        video_logits = last_of(self.d(whole)[0], lengths + 1)
-        if config.reward == "transition":
-            frame_logits = self.d(actions[:, None])[0][:, 0]
-            return reward_per_transition(
-                actions,
-                true_frames,
-                frame_logits,
-                video_logits,
-                terminals,
-                distance_weight=config.reward_distance,
-                l_v=config.l_v,
-            )
-        l_g = logsigmoid(-self.d(second[:, None])[0][:, 0]).mean(-1)
-        l_tau, l_rc = ((a - true_frames).square().mean((1, 2, 3)) for a in (first, second))
-        return reward_paper(
-            l_g,
-            l_tau,
-            l_rc,
-            logsigmoid(-video_logits).mean(-1),
-            terminals,
-            weight_tau=config.l_tau,
-            weight_rc=config.l_rc,
-            weight_v=config.l_v,
-        )
-
-    def recalled(self, drawn: ReplayBatch, device: torch.device) -> Transitions:
+    def to_batch(self, drawn: ReplayBatch, device: torch.device) -> Transitions:
         """Stored transitions as the networks see them."""
         states, actions, true_frames = (
             to_model(on_device(v, device)) for v in (drawn.states, drawn.actions, drawn.true_frames)
@@ -177,14 +140,16 @@ class Agent:
 
     def critic_loss(self, batch: Transitions) -> tuple[Tensor, Tensor]:
         """mean w (y - Q(s, a))^2, and the errors y - Q(s, a), (n,)."""
-        return critic_loss(self.q, batch, critic_targets(self.q_target, self.policies_target, batch, self.config.gamma))
+        return critic_loss(
+            self.q, batch, critic_targets(self.q_target, self.policies_target, batch, self.config.rl.gamma)
+        )
 
     def prioritise(self, recall: ReplayRows, errors: Tensor) -> None:
         """The errors become the stored transitions' priorities."""
-        if not self.config.replay_alpha:
+        if not self.config.rl.replay_alpha:
             return
         found = HostCopy(errors.abs() + 1e-6)
-        num = self.config.transitions
+        num = self.config.rl.transitions
         for where, ids in recall.drawn:
             self.pending.append(partial(prioritise, self.replays[where.start // num], ids, found, where))
 
@@ -196,7 +161,7 @@ class Agent:
         return loss
 
 
-def remember(replay: PrioritizedReplay, found: HostCopy, lengths: Sequence[int]) -> None:
+def store(replay: PrioritizedReplay, found: HostCopy, lengths: Sequence[int]) -> None:
     """B += transitions of one clip: its frames uint8 (T,H,W,3), actions uint8 (n,H,W,3), rewards and lengths p (n,)."""
     frames, actions, rewards = found.read()
     clip = replay.put_clip(frames)
@@ -224,11 +189,11 @@ def build_agents(
     def replay(domain: str, replica: int) -> PrioritizedReplay:
         address = np.random.SeedSequence([config.seed, replica, DOMAINS.index(domain)])
         return PrioritizedReplay(
-            config.replay_capacity,
-            (config.size, config.size, 3),
-            config.frames - 1,
-            alpha=config.replay_alpha,
-            beta=config.replay_beta,
+            config.rl.replay_capacity,
+            (config.data.size, config.data.size, 3),
+            config.data.frames - 1,
+            alpha=config.rl.replay_alpha,
+            beta=config.rl.replay_beta,
             seed=int(address.generate_state(1, np.uint64)[0]),
         )
 

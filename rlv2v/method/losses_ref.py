@@ -107,25 +107,25 @@ def adversarial_ref(nets: Nets, clips: Clips, score: Score, config: Config, at: 
     """The terms of eq. 10 that judge, weighted: L_g^Y, L_g^X, and of eq. 7 L_v^Y, L_v^X."""
     x, y, z, s, yz = clips.x, clips.y, clips.z, clips.s, clips.yz
     return {
-        "g_y": config.l_adv * l_g_y_ref(score, nets.g_y, nets.d_y, x, y, z, s, at),
-        "g_x": config.l_adv * l_g_x_ref(score, nets.g_x, nets.d_x, x, yz, at),
-        "v_y": config.l_v * l_v_y_ref(score, nets.g_y, nets.d_y, x, y, z),
-        "v_x": config.l_v * l_v_x_ref(score, nets.g_x, nets.d_x, x, yz),
+        "g_y": config.loss.l_adv * l_g_y_ref(score, nets.g_y, nets.d_y, x, y, z, s, at),
+        "g_x": config.loss.l_adv * l_g_x_ref(score, nets.g_x, nets.d_x, x, yz, at),
+        "v_y": config.loss.l_v * l_v_y_ref(score, nets.g_y, nets.d_y, x, y, z),
+        "v_x": config.loss.l_v * l_v_x_ref(score, nets.g_x, nets.d_x, x, yz),
     }
 
 
 def generator_losses_ref(nets: Nets, clips: Clips, config: Config, at: list[int]) -> dict[str, Tensor]:
     """Eq. 10 as G and P descend it, by the names of `objective.generator_losses`; nothing beyond the paper's terms."""
     x, yz = clips.x, clips.yz
-    return adversarial_ref(nets, clips, GENERATOR_SCORES[config.gan], config, at) | {
-        "tau_x": config.l_tau * l_tau_ref(config.distance, nets.p_x, x),
-        "tau_y": config.l_tau * l_tau_ref(config.distance, nets.p_y, yz),
-        "rc_x": config.l_rc * l_rc_ref(config.distance, nets.g_y, nets.p_y, nets.g_x, x),
-        "rc_y": config.l_rc * l_rc_ref(config.distance, nets.g_x, nets.p_x, nets.g_y, yz),
+    return adversarial_ref(nets, clips, GENERATOR_SCORES[config.loss.gan], config, at) | {
+        "tau_x": config.loss.l_tau * l_tau_ref(config.loss.distance, nets.p_x, x),
+        "tau_y": config.loss.l_tau * l_tau_ref(config.loss.distance, nets.p_y, yz),
+        "rc_x": config.loss.l_rc * l_rc_ref(config.loss.distance, nets.g_y, nets.p_y, nets.g_x, x),
+        "rc_y": config.loss.l_rc * l_rc_ref(config.loss.distance, nets.g_x, nets.p_x, nets.g_y, yz),
     }
 
 
 def discriminator_losses_ref(nets: Nets, clips: Clips, config: Config, at: list[int]) -> dict[str, Tensor]:
     """Eq. 10 as D ascends it, its sign turned, by the names of `objective.discriminator_losses`."""
-    terms = adversarial_ref(nets, clips, DISCRIMINATOR_SCORES[config.gan], config, at)
+    terms = adversarial_ref(nets, clips, DISCRIMINATOR_SCORES[config.loss.gan], config, at)
     return {f"d_{name}": -term for name, term in terms.items()}

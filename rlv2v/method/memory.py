@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -80,7 +79,7 @@ def estimate(config: Config, *, num_replicas: int = 1) -> Bytes:
     largest_phase = max(of_phase, key=lambda phase: of_phase[phase])
     peak, activations = of_phase[largest_phase], counts[largest_phase].activations
     workspace = max(0, peak - gradients - activations)
-    if config.graphs:
+    if config.runtime.graphs:
         workspace += RECORDING_BYTES + int(RECORDING * (weights + optimiser + peak))
     parts = (weights, gradients, optimiser, activations, workspace)
     return Bytes(*parts, sum(parts))
@@ -88,7 +87,7 @@ def estimate(config: Config, *, num_replicas: int = 1) -> Bytes:
 
 def phases(config: Config) -> list[str]:
     """Of a step, those that have a backward."""
-    return [phase for phase in MOVES if config.rl or phase != "critics"]
+    return [phase for phase in MOVES if config.rl.enabled or phase != "critics"]
 
 
 def count(config: Config, phase: str, num_replicas: int = 1, live: type[Live] = Ghosts) -> Count:
@@ -113,34 +112,35 @@ def count(config: Config, phase: str, num_replicas: int = 1, live: type[Live] = 
 def videos(num: int, frames: int, config: Config) -> Tensor:
     """Noise (num,frames,3,size,size), every frame a video of its own where the method wants it so."""
     shape = (num * frames, 1) if config.per_frame else (num, frames)
-    return torch.rand(*shape, 3, config.size, config.size) * 2 - 1
+    return torch.rand(*shape, 3, config.data.size, config.data.size) * 2 - 1
 
 
 def some_clips(config: Config, num_replicas: int) -> Clips:
     """A rank's batch."""
     x, y, z = (
-        videos(num_replicas * n, config.frames, config) for n in (config.batch_x, config.batch_y, config.batch_z)
+        videos(num_replicas * n, config.data.frames, config)
+        for n in (config.data.batch_x, config.data.batch_y, config.data.batch_z)
     )
-    return Clips(x, y, z, videos(num_replicas * config.batch_s, 1, config))
+    return Clips(x, y, z, videos(num_replicas * config.data.batch_s, 1, config))
 
 
 def some_transitions(config: Config, num_replicas: int) -> ddpg.Transitions:
     """A rank's mini-batch M; its states are T-1 frames long."""
-    num, length = num_replicas * config.transitions, config.frames - 1
-    states = torch.rand(num, length, 3, config.size, config.size)
-    action, true = (torch.rand(num, 3, config.size, config.size) for _ in range(2))
+    num, length = num_replicas * config.rl.transitions, config.data.frames - 1
+    states = torch.rand(num, length, 3, config.data.size, config.data.size)
+    action, true = (torch.rand(num, 3, config.data.size, config.data.size) for _ in range(2))
     lengths = torch.full((num,), length)
     return ddpg.Transitions(states, lengths, action, torch.rand(num), true, torch.rand(num) < 0.5, torch.rand(num))
 
 
 def judged(config: Config, clips: Clips) -> Tensor:
     """Which frames D judges singly."""
-    return torch.arange(min(config.disc_frames or clips.x.shape[1], clips.x.shape[1]))
+    return torch.arange(min(config.loss.disc_frames or clips.x.shape[1], clips.x.shape[1]))
 
 
 def generators(nets: Nets, config: Config, num_replicas: int) -> Callable[[], Tensor]:
     clips = some_clips(config, num_replicas)
-    batch = some_transitions(config, num_replicas) if config.rl else None
+    batch = some_transitions(config, num_replicas) if config.rl.enabled else None
     at, directions = judged(config, clips), torch.rand(3, NUM_DIRECTIONS)
 
     def run() -> Tensor:
@@ -166,7 +166,7 @@ def critics(nets: Nets, config: Config, num_replicas: int) -> Callable[[], Tenso
     batch, policies = some_transitions(config, num_replicas), ddpg.Policies.of(nets, "x")
 
     def run() -> Tensor:
-        targets = ddpg.critic_targets(nets.q_x, policies, batch, config.gamma)
+        targets = ddpg.critic_targets(nets.q_x, policies, batch, config.rl.gamma)
         return ddpg.critic_loss(nets.q_x, batch, targets)[0]
 
     return run
@@ -186,7 +186,7 @@ def nbytes(tensors: Any) -> int:
 
 def altered(config: Config, **changes: Any) -> Config:
     """`replace`, for fields that are named at run time."""
-    return replace(config, **changes)
+    return config.replace(**changes)
 
 
 def scaled(config: Config, over: Over, number: int) -> Config:
@@ -229,7 +229,7 @@ def largest(
 
 def multiple(config: Config) -> int:
     """Of which the size must be one."""
-    return max(8, config.patch * 2 ** len(config.widths))
+    return max(8, config.model.patch * 2 ** len(config.model.widths))
 
 
 def advise(config: Config, device: torch.device, budget_bytes: int | None = None) -> str:
@@ -239,8 +239,8 @@ def advise(config: Config, device: torch.device, budget_bytes: int | None = None
     the batch and so on, fewer frames, smaller frames.  budget_bytes: the device's memory when None.
     """
     budget = device_bytes(device) if budget_bytes is None else budget_bytes
-    config = replace(config, graphs=config.graphs and device.type == "cuda")
-    share = max(1, (config.replicas or 1) // dist.num_ranks())
+    config = config.replace(graphs=config.runtime.graphs and device.type == "cuda")
+    share = max(1, (config.runtime.replicas or 1) // dist.num_ranks())
     needed = estimate(config, num_replicas=share).reserved
     said = f"a step of this run needs about {gb(needed)}, {device} has {gb(budget)}"
     if needed <= budget:
@@ -258,14 +258,14 @@ def smaller(config: Config, share: int, budget: int) -> Iterator[tuple[str, int]
         return estimate(changed, num_replicas=share).reserved
 
     flags = ""
-    if config.graphs:
-        config, flags = replace(config, graphs=False), "--no-graphs "
+    if config.runtime.graphs:
+        config, flags = config.replace(graphs=False), "--no-graphs "
         yield flags.strip(), needs(config)
     for memory in ("recompute", "frames"):
-        if config.memory in ("store", "recompute") and memory != config.memory:
+        if config.runtime.memory in ("store", "recompute") and memory != config.runtime.memory:
             yield f"{flags}--memory {memory}", needs(altered(config, memory=memory))
-    if config.memory != "frames":
-        config, flags = replace(config, memory="frames"), f"{flags}--memory frames "
+    if config.runtime.memory != "frames":
+        config, flags = config.replace(memory="frames"), f"{flags}--memory frames "
     names = ("batch_x", "batch_y", "batch_z", "batch_s", "transitions")
     while any(getattr(config, name) > 1 for name in names):
         config = altered(config, **{name: max(1, getattr(config, name) // 2) for name in names})

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import l1_loss
 
 from rlv2v.config import Config
 from rlv2v.method import losses
 from rlv2v.method.clips import Clips, Gains
 from rlv2v.method.rollout import Rollout, discriminate, rollouts
-from rlv2v.method.terms import contrast_loss, domain_gap, mask_prior
+from rlv2v.method.terms import TERMS, TermInputs
 from rlv2v.model import Discriminator
 from rlv2v.model.build import Nets
 
@@ -32,52 +31,45 @@ def score_fakes(d: Discriminator, fake: Tensor, real: tuple[Tensor | None, ...],
 
 
 def generator_losses(
-    nets: Nets, clips: Clips, config: Config, gains: Gains, at: Tensor, directions: Tensor
+    nets: Nets, clips: Clips, config: Config, gains: Gains, frames: Tensor, directions: Tensor
 ) -> tuple[dict[str, Tensor], Rollout, Rollout]:
-    """The weighted terms of eq. 10 that G and P descend, by name, and the rollouts they came from.
+    """Return the weighted terms of eq. 10 that G and P descend, by name, and the two rollouts they came from.
 
-    `at` (n,): which frames D judges singly; `directions` (3,K): of `domain_gap`. A term of weight 0 is not computed.
+    frames (n,): indices of the frames that D judges singly; directions (3,K): of `domain_gap`. A term of weight 0 is
+    not computed.
     """
-    predict = config.l_tau > 0 or config.l_rc > 0
+    weights = config.loss
+    added = [(term, weights.term(name)) for name, term in TERMS.items() if weights.term(name)]
+    needs = {part for term, _ in added for part in term.needs}
+    predict = weights.l_tau > 0 or weights.l_rc > 0
     out, back = rollouts(
-        nets, clips.x, clips.yz, same=config.identity > 0, back=predict or config.cycle > 0, predict=predict
+        nets, clips.x, clips.yz, same="same" in needs, back=predict or "back" in needs, predict=predict
     )
-    score = losses.generator_score(config.gan)
+    score = losses.generator_score(weights.gan)
     terms: dict[str, Tensor] = {}
 
     # eq. 1, 2: frames, and eq. 8, 9: videos; real samples do not depend on G
-    real_y, real_x = ((clips.y, clips.z), (clips.x,)) if config.disc_norm == "batch" else ((), ())
-    terms["g_y"] = losses.l_g_y(score, fakes=score_fakes(nets.d_y, out.fake, real_y, at))
-    terms["g_x"] = losses.l_g_x(score, fakes_y=score_fakes(nets.d_x, back.fake, real_x, at))
-    if config.l_v:
-        terms["v_y"] = losses.l_v_y(score, fake=score_fakes(nets.d_y, out.fake, real_y)[:, -1])
-        terms["v_x"] = losses.l_v_x(score, fake_y=score_fakes(nets.d_x, back.fake, real_x)[:, -1])
-    weights = {"g_y": config.l_adv, "g_x": config.l_adv, "v_y": config.l_v, "v_x": config.l_v}
-    terms = {name: gains.adversarial * weights[name] * term for name, term in terms.items()}
+    real_y, real_x = ((clips.y, clips.z), (clips.x,)) if config.model.disc_norm == "batch" else ((), ())
+    l_adv, l_v = gains.adversarial * weights.l_adv, gains.adversarial * weights.l_v
+    terms["g_y"] = l_adv * losses.l_g_y(score, fakes=score_fakes(nets.d_y, out.fake, real_y, frames))
+    terms["g_x"] = l_adv * losses.l_g_x(score, fakes_y=score_fakes(nets.d_x, back.fake, real_x, frames))
+    if weights.l_v:
+        terms["v_y"] = l_v * losses.l_v_y(score, fake=score_fakes(nets.d_y, out.fake, real_y)[:, -1])
+        terms["v_x"] = l_v * losses.l_v_x(score, fake_y=score_fakes(nets.d_x, back.fake, real_x)[:, -1])
 
-    for name, r in (("x", out), ("y", back)):
-        if config.l_tau:  # eq. 3, 4
-            assert r.predicted is not None
-            terms[f"tau_{name}"] = config.l_tau * losses.l_tau(r.video, r.predicted, config.distance)
-        if config.l_rc:  # eq. 5, 6
-            assert r.recycled is not None
-            terms[f"rc_{name}"] = config.l_rc * losses.l_rc(r.video, r.recycled, config.distance)
-        if config.cycle:
-            assert r.cycle is not None
-            terms[f"cycle_{name}"] = config.cycle * l1_loss(r.cycle, r.video)
-        if config.identity:
-            assert r.same is not None
-            terms[f"identity_{name}"] = config.identity * l1_loss(r.same, r.video)
-        if config.contrast:
-            twice = 1.0 if r is out else 2.0
-            terms[f"contrast_{name}"] = twice * gains.content * config.contrast * contrast_loss(r.video, r.fake)
-        if config.mask_prior and r.mask is not None:
-            terms[f"mask_{name}"] = gains.content * config.mask_prior * mask_prior(r.mask)
-    if config.colours:
-        terms["colours_y"] = config.colours * domain_gap(out.fake, clips.yz, directions)
-        terms["colours_x"] = config.colours * domain_gap(back.fake, clips.x, directions)
-    if config.identity and clips.s is not None:
-        terms["identity_s"] = config.identity * l1_loss(nets.g_y(clips.s)[0], clips.s)
+    for name, rollout in (("x", out), ("y", back)):
+        if weights.l_tau:  # eq. 3, 4
+            assert rollout.predicted is not None
+            terms[f"tau_{name}"] = weights.l_tau * losses.l_tau(rollout.video, rollout.predicted, weights.distance)
+        if weights.l_rc:  # eq. 5, 6
+            assert rollout.recycled is not None
+            terms[f"rc_{name}"] = weights.l_rc * losses.l_rc(rollout.video, rollout.recycled, weights.distance)
+
+    inputs = TermInputs(nets, clips, out, back, directions)
+    for term, weight in added:
+        gain = gains.content if term.ramped else 1.0
+        for suffix, value in term.compute(inputs):
+            terms[f"{term.name}_{suffix}"] = gain * weight * value
     return terms, out, back
 
 
@@ -85,7 +77,7 @@ def discriminator_losses(
     nets: Nets, clips: Clips, fake_y: Tensor, fake_x: Tensor, config: Config, at: Tensor
 ) -> dict[str, Tensor]:
     """What D descends, by name: -(L_g + l_v L_v) (Algorithm 1's last lines; eq. 1, 2, 8, 9); fakes without gradient."""
-    score = losses.discriminator_score(config.gan)
+    score = losses.discriminator_score(config.loss.gan)
 
     def frames(video: Tensor | None) -> Tensor | None:
         return None if video is None else single_frames(video, at)
@@ -103,9 +95,9 @@ def discriminator_losses(
         score, frames_y=frames_y, frames_z=frames_z, stills=stills, prefixes_y=y, prefixes_z=z, fakes=fakes_y
     )
     l_g_x = losses.l_g_x(score, frames=frames_x, prefixes=x, fakes_y=fakes_x)
-    terms = {"d_g_y": -config.l_adv * l_g_y, "d_g_x": -config.l_adv * l_g_x}
-    if config.l_v:
+    terms = {"d_g_y": -config.loss.l_adv * l_g_y, "d_g_x": -config.loss.l_adv * l_g_x}
+    if config.loss.l_v:
         l_v_y = losses.l_v_y(score, video_y=last(y), video_z=last(z), fake=last(video_fake_y))
         l_v_x = losses.l_v_x(score, video=last(x), fake_y=last(video_fake_x))
-        terms |= {"d_v_y": -config.l_v * l_v_y, "d_v_x": -config.l_v * l_v_x}
+        terms |= {"d_v_y": -config.loss.l_v * l_v_y, "d_v_x": -config.loss.l_v * l_v_x}
     return terms

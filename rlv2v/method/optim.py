@@ -27,7 +27,7 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
     Without a cache of cast weights: a recording would keep those of its first step, and the gradients of a weight that
     is used several times are then summed in float32.
     """
-    dtype, on = DTYPES[config.precision], config.precision != "fp32"
+    dtype, on = DTYPES[config.runtime.precision], config.runtime.precision != "fp32"
     return torch.autocast(device.type, dtype, enabled=on, cache_enabled=False)
 
 
@@ -44,7 +44,7 @@ class OptimizerStep:
         self.optimiser, self.limit = optimiser, limit
         self.weights: list[Tensor] = optimiser.param_groups[0]["params"]
         self.lr = float(optimiser.param_groups[0]["lr"])
-        self.scaler = torch.amp.GradScaler(self.weights[0].device.type, enabled=config.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(self.weights[0].device.type, enabled=config.runtime.precision == "fp16")
         self.reducer = distributed.Reducer(self.weights)
 
     def set_rate(self, factor: float) -> None:

@@ -22,7 +22,8 @@ class Schedule:
     Full contrast and mask weights from the first step hold the translation at a copy of its source, and a ramp at a
     fixed step comes too early or too late on another set or size. So the ramp rises while the translated clips are
     near the target domain: their distance to it (`domain_gap`, less what two samples of one domain differ by) below
-    `config.ramp_at` of the distance between the two domains. It falls while they are not: content terms that pull them
+    `config.loss.ramp_at` of the distance between the two domains. It falls while they are not: content terms that
+    pull them
     back to the source loosen by themselves. The same ramp opens the generators' copy mask: open from the first step
     on, it copies all, and what it copies takes no gradient.
 
@@ -48,7 +49,7 @@ class Schedule:
     @property
     def gains(self) -> Gains:
         """Adversarial terms fall to `adversarial_end` and content terms rise to 1 along the ramp."""
-        return Gains(1.0 + (self.config.adversarial_end - 1.0) * self.ramp, START + (1.0 - START) * self.ramp)
+        return Gains(1.0 + (self.config.loss.adversarial_end - 1.0) * self.ramp, START + (1.0 - START) * self.ramp)
 
     @property
     def remaining_gap(self) -> Tensor:
@@ -67,7 +68,7 @@ class Schedule:
         before = self.progress
         self.step, self.seconds = self.step + 1, seconds
         change = (self.progress - before) / RAMP
-        near = (self.remaining_gap < self.config.ramp_at).float()
+        near = (self.remaining_gap < self.config.loss.ramp_at).float()
         self.ramp.copy_((self.ramp + change * (2.0 * near - 1.0)).clamp(0.0, 1.0))
 
     def state_dict(self) -> dict[str, Any]:

@@ -58,11 +58,11 @@ class Algorithm:
     def __init__(
         self, config: Config, device: torch.device, *, rank: int = 0, num_ranks: int = 1, graphs: Graphs | None = None
     ) -> None:
-        assert config.replicas is not None and config.replicas % num_ranks == 0
+        assert config.runtime.replicas is not None and config.runtime.replicas % num_ranks == 0
         self.config, self.device = config, device
-        share = config.replicas // num_ranks
+        share = config.runtime.replicas // num_ranks
         self.replicas = range(rank * share, (rank + 1) * share)
-        record = config.graphs and device.type == "cuda"
+        record = config.runtime.graphs and device.type == "cuda"
         self.graphs = graphs or Graphs(Recorder() if record else None)
         self.quiet = record or graphs is not None  # a recording has no marks inside
         torch.manual_seed(config.seed)
@@ -70,20 +70,24 @@ class Algorithm:
         self.average = build_nets(config, discriminators=False).to(device)
         # A recording wants states of one shape.
         crops = not self.quiet
-        self.agents = build_agents(self.nets, self.targets, config, self.replicas, crops=crops) if config.rl else {}
+        self.agents = (
+            build_agents(self.nets, self.targets, config, self.replicas, crops=crops) if config.rl.enabled else {}
+        )
         self.schedule = Schedule(config, device)
 
         def optimizer_step(names: tuple[str, ...], lr: float, limit: float) -> OptimizerStep:
             weights = [p for name in names for p in getattr(self.nets, name).parameters()]
             # A number would become part of a recording.
             rate = torch.tensor(lr, device=device) if record else lr
-            adam = AdamW(weights, rate, config.betas, weight_decay=config.weight_decay, fused=True, capturable=record)
+            adam = AdamW(
+                weights, rate, config.optim.betas, weight_decay=config.optim.weight_decay, fused=True, capturable=record
+            )
             return OptimizerStep(adam, limit, config)
 
         self.optimizer_steps = {
-            "generators": optimizer_step(GENERATORS, config.lr, config.clip_grad),
-            "discriminators": optimizer_step(DISCRIMINATORS, config.disc_lr, config.clip_grad),
-        } | {f"critic_{domain}": optimizer_step((f"q_{domain}",), config.disc_lr, 0.0) for domain in self.agents}
+            "generators": optimizer_step(GENERATORS, config.optim.lr, config.optim.clip_grad),
+            "discriminators": optimizer_step(DISCRIMINATORS, config.optim.disc_lr, config.optim.clip_grad),
+        } | {f"critic_{domain}": optimizer_step((f"q_{domain}",), config.optim.disc_lr, 0.0) for domain in self.agents}
 
     @property
     def parts(self) -> Mapping[str, Any]:
@@ -109,7 +113,7 @@ class Algorithm:
         config, schedule = self.config, self.schedule
         rng = np.random.default_rng([config.seed, schedule.step])
         length = clips.x.shape[1]
-        num_frames = min(config.disc_frames or length, length)
+        num_frames = min(config.loss.disc_frames or length, length)
         at = on_device(np.sort(rng.permutation(length)[:num_frames]), self.device)
         directions = on_device(rng.standard_normal((3, NUM_DIRECTIONS)).astype(np.float32), self.device)
         directions = normalize(directions, dim=0)
@@ -120,11 +124,11 @@ class Algorithm:
 
         # M = m transitions of one clip v: stored with probability eta1, else new       (Algorithm 1, inner loop)
         agent = batch = None
-        if self.agents and schedule.step % config.rl_every == 0:
-            agent = self.agents["xy"[schedule.step // config.rl_every % 2]]
+        if self.agents and schedule.step % config.rl.every == 0:
+            agent = self.agents["xy"[schedule.step // config.rl.every % 2]]
             rngs = [np.random.default_rng([config.seed, schedule.step, 1 + replica]) for replica in self.replicas]
             with autocast(config, self.device):
-                batch, recall = agent.gather(self.videos(clips, agent.domain, rngs), rngs, schedule.progress)
+                batch, recall = agent.collect(self.videos(clips, agent.domain, rngs), rngs, schedule.progress)
             mark("replay")
             critics, name = partial(self.critics, agent, inner), f"critics_{agent.domain}"
             spoken, errors = self.graphs(name, critics, *batch)
@@ -184,14 +188,16 @@ class Algorithm:
         assert x is not None and y is not None and at is not None and directions is not None
         config, nets, optimizer_step = self.config, self.nets, self.optimizer_steps["generators"]
         for g in (nets.g_x, nets.g_y):
-            g.mask_gain.copy_(self.schedule.ramp if config.mask_prior else torch.zeros_like(self.schedule.ramp))
+            g.mask_gain.copy_(
+                self.schedule.ramp if config.loss.term("mask_prior") else torch.zeros_like(self.schedule.ramp)
+            )
         clips = Clips(x, y, z, s)
         for judge in (nets.d_x, nets.d_y):
             judge.requires_grad_(False)
         with autocast(config, self.device):
             told, out, back = generator_losses(nets, clips, config, self.schedule.gains, at, directions)
             if agent:
-                told["actor"] = config.rl_weight * agent.actor_loss(Transitions(*batch))  # type: ignore[arg-type]
+                told["actor"] = config.rl.weight * agent.actor_loss(Transitions(*batch))  # type: ignore[arg-type]
         told["loss"] = torch.stack(list(told.values())).sum()
         told["grad"] = optimizer_step(told["loss"], "generators", mark)
         for judge in (nets.d_x, nets.d_y):
@@ -200,12 +206,12 @@ class Algorithm:
         # theta' = (1 - tau) theta' + tau theta                                           (section 3.3)
         if agent:
             for name in (*GENERATORS, f"q_{agent.domain}"):
-                polyak(getattr(self.targets, name), getattr(nets, name), config.tau)
-        for name in ("g_x", "g_y") if config.average else ():
-            polyak(getattr(self.average, name), getattr(nets, name), 1.0 - config.average)
+                polyak(getattr(self.targets, name), getattr(nets, name), config.rl.tau)
+        for name in ("g_x", "g_y") if config.optim.average else ():
+            polyak(getattr(self.average, name), getattr(nets, name), 1.0 - config.optim.average)
         fake_y, fake_x = out.fake.detach(), back.fake.detach()
-        if config.colours:
-            told["distance"] = told["colours_y"].detach() / config.colours
+        if config.loss.term("colours"):
+            told["distance"] = told["colours_y"].detach() / config.loss.term("colours")
         else:
             with torch.no_grad():
                 told["distance"] = domain_gap(fake_y, clips.yz, directions)

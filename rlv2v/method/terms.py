@@ -1,19 +1,63 @@
-"""What this project adds to the paper, each behind a weight in the config (0 in the `paper` preset).
+"""The loss terms that this project adds to the paper's, and their registry.
 
-The paper's losses alone keep neither the shape nor the colours of what should stay: see docs/method.md for the
-figures. Everything here works on frames (B,T,3,H,W) in [-1,1].
+The paper's losses alone keep neither the shape nor the colours of what should stay: docs/method.md has the figures. To
+add a term, write its function and list it in `TERMS`: its weight becomes a flag, and the presets read their weights
+here. Everything works on frames (B,T,3,H,W) in [-1,1].
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d, avg_pool2d, l1_loss
 
 from rlv2v.runtime.distributed import gather, num_ranks
+
+if TYPE_CHECKING:  # `rlv2v.config` reads the registry, and these read the config
+    from rlv2v.method.clips import Clips
+    from rlv2v.method.rollout import Rollout
+    from rlv2v.model.build import Nets
+
+Named = Iterator[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class TermInputs:
+    """What a term may look at: the networks, the batch, both rollouts, and the directions (3,K) of `domain_gap`."""
+
+    nets: Nets
+    clips: Clips
+    x: Rollout
+    """X -> Y -> X."""
+    y: Rollout
+    """Y and Z -> X -> Y."""
+    directions: Tensor
+
+
+@dataclass(frozen=True)
+class Term:
+    """An added loss term: its name, which is its weight's flag, the weights of two presets, and its function.
+
+    The function yields (suffix, value ()) pairs, one a domain; `<name>_<suffix>` is what the log calls them.
+    """
+
+    name: str
+    meaning: str
+    default: float
+    """Weight in the preset `default`."""
+    compute: Callable[[TermInputs], Named]
+    paper: float = 0.0
+    """Weight in the preset `paper`."""
+    needs: frozenset[Literal["same", "back"]] = frozenset()
+    """Which optional parts of a rollout it looks at."""
+    ramped: bool = False
+    """Whether the schedule's content gain scales it."""
+
 
 NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, 3), (3, 0))  # (dy, dx) in pixels
 
@@ -89,3 +133,65 @@ def gap_floor(target: Sequence[Tensor], num_other: int, directions: Tensor) -> T
         return torch.zeros((), device=values.device)
     scale = math.sqrt((1 / (num_other * num_ranks()) + 1 / num) / (1 / half + 1 / (num - half)))
     return scale * quantile_gap(values[:half], values[half:])
+
+
+def cycle_loss(inputs: TermInputs) -> Named:
+    """Yield |G_X(G_Y(x)) - x| and its mirror (Zhu et al. 2017, eq. 2)."""
+    for name, rollout in (("x", inputs.x), ("y", inputs.y)):
+        assert rollout.cycle is not None
+        yield name, l1_loss(rollout.cycle, rollout.video)
+
+
+def identity_loss(inputs: TermInputs) -> Named:
+    """Yield |G_X(x) - x|, |G_Y(y) - y| over y and z, and |G_Y(s) - s| on stills (Zhu et al. 2017, section 5.2)."""
+    for name, rollout in (("x", inputs.x), ("y", inputs.y)):
+        assert rollout.same is not None
+        yield name, l1_loss(rollout.same, rollout.video)
+    stills = inputs.clips.s
+    if stills is not None:
+        yield "s", l1_loss(inputs.nets.g_y(stills)[0], stills)
+
+
+def contrast_terms(inputs: TermInputs) -> Named:
+    """Yield `contrast_loss` of both directions, that of Y -> X doubled."""
+    yield "x", contrast_loss(inputs.x.video, inputs.x.fake)
+    yield "y", 2.0 * contrast_loss(inputs.y.video, inputs.y.fake)
+
+
+def mask_terms(inputs: TermInputs) -> Named:
+    """Yield `mask_prior` of both directions, where the generators have a copy mask."""
+    for name, rollout in (("x", inputs.x), ("y", inputs.y)):
+        if rollout.mask is not None:
+            yield name, mask_prior(rollout.mask)
+
+
+def colour_terms(inputs: TermInputs) -> Named:
+    """Yield `domain_gap` between translated and target clips, in both directions."""
+    yield "y", domain_gap(inputs.x.fake, inputs.clips.yz, inputs.directions)
+    yield "x", domain_gap(inputs.y.fake, inputs.clips.x, inputs.directions)
+
+
+TERMS: dict[str, Term] = {
+    term.name: term
+    for term in (
+        Term("cycle", "|G_X(G_Y(x)) - x| and its mirror", 2.0, cycle_loss, needs=frozenset({"back"})),
+        Term(
+            "identity",
+            "|G_Y(y) - y|, |G_Y(z) - z|, |G_Y(s) - s|, |G_X(x) - x|",
+            4.0,
+            identity_loss,
+            needs=frozenset({"same"}),
+        ),
+        Term("contrast", "local-contrast loss, doubled for G_X", 40.0, contrast_terms, ramped=True),
+        Term(
+            "mask_prior",
+            "prior of the copy mask; 0: the mask stays shut and nothing is copied",
+            2.0,
+            mask_terms,
+            ramped=True,
+        ),
+        Term(
+            "colours", "distance between the colours of translated and target clips, by frame index", 3.0, colour_terms
+        ),
+    )
+}

@@ -22,7 +22,8 @@ from rlv2v.model.frames import State
 def translate_chunk(g: Translator, config: Config, frames: np.ndarray, state: State = None) -> tuple[np.ndarray, State]:
     """The next T frames of a video, uint8 (T,H,W,3) of any size, after those that `state` has seen (None: the start).
 
-    Returns frames of the same shape and the state after them. Beyond the first `config.frames` frames the normalisation
+    Returns frames of the same shape and the state after them. Beyond the first `config.data.frames` frames the
+    normalisation
     forgets (`limit_memory`), frame by frame, so that it is the same however a video is cut into chunks. A `per_frame`
     model (the CycleGAN baseline) starts anew on every frame, and its state stays None.
     """
@@ -33,11 +34,11 @@ def translate_chunk(g: Translator, config: Config, frames: np.ndarray, state: St
     if config.per_frame:
         y = g(x[:, None])[0][:, 0]
     else:
-        first = config.frames if state is None else 1
+        first = config.data.frames if state is None else 1
         parts = []
         for chunk in (x[:first], *x[first:, None]):
             part, state = g(chunk[None], state)
-            state = limit_memory(state, config.frames)
+            state = limit_memory(state, config.data.frames)
             parts.append(part[0])
         y = torch.cat(parts)
     if not torch.isfinite(y).all():

@@ -28,7 +28,7 @@ class NanGuard:
         self._lag = LAG if device.type == "cuda" else 0
         self._said: deque[tuple[int, tuple[str, ...], HostCopy]] = deque()
 
-    def tell(self, step: int, values: Mapping[str, Tensor]) -> None:
+    def record(self, step: int, values: Mapping[str, Tensor]) -> None:
         """Take the numbers () of a step."""
         stacked = torch.stack([value.detach().float() for value in values.values()])
         self._said.append((step, tuple(values), HostCopy(dist.mean(stacked))))

@@ -21,8 +21,8 @@ from rlv2v.model import Translator
 from rlv2v.runtime.device import pick_device
 from rlv2v.translate import Args, beside, check_paths, main
 
-SETTINGS = Config(size=16, frames=4)
-PER_FRAME = Config(size=16, frames=4, method="cyclegan")
+SETTINGS = Config.of(size=16, frames=4)
+PER_FRAME = Config.of(size=16, frames=4, method="cyclegan")
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,6 @@ def real_clip(name: str) -> Path:
 
 @pytest.mark.thorough
 def test_train_resume_translate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     bikes = real_clip("bikes.mp4")
     for folder, clip in (("trainX", bikes), ("trainY", real_clip("carphone_pristine.mp4"))):
         (tmp_path / "data" / folder).mkdir(parents=True)

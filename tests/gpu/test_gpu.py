@@ -36,10 +36,12 @@ def clips_of(config: Config, seed: int) -> Clips:
     rng = torch.Generator().manual_seed(seed)
 
     def noise(num: int, frames: int) -> torch.Tensor:
-        return (torch.rand(num, frames, 3, config.size, config.size, generator=rng) * 2 - 1).cuda()
+        return (torch.rand(num, frames, 3, config.data.size, config.data.size, generator=rng) * 2 - 1).cuda()
 
-    x, y, z = (noise(num, config.frames) for num in (config.batch_x, config.batch_y, config.batch_z))
-    return Clips(x, y, z, noise(config.batch_s, 1))
+    x, y, z = (
+        noise(num, config.data.frames) for num in (config.data.batch_x, config.data.batch_y, config.data.batch_z)
+    )
+    return Clips(x, y, z, noise(config.data.batch_s, 1))
 
 
 def run(config: Config, steps: int, graphs: Graphs | None = None) -> tuple[list[dict[str, float]], Algorithm]:

@@ -220,13 +220,13 @@ def test_equation_10_is_one_min_max() -> None:
     x, y, z, s, yz = clips.x, clips.y, clips.z, clips.s, clips.yz
     score = losses_ref.DISCRIMINATOR_SCORES["log"]
     value = (
-        config.l_adv * losses_ref.l_g_x_ref(score, nets.g_x, nets.d_x, x, yz, at.tolist())
-        + config.l_adv * losses_ref.l_g_y_ref(score, nets.g_y, nets.d_y, x, y, z, s, at.tolist())
-        + config.l_tau * (losses_ref.l_tau_ref("l2", nets.p_x, x) + losses_ref.l_tau_ref("l2", nets.p_y, yz))
-        + config.l_rc * losses_ref.l_rc_ref("l2", nets.g_y, nets.p_y, nets.g_x, x)
-        + config.l_rc * losses_ref.l_rc_ref("l2", nets.g_x, nets.p_x, nets.g_y, yz)
-        + config.l_v * losses_ref.l_v_x_ref(score, nets.g_x, nets.d_x, x, yz)
-        + config.l_v * losses_ref.l_v_y_ref(score, nets.g_y, nets.d_y, x, y, z)
+        config.loss.l_adv * losses_ref.l_g_x_ref(score, nets.g_x, nets.d_x, x, yz, at.tolist())
+        + config.loss.l_adv * losses_ref.l_g_y_ref(score, nets.g_y, nets.d_y, x, y, z, s, at.tolist())
+        + config.loss.l_tau * (losses_ref.l_tau_ref("l2", nets.p_x, x) + losses_ref.l_tau_ref("l2", nets.p_y, yz))
+        + config.loss.l_rc * losses_ref.l_rc_ref("l2", nets.g_y, nets.p_y, nets.g_x, x)
+        + config.loss.l_rc * losses_ref.l_rc_ref("l2", nets.g_x, nets.p_x, nets.g_y, yz)
+        + config.loss.l_v * losses_ref.l_v_x_ref(score, nets.g_x, nets.d_x, x, yz)
+        + config.loss.l_v * losses_ref.l_v_y_ref(score, nets.g_y, nets.d_y, x, y, z)
     )
     want = gradients(value, nets)
     terms, out, back = generator_losses(nets, clips, config, Gains(1.0, 1.0), at, NO_DIRECTIONS)

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config_of(kept: str, norm: str, **changes: object) -> Config:
-    return replace(TINY, memory=kept, norm=norm, disc_norm=norm, **changes)  # type: ignore[arg-type]
+    return TINY.replace(memory=kept, norm=norm, disc_norm=norm, **changes)  # type: ignore[arg-type]
 
 
 def outcome(config: Config, dtype: torch.dtype, *, alone: bool = False) -> tuple[Tensor, dict[str, Tensor], Nets]:
@@ -45,7 +44,7 @@ def outcome(config: Config, dtype: torch.dtype, *, alone: bool = False) -> tuple
     nets = build_nets(config).to(dtype)
     x, y, z = (torch.rand(2, T, 3, SIZE, SIZE, dtype=dtype) * 2 - 1 for _ in range(3))
     clips, at = Clips(x, y, z, x[:, :1]), torch.tensor([1, 3])
-    with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16", cache_enabled=False):
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.runtime.precision == "bf16", cache_enabled=False):
         terms, out, back = generator_losses(nets, clips, config, Gains(1.0, 1.0), at, torch.eye(3, 4, dtype=dtype))
         fakes = out.fake.detach(), back.fake.detach()
         losses = [*terms.values(), *discriminator_losses(nets, clips, *fakes, config, at).values()]
@@ -213,12 +212,12 @@ def test_the_ledger_follows_what_is_alive() -> None:
 
 
 def test_modes_need_less_in_their_order_and_more_needs_more() -> None:
-    config = replace(TINY, frames=16, size=32)
-    need = {kept: estimate(replace(config, memory=kept)).total for kept in MODES}  # type: ignore[arg-type]
+    config = TINY.replace(frames=16, size=32)
+    need = {kept: estimate(config.replace(memory=kept)).total for kept in MODES}  # type: ignore[arg-type]
     assert need["store"] > need["recompute"] > need["frames"]
     assert estimate(config, num_replicas=2).activations > 1.9 * estimate(config).activations
-    assert estimate(replace(config, precision="bf16")).activations < 0.9 * estimate(config).activations
-    recorded = estimate(replace(config, graphs=True))
+    assert estimate(config.replace(precision="bf16")).activations < 0.9 * estimate(config).activations
+    recorded = estimate(config.replace(graphs=True))
     assert recorded.workspace - estimate(config).workspace > memory.RECORDING_BYTES
     assert recorded.activations == estimate(config).activations, "recordings share a pool"
     found = estimate(config)
@@ -229,7 +228,7 @@ def test_modes_need_less_in_their_order_and_more_needs_more() -> None:
 @pytest.mark.parametrize("over", ["frames", "batch", "size"])
 def test_the_largest_fits_and_one_more_does_not(over: str) -> None:
     step = {"frames": 1, "batch": 1, "size": 8}[over]
-    budget = estimate(replace(TINY, frames=12, size=24)).reserved
+    budget = estimate(TINY.replace(frames=12, size=24)).reserved
     number = largest(TINY, budget, over=over)  # type: ignore[arg-type]
     assert estimate(memory.scaled(TINY, over, number)).reserved <= budget  # type: ignore[arg-type]
     assert estimate(memory.scaled(TINY, over, number + step)).reserved > budget  # type: ignore[arg-type]
@@ -237,19 +236,19 @@ def test_the_largest_fits_and_one_more_does_not(over: str) -> None:
 
 
 def test_advice_names_the_first_change_that_fits() -> None:
-    config, cpu = replace(TINY, frames=16, size=32), torch.device("cpu")
-    need = {kept: estimate(replace(config, memory=kept)).reserved for kept in MODES}  # type: ignore[arg-type]
+    config, cpu = TINY.replace(frames=16, size=32), torch.device("cpu")
+    need = {kept: estimate(config.replace(memory=kept)).reserved for kept in MODES}  # type: ignore[arg-type]
     assert "; --memory recompute needs " in advise(config, cpu, need["recompute"])
-    on_gpu = advise(replace(config, graphs=True), torch.device("cuda"), need["store"])
+    on_gpu = advise(config.replace(graphs=True), torch.device("cuda"), need["store"])
     assert "; --no-graphs needs " in on_gpu
-    assert "--no-graphs" not in advise(replace(config, graphs=True), cpu, need["store"] - 1), "the CPU records nothing"
-    on_gpu = advise(replace(config, graphs=True), torch.device("cuda"), need["recompute"])
+    assert "--no-graphs" not in advise(config.replace(graphs=True), cpu, need["store"] - 1), "the CPU records nothing"
+    on_gpu = advise(config.replace(graphs=True), torch.device("cuda"), need["recompute"])
     assert "; --no-graphs --memory recompute needs " in on_gpu
     assert "; --memory frames needs " in advise(config, cpu, need["recompute"] - 1)
     less = advise(config, cpu, need["frames"] - 1)
     assert "; --memory frames --batch-x 1 --batch-y 1 --batch-z 1 --batch-s 2 --transitions 1 needs " in less
     ones = dict.fromkeys(("batch_x", "batch_y", "batch_z", "batch_s", "transitions"), 1)
-    least = estimate(replace(config, memory="frames", **ones)).reserved  # type: ignore[arg-type]
+    least = estimate(config.replace(memory="frames", **ones)).reserved  # type: ignore[arg-type]
     fewer = re.search(r"; --memory frames .*--batch-s 1 .*--frames (\d+) needs ", advise(config, cpu, least - 1))
     assert fewer and 12 <= int(fewer[1]) < 16
     assert "smaller --widths" in advise(config, cpu, memory.CONTEXT_BYTES)
@@ -258,8 +257,8 @@ def test_advice_names_the_first_change_that_fits() -> None:
 
 def test_the_workstation_fits_its_card() -> None:
     config = Config.of("workstation").check()
-    assert (config.size, config.frames, config.precision) == (128, 16, "bf16")
-    assert all(width % 16 == 0 for width in (*config.widths, *config.disc_widths))
+    assert (config.data.size, config.data.frames, config.runtime.precision) == (128, 16, "bf16")
+    assert all(width % 16 == 0 for width in (*config.model.widths, *config.model.disc_widths))
     assert estimate(config).reserved <= 7.5 * GB
 
 

@@ -184,9 +184,9 @@ def test_probabilities_anneal_linearly() -> None:
 def agent_of(domain: str = "x", preset: str = "default", num_replicas: int = 1, **changes: object) -> Agent:
     config = Config.of(preset, **SMALL | changes)
     nets = nets_of(config)
-    how = {"alpha": config.replay_alpha, "beta": config.replay_beta}
+    how = {"alpha": config.rl.replay_alpha, "beta": config.rl.replay_beta}
     replays = [
-        PrioritizedReplay(config.replay_capacity, (SIZE, SIZE, 3), T - 1, seed=seed, **how)
+        PrioritizedReplay(config.rl.replay_capacity, (SIZE, SIZE, 3), T - 1, seed=seed, **how)
         for seed in range(num_replicas)
     ]
     return Agent(domain, nets, copy.deepcopy(nets), replays, config)
@@ -230,7 +230,7 @@ def test_m_mixes_new_and_stored_transitions_and_the_buffer_gives_back_what_it_go
     assert len(agent.replays[0]) == total
     loss, _ = agent.critic_loss(batch)
     loss.backward()
-    assert any(p.grad is not None and p.grad.any() for p in agent.q.parameters()) or agent.config.q_positive
+    assert any(p.grad is not None and p.grad.any() for p in agent.q.parameters()) or agent.config.model.q_positive
 
 
 def test_new_transitions_are_prefixes_of_their_clip() -> None:
@@ -271,7 +271,9 @@ def test_the_literal_reward_judges_the_proposals_and_the_whole_video() -> None:
             whole = torch.cat((video[:p], batch.actions[i : i + 1]))[None]
             l_v = torch.log(1 - torch.sigmoid(agent.d(whole)[0][0, -1])).mean()
             l_tau, l_rc = ((video[p] - a[i]).square().mean() for a in (a1, a2))
-            want = -config.l_v * l_v if p == T - 1 else -(l_g + config.l_tau * l_tau + config.l_rc * l_rc)
+            want = (
+                -config.loss.l_v * l_v if p == T - 1 else -(l_g + config.loss.l_tau * l_tau + config.loss.l_rc * l_rc)
+            )
             torch.testing.assert_close(batch.rewards[i], want, rtol=1e-4, atol=1e-5)
 
 

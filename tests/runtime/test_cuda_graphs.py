@@ -8,7 +8,6 @@ graph would miss it. An operator that reads a number back to the host is refused
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -102,10 +101,10 @@ def clips_of(config: Config, seed: int) -> Clips:
     rng = torch.Generator().manual_seed(seed)
 
     def noise(num: int, frames: int) -> Tensor:
-        return torch.rand(num, frames, 3, config.size, config.size, generator=rng) * 2 - 1
+        return torch.rand(num, frames, 3, config.data.size, config.data.size, generator=rng) * 2 - 1
 
-    sets = [noise(num, config.frames) for num in (config.batch_x, config.batch_y, config.batch_z)]
-    return Clips(*sets, noise(config.batch_s, 1))
+    sets = [noise(num, config.data.frames) for num in (config.data.batch_x, config.data.batch_y, config.data.batch_z)]
+    return Clips(*sets, noise(config.data.batch_s, 1))
 
 
 def run(config: Config, recorder: Tapes | None, steps: int) -> tuple[list[dict[str, float]], Algorithm]:
@@ -198,7 +197,7 @@ def test_what_cannot_be_recorded_says_how_to_go_on() -> None:
 
 def test_a_step_reads_nothing_back() -> None:
     """Between the replay buffer and the log no operator of a step waits for the device."""
-    config = replace(Config.of("tiny", replicas=1, rl_every=1, replay_alpha=0.5), steps=9).check()
+    config = Config.of("tiny", replicas=1, rl_every=1, replay_alpha=0.5, steps=9).check()
     algorithm = Algorithm(config, torch.device("cpu"))
     algorithm.start()
     for step in range(4):
@@ -210,7 +209,7 @@ def test_a_step_reads_nothing_back() -> None:
 
 def test_replicas_of_one_rank_draw_for_themselves() -> None:
     """The same clips for both, yet other prefixes, other proposals, other transitions."""
-    config = replace(Config.of("tiny", replicas=2, rl_every=1, eta1=(0.0, 0.0), transitions=8), steps=9).check()
+    config = Config.of("tiny", replicas=2, rl_every=1, eta1=(0.0, 0.0), transitions=8, steps=9).check()
     algorithm = Algorithm(config, torch.device("cpu"))
     algorithm.start()
     one = clips_of(config, 0)

@@ -22,9 +22,9 @@ NAN, INF = float("nan"), float("inf")
 def test_numbers_come_back_and_the_first_that_is_none_stops_the_run() -> None:
     watch = NanGuard(torch.device("cpu"))
     assert watch.read() == {}
-    watch.tell(1, {"loss": torch.tensor(1.5), "grad": torch.tensor(2.0)})
+    watch.record(1, {"loss": torch.tensor(1.5), "grad": torch.tensor(2.0)})
     assert watch.read() == {"loss": 1.5, "grad": 2.0}
-    watch.tell(3, {"loss": torch.tensor(1.0), "rc_x": torch.tensor(NAN), "grad": torch.tensor(NAN)})
+    watch.record(3, {"loss": torch.tensor(1.0), "rc_x": torch.tensor(NAN), "grad": torch.tensor(NAN)})
     with pytest.raises(UserError, match=r"loss 'rc_x' is nan at step 3.*checkpoint is whole.*--lr"):
         watch.read()
 

@@ -29,11 +29,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 def saved(run: Path) -> dict[str, Any]:
     store = Checkpoints(run, keep=1, num_replicas=1)
     return store.load(store.steps[-1])
