@@ -156,6 +156,14 @@ def new_graph(options: GraphOptions, listed: Any) -> Any:
     return graph
 
 
+def is_changed(source: Source) -> bool:
+    """Return whether a file is gone or has another size than the index found."""
+    try:
+        return source.path.stat().st_size != source.num_bytes
+    except OSError:
+        return True
+
+
 class GraphRun:
     """Run a graph through the samples of the steps `first, first+1, ...`, given as one tuple of samples a step."""
 
@@ -238,6 +246,8 @@ class GraphRun:
             labels = [int(outputs[2].at(k)[0]) for k in range(len(samples))]
             if labels != [index * len(samples) + k for k in range(len(samples))]:
                 raise RuntimeError("a listed file was left out")
+            if any(is_changed(sample.source) for sample in samples):  # DALI makes up frames that a new file lacks
+                raise RuntimeError("the file changed while in use")
         clips = self._copy(outputs[0].as_tensor())
         self.step += 1
         if self._num_fed < len(self._steps):
