@@ -58,20 +58,22 @@ class VideoWriter:
         self.count = 0
         self._partial = path.with_name(f".{path.stem}.partial{path.suffix}")
         self._audio = self._open_audio(audio_from) if audio_from is not None else None
+        self._packets: Iterator[Any] = iter(())
+        self._next_packet: Any = None
         self._output = av.open(self._partial.resolve().as_posix(), "w")
 
-    def _open_audio(self, source: Path) -> tuple[av.container.InputContainer, Iterator[Any]] | None:
-        """Return the packets of the first audio track of `source`, or None where there is none that MP4 can hold."""
+    def _open_audio(self, source: Path) -> av.container.InputContainer | None:
+        """Open a file with an audio track; None where it has none that MP4 can hold."""
         if kind_of(source) != "video":
             return None
         container = open_video(source)
         codec = container.streams.audio[0].codec_context.name if container.streams.audio else None
-        if codec not in MP4_AUDIO:
-            if codec:
-                log.warning("%s: audio codec %s does not fit into MP4; the output is silent", source, codec)
-            container.close()
-            return None
-        return container, (p for p in container.demux(container.streams.audio[0]) if p.dts is not None)
+        if codec in MP4_AUDIO:
+            return container
+        if codec:
+            log.warning("%s: audio codec %s does not fit into MP4; the output is silent", source, codec)
+        container.close()
+        return None
 
     def _start(self, height: int, width: int) -> None:
         name = {"h264": "libx264", "vp9": "libvpx-vp9", "vp9-lossless": "libvpx-vp9"}[self.codec]
@@ -92,10 +94,11 @@ class VideoWriter:
                 context.bit_rate = 0
                 context.colorspace, context.color_range = Colorspace.ITU601, ColorRange.MPEG
         self._stream = stream
-        self._audio_out = None
         if self._audio is not None:
-            self._audio_out = self._output.add_stream_from_template(self._audio[0].streams.audio[0])
-            self._audio_next = next(self._audio[1], None)
+            track = self._audio.streams.audio[0]
+            self._audio_stream = self._output.add_stream_from_template(track)
+            self._packets = (packet for packet in self._audio.demux(track) if packet.dts is not None)
+            self._next_packet = next(self._packets, None)
 
     def write(self, frame: np.ndarray) -> None:
         """Append one frame; the first one fixes the size."""
@@ -120,13 +123,10 @@ class VideoWriter:
 
     def _copy_audio(self) -> None:
         """Mux the audio up to the end of the last written frame, so that the file stays interleaved."""
-        while self._audio_out is not None and self._audio_next is not None:
-            packet = self._audio_next
-            if packet.dts * packet.time_base >= self.count / self.fps:
-                return
-            packet.stream = self._audio_out
+        while (packet := self._next_packet) is not None and packet.dts * packet.time_base < self.count / self.fps:
+            packet.stream = self._audio_stream
             self._output.mux(packet)
-            self._audio_next = next(self._audio[1], None) if self._audio else None
+            self._next_packet = next(self._packets, None)
 
     def close(self) -> None:
         """Finish the file and give it its name."""
@@ -151,7 +151,7 @@ class VideoWriter:
 
     def _close_audio(self) -> None:
         if self._audio is not None:
-            self._audio[0].close()
+            self._audio.close()
 
     def __enter__(self) -> VideoWriter:
         return self
