@@ -25,7 +25,7 @@ class Args:
     out: tyro.conf.Positional[Path]
     """Folder for the prepared dataset; the same command again goes on where it was stopped."""
     size: int = 64
-    """Short side in pixels, the aspect is kept; `video` uses at least 128, so that GPUs can decode it."""
+    """Short side in pixels, the aspect stays; `video` uses at least 128, so that GPUs can decode it."""
     store: Literal["auto", "raw", "video"] = "auto"
     """raw: a .npy for each video, the fastest. video: VP9, far smaller. auto: raw if it fits in half the free disk."""
     fps: float | None = None

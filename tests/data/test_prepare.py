@@ -142,10 +142,9 @@ def test_every_source_gives_the_right_frames(src: Path, prepared: tuple[str, Pat
             assert row["fps"] == 10, row
 
 
+@pytest.mark.parametrize("prepared", ["video"], indirect=True)
 def test_the_video_store_is_what_dali_and_nvdec_read(prepared: tuple[str, Path]) -> None:
-    store, out = prepared
-    if store == "raw":
-        pytest.skip("of the other store")
+    _, out = prepared
     for path in sorted((out / "trainX").iterdir()):
         with av.open(str(path)) as container:
             stream = container.streams.video[0]

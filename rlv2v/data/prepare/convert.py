@@ -2,7 +2,7 @@
 
 Stores. `raw`: a `.npy`, uint8 (T,H,W,3), short side `size`. `video`: VP9 in MP4, yuv420p, BT.601 limited range and
 tagged so, constant rate, key frames at most 12 apart, short side max(size, 128) and both sides even: what DALI's CPU
-decoder and NVDEC (VP9: at least 128x128) read. Style images become PNG, short side `size`. The aspect is kept.
+decoder and NVDEC (VP9: at least 128x128) read. Style images become PNG, short side `size`. The aspect stays.
 
 Time. Output frame k is the source frame nearest to t = k / F, the earlier one of two, for k < duration * F. F is `fps`.
 Without it F is the file's rate if every frame lies within half a step of that rate's grid (each frame is then used
