@@ -86,18 +86,18 @@ class Ours(Way):
 
     def open(self, files: list[str]) -> None:
         from rlv2v.data.index import index_folder
-        from rlv2v.data.loader import Cache, ClipReader
+        from rlv2v.data.loader import ClipReader
 
         super().open(files)
         self.sources = [s for s in index_folder(Path(files[0]).parent, frames=FRAMES) if s.status == "ok"]
         if [str(s.path) for s in self.sources] != files:
             raise RuntimeError(f"index: expected {files}, got {[str(s.path) for s in self.sources]}")
-        self.reader = ClipReader(Cache(0), SIZE)
+        self.reader = ClipReader(SIZE, cache_bytes=0)
 
     def read(self, file: int, start: int) -> Array:
-        from rlv2v.data.sampler import Draw
+        from rlv2v.data.sampler import ClipSample
 
-        return self.reader.clip(Draw(self.sources[file], start, (0.5, 0.5), (False, False, False)), FRAMES)
+        return self.reader.clip(ClipSample(self.sources[file], start, (0.5, 0.5), (False, False, False)), FRAMES)
 
 
 class OursEndToEnd(Ours):
@@ -113,10 +113,10 @@ class OursEndToEnd(Ours):
 
     def clips(self, draws: list[tuple[int, int]]) -> Iterator[tuple[int, int, Array]]:
         for _ in draws:
-            (draw,) = self.loader.draws("x", self.loader.step)
+            (sample,) = self.loader.sampler.samples("x", self.loader.step)
             clip = next(self.loader).x
             assert clip is not None
-            yield self.sources.index(draw.source), draw.start, clip[0].numpy()
+            yield self.sources.index(sample.source), sample.start, clip[0].numpy()
 
 
 class Peer(Way):
