@@ -1,4 +1,4 @@
-"""Which transitions are drawn, and with what weight: against numpy, and by chi-square tests that can fail."""
+"""Test which transitions are drawn, and with what weight: against numpy, and by chi-square tests that can fail."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DRAWS = 4_000_000
 
 
 def replay_of(priorities: Array, **options: float) -> PrioritizedReplay:
-    """One-byte frames; item i has priority priorities[i] and id i."""
+    """Return a buffer of one-byte frames whose item i has id i and priority priorities[i]."""
     replay = PrioritizedReplay(len(priorities), (1,), 1, **options)  # type: ignore[arg-type]
     byte = np.zeros((len(priorities), 1), np.uint8)
     replay.add(state=byte[:, None], action=byte, reward=np.zeros(len(priorities)), true_frame=byte, position=0)
@@ -24,13 +24,13 @@ def replay_of(priorities: Array, **options: float) -> PrioritizedReplay:
 
 
 def p_value(replay: PrioritizedReplay, expected: Array, draws: int = DRAWS) -> float:
-    """Chi-square test of `draws` independent draws against the expected probabilities."""
+    """Return the p-value of a chi-square test of `draws` independent draws against the expected probabilities."""
     counts = np.bincount(replay.sample(draws).ids, minlength=len(expected))
     return float(stats.chisquare(counts, expected * draws).pvalue)
 
 
 def draws_ref(seed: int, count: int) -> Array:
-    """SplitMix64 as csrc/replay/draws.h defines it, draws 0 .. count - 1."""
+    """Return draws 0 .. count - 1 of SplitMix64 as csrc/replay/draws.h defines it."""
     golden = np.uint64(0x9E3779B97F4A7C15)
 
     def mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -113,7 +113,7 @@ def test_stratified_counts_stay_within_two_of_their_share() -> None:
 
 
 def test_power_is_as_stated_and_a_biased_sampler_fails() -> None:
-    """A bias of 1% on one of ten items is refused with probability 0.9999 at a false alarm rate of 1e-3, and is."""
+    """A bias of 1% on one of ten items is refused with probability 0.9999 at a false alarm rate of 1e-3."""
     size, level = 10, 1e-3
     expected = np.full(size, 1 / size)
     biased = np.ones(size)
@@ -135,21 +135,21 @@ def test_small_priorities_are_reached() -> None:
     assert 2 <= seen <= 40  # 16 expected
 
 
-@pytest.mark.parametrize("where", [0, 1, 17, 500, 1022, 1023])
-def test_a_leaf_of_2_to_the_minus_45_is_drawn(where: int) -> None:
+@pytest.mark.parametrize("item", [0, 1, 17, 500, 1022, 1023])
+def test_a_leaf_of_2_to_the_minus_45_is_drawn(item: int) -> None:
     """It spans 2^8 of the generator's 2^53 points; inverting SplitMix64 gives a seed whose first draw falls there."""
     priorities = np.full(1024, 1.0)
-    priorities[where] = 2.0**-35
+    priorities[item] = 2.0**-35
     total = priorities.sum()
-    u = (where + 2.0**-36) / total  # the middle of its span, on a grid of 2^-53
+    u = (item + 2.0**-36) / total  # the middle of its span, on a grid of 2^-53
     bits = (round(u * 2**53) << 11) | 1
     replay = replay_of(priorities, alpha=1.0, stratified=False, seed=seed_of(bits))
-    assert priorities[where] / total == pytest.approx(2.0**-45, rel=0.01)
-    assert replay.sample(1).ids.tolist() == [where]
+    assert priorities[item] / total == pytest.approx(2.0**-45, rel=0.01)
+    assert replay.sample(1).ids.tolist() == [item]
 
 
 def seed_of(bits: int) -> int:
-    """The seed whose draw 0 is `bits`: SplitMix64's steps are one to one."""
+    """Return the seed whose draw 0 is `bits`: SplitMix64's steps are one to one."""
     mask, golden = 2**64 - 1, 0x9E3779B97F4A7C15
 
     def unshift(z: int, by: int) -> int:
@@ -172,7 +172,7 @@ def test_the_tree_equals_its_rebuild_after_many_updates() -> None:
     replay = replay_of(rng.random(5000), alpha=0.6)
     for _ in range(500):
         replay.update_priorities(rng.integers(0, 5000, 2000), rng.random(2000) ** 20)
-    assert replay._native.consistent()
+    assert replay.is_consistent()
     rebuilt = replay_of(np.ones(5000))
     rebuilt.load_state_dict(replay.state_dict())
     assert torch.equal(replay.sample(5000).ids, rebuilt.sample(5000).ids)

@@ -1,9 +1,9 @@
-"""The replay buffer as torch sees it: transitions of RL-V2V-GAN section 3.3, kept and drawn by the C++ core.
+"""Prioritised replay of the transitions of RL-V2V-GAN section 3.3, stored and drawn by the C++ core.
 
     P(i) = p_i^alpha / sum_j p_j^alpha;   weight_i = (N P(i))^-beta / max_j (N P(j))^-beta
 Source: RL-V2V-GAN Algorithm 1 (the buffer B, alpha = 0); Schaul et al. 2016, arXiv:1511.05952, eq. 1 and section 3.4.
-A frame is stored once however many states contain it. One process owns a buffer; any mix of its threads may call it,
-and samplers run side by side. Under torchrun each rank has a buffer of its own, with a seed of its own.
+A frame is stored once however many states contain it. One process owns a buffer; any of its threads may call it, and
+samplers run side by side. Under torchrun each rank has a buffer of its own, with a seed of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,48 +21,21 @@ import torch
 
 from rlv2v import _native
 from rlv2v.errors import UserError
-from rlv2v.replay_arrays import (
-    BOOL,
-    F32,
-    F64,
-    I64,
-    as_array,
-    as_column,
-    as_flag,
-    as_ids,
-    as_memory,
-    as_number,
-    integer,
-)
-from rlv2v.replay_file import read_state, write_state
+from rlv2v.replay.arrays import BOOL, F32, F64, I64, as_array, as_column, as_flag, as_ids, as_number, as_output, integer
+from rlv2v.replay.file import read_state, write_state
 
 _FORMAT = 2
-_ARRAYS = {
-    "frames": np.uint8,
-    "table": np.int32,
-    "lengths": np.int64,
-    "rewards": np.float32,
-    "positions": np.int64,
-    "terminals": np.uint8,
-    "ends": np.uint8,
-    "priorities": np.float32,
-}
-_INTS = ("oldest_id", "sampled", "stale", "seed")
-_FLOATS = ("alpha", "beta", "max_priority")
-_STATS = ("size", "frames", "clips", "added", "evicted", "sampled", "stale", "max_priority", "bytes_used")
-_NO_BOUND = 2**63 - 1
-# How many refer to a storage: torch's own, but private. Without it no memory is used twice, and all else is the same.
-_COUNT_USERS = getattr(torch._C, "_storage_Use_Count", None)
+_UNBOUNDED = 2**63 - 1
 
 
 class ReplayBatch(NamedTuple):
-    """n transitions on the CPU; F is the frame shape (H, W, C), L is max_len.
+    """Hold n transitions on the CPU; F is the frame shape (H, W, C), L is max_len.
 
-    A state's frames come first, zeros follow up to L; the next state is the state with the action appended, so that its
-    length is `lengths + 1`. `weights` are the importance weights of the module's formula, in (0, 1].
+    A state's frames come first, zeros follow up to L. The next state is the state with the action appended, of length
+    `lengths + 1`. `weights` are the importance weights of the module's formula, in (0, 1].
 
-    Over n steps, `rewards` are sums r_i + gamma r_{i+1} + ..., `next_states`, `next_lengths` and `terminals` those of
-    the last step, `discounts` gamma^m for the m <= n steps that the episode had: y = rewards + discounts * Q'(next).
+    With n-step returns, `rewards` are sums r_i + gamma r_{i+1} + ...; `next_states`, `next_lengths` and `terminals` are
+    of the last step, and `discounts` are gamma^m for the m <= n steps taken: y = rewards + discounts * Q'(next).
     """
 
     states: torch.Tensor  # uint8 (n, L, *F)
@@ -80,10 +53,10 @@ class ReplayBatch(NamedTuple):
 
 
 class Clip:
-    """Frames that the buffer holds, from `PrioritizedReplay.put_clip`; `len(clip)` is their number.
+    """Hold frames in the buffer, from `PrioritizedReplay.put_clip`; `len(clip)` is their number.
 
-    They stay as long as this handle does (or until `release()`); those that transitions refer to stay with those.
-    A handle is of no use after the buffer has loaded other contents.
+    The frames stay until `release()` or the end of this handle, and those of a transition as long as the transition.
+    After the buffer has loaded other contents, a handle is refused.
     """
 
     def __init__(self, owner: _native.ReplayBuffer, key: int, num_frames: int) -> None:
@@ -97,7 +70,7 @@ class Clip:
         return self._num_frames
 
     def release(self) -> None:
-        """Lets the frames go before the handle does."""
+        """Release the frames before the handle ends."""
         self._finalizer()
 
 
@@ -108,22 +81,20 @@ States = State | Sequence[State] | tuple[Clip, npt.ArrayLike, npt.ArrayLike]
 
 
 class PrioritizedReplay:
-    """Fixed-capacity replay, oldest out first, with prioritised or (alpha = 0) exactly uniform draws.
+    """Replay buffer of fixed capacity that evicts the oldest first and draws by priority, uniformly at alpha = 0.
 
-    capacity: most transitions kept. frame_shape: of one uint8 frame, (H, W, C). max_len: most frames of a state.
-    alpha, beta: exponents in [0, 1], both settable at any time (alpha recomputes every leaf, O(size)).
-    stratified: draw k of n comes from the k-th of n equal parts of the total; else all n are independent.
-    seed: draw k ever made depends on (seed, k) alone.
-    max_bytes: bound on the memory of frames, clips included; the oldest transitions go early to keep it. None: no bound
-    but the capacity.
+    capacity: most transitions. frame_shape: of one uint8 frame, (H, W, C). max_len: most frames of a state.
+    alpha, beta: exponents in [0, 1]; both can be set at any time (alpha recomputes every leaf, O(size)).
+    stratified: draw k of n comes from the k-th of n equal parts of the total; otherwise all n are independent.
+    seed: draw k depends on (seed, k) alone.
+    max_bytes: bound on the memory of frames, clips included; older transitions are evicted early to keep it.
     storage: where frames live, "memory" or "mmap": a scratch file at `path`, which must not exist and is unlinked at
-    once, so that nothing stays behind. Its blocks are set aside as it grows: a full disk is an OSError from add.
+    once, so nothing stays behind. Its blocks are reserved as it grows: a full disk is an OSError from add.
     n_step, gamma: returns over n transitions added one after the other; see ReplayBatch.
-    ring: how many batches' memory is kept for reuse by `sample`. pin_memory: page-locked outputs; None: when this
-    process uses CUDA.
+    ring: how many batches `sample` keeps for reuse. pin_memory: page-locked batches; None: if this process uses CUDA.
 
-    A new transition gets the largest priority seen so far (at first 1). Mistakes raise ValueError, or IndexError for an
-    id never given out or a frame outside its clip, and leave the buffer as it was.
+    A new transition gets the largest priority so far (at first 1). A mistake raises ValueError, or IndexError for an
+    unknown id or a frame outside its clip, and leaves the buffer unchanged.
     """
 
     def __init__(
@@ -150,6 +121,8 @@ class PrioritizedReplay:
         self.n_step, self.gamma = integer("n_step", n_step, 1), float(gamma)
         if storage not in ("memory", "mmap") or (storage == "mmap") != (path is not None):
             raise ValueError(f"replay: expected storage memory, or mmap with its path, got {storage!r}, path {path!r}")
+        # torch's own count of the references to a storage is private. Without it no memory is reused.
+        count_users = getattr(torch._C, "_storage_Use_Count", None)
         pinned = torch.cuda.is_initialized() if pin_memory is None else bool(pin_memory)
         self._native = _native.ReplayBuffer(
             self.capacity,
@@ -159,22 +132,22 @@ class PrioritizedReplay:
             float(beta),
             bool(stratified),
             integer("seed", seed, 0, 2**64 - 1),
-            _NO_BOUND if max_bytes is None else integer("max_bytes", max_bytes, 1),
+            _UNBOUNDED if max_bytes is None else integer("max_bytes", max_bytes, 1),
             self.n_step,
             self.gamma,
             "" if path is None else str(path),
-            integer("ring", ring, 0) if _COUNT_USERS else 0,
+            integer("ring", ring, 0) if count_users else 0,
             functools.partial(_new_batch, self.frame_shape, self.max_len, pinned),
-            _COUNT_USERS or (lambda storage: 0),
+            count_users or (lambda storage: 0),
             as_ids,
         )
 
     def __len__(self) -> int:
-        return self._native.stats().size
+        return self._native.stats()["size"]
 
     @property
     def alpha(self) -> float:
-        """Exponent of the priorities, in [0, 1]; 0 draws uniformly."""
+        """Return the exponent of the priorities, in [0, 1]; 0 draws uniformly."""
         return self._native.alpha()
 
     @alpha.setter
@@ -183,7 +156,7 @@ class PrioritizedReplay:
 
     @property
     def beta(self) -> float:
-        """Exponent of the importance weights, in [0, 1]; 0 makes them all 1."""
+        """Return the exponent of the importance weights, in [0, 1]; 0 makes them all 1."""
         return self._native.beta()
 
     @beta.setter
@@ -192,17 +165,20 @@ class PrioritizedReplay:
 
     @property
     def bytes_used(self) -> int:
-        """Bytes of frames, transitions and tree that the buffer has allocated."""
-        return self._native.stats().bytes_used
+        """Return the bytes of frames, transitions and tree that the buffer has allocated."""
+        return int(self._native.stats()["bytes_used"])
 
     @property
     def stats(self) -> dict[str, int | float]:
-        """size, frames, clips: kept now; added, evicted, sampled, stale: counts ever; max_priority; bytes_used."""
-        stats = self._native.stats()
-        return {name: getattr(stats, name) for name in _STATS}
+        """Return size, frames, clips, max_priority and bytes_used now; added, evicted, sampled and stale so far."""
+        return self._native.stats()
+
+    def is_consistent(self) -> bool:
+        """Return whether the tree equals its rebuild and each frame's count its references; O(size), for tests."""
+        return self._native.consistent()
 
     def put_clip(self, frames: npt.ArrayLike | torch.Tensor) -> Clip:
-        """Stores frames uint8 (T, *F) once; states and frames may then refer to them through the handle."""
+        """Store frames uint8 (T, *F) once; states and frames may then refer to them through the handle."""
         array = as_array(frames)
         return Clip(self._native, self._native.put_clip(array), len(array))
 
@@ -217,7 +193,7 @@ class PrioritizedReplay:
         terminal: bool | Sequence[bool] | npt.ArrayLike = False,
         end: bool | Sequence[bool] | npt.ArrayLike = False,
     ) -> int | npt.NDArray[np.int64]:
-        """Adds one transition (reward a number) and returns its id, or a batch (n rewards): ids, int64 (n,).
+        """Add one transition (reward a number) and return its id, or a batch (n rewards) and its ids, int64 (n,).
 
         state: uint8 (p, *F), 1 <= p <= max_len, or (clip, start, p): frames start .. start + p - 1 of a clip.
         action, true_frame: uint8 F, or (clip, index).
@@ -225,18 +201,8 @@ class PrioritizedReplay:
         after a terminal one, but with a next state that counts).
         position, terminal, end: one for all, or n. In a batch, state, action and true_frame are arrays or sequences of
         n, or (clip, starts, lengths) and (clip, indices) with n starts, lengths and indices, or one for all.
-        All of a batch is added, or nothing. Ids count up by one.
+        The complete batch is added, or nothing. Ids count up by one.
         """
-        flags: tuple[Any, ...]
-        frames: tuple[Any, Any, Any] = (state, action, true_frame)
-        whole = type(state) is type(action) is type(true_frame) is np.ndarray
-        if whole and type(reward) is np.ndarray and type(position) is np.ndarray and reward.ndim == 1:
-            if reward.dtype is not F32 or position.dtype is not I64:
-                reward = as_column("reward", reward, F32, None)
-                position = as_column("position", position, I64, len(reward))
-            flags = as_flag("terminal", terminal, len(reward)), as_flag("end", end, len(reward))
-            first = self._native.add(*frames[:2], reward, frames[2], position, *flags)
-            return np.arange(first, first + len(reward))
         if type(reward) is float or as_array(reward).ndim == 0:
             return self._native.add_one(
                 self._reference(state, "state", 3),
@@ -261,27 +227,27 @@ class PrioritizedReplay:
         return np.arange(first, first + count)
 
     def sample(self, n: int, out: ReplayBatch | None = None) -> ReplayBatch:
-        """Draws n transitions, with replacement, into memory that is reused, or into the arrays of `out`.
+        """Draw n transitions, with replacement, into memory that is reused, or into the arrays of `out`.
 
-        A batch belongs to the caller as long as the batch, one of its tensors, or a view of one is alive; its memory
-        (and the same tensors with it) serves again only after that, which saves the page faults of fresh memory.
-        Where every state that the buffer holds is full (max_len frames) and n_step is 1, `states` and `actions` are
-        views of the first max_len frames of `next_states` and of the one after them, which halves what is written.
-        out: tensors or arrays of ReplayBatch's shapes and types, on the CPU, C-contiguous.
+        A batch stays valid while you hold it, one of its tensors, or a view of one. After that its memory (with the
+        same tensors) is reused, which saves the page faults of fresh memory.
+        If every state in the buffer has max_len frames and n_step is 1, `states` and `actions` are views of the first
+        max_len frames of `next_states` and of the one after them, which halves what is written.
+        out: tensors or arrays of ReplayBatch's shapes and dtypes, on the CPU, C-contiguous.
         """
-        if type(n) is not int or not 0 < n <= _NO_BOUND:
+        if type(n) is not int or not 0 < n <= _UNBOUNDED:
             n = integer("n", n, 1)
         if out is None:
             return self._native.sample(n)
         if len(out) != len(ReplayBatch._fields):
             raise ValueError(f"replay: out must have the {len(ReplayBatch._fields)} parts of a batch, got {len(out)}")
-        self._native.sample_into(n, tuple(map(as_memory, out)))
+        self._native.sample_into(n, dict(zip(ReplayBatch._fields, map(as_output, out), strict=True)))
         return out
 
     def update_priorities(self, ids: npt.ArrayLike | torch.Tensor, priorities: npt.ArrayLike | torch.Tensor) -> int:
-        """Sets the priorities (finite, >= 0) of ids that add or sample returned, the last of a repeated id.
+        """Set the priorities (finite, >= 0) of ids that add or sample returned; the last of a repeated id counts.
 
-        Returns how many ids were stale (evicted since): those are ignored, and counted in `stats`.
+        Return how many ids were stale (evicted since). Those are ignored, and counted in `stats`.
         """
         values = as_array(priorities)
         if values.dtype is not F32 or values.ndim != 1:
@@ -290,40 +256,35 @@ class PrioritizedReplay:
         return self._native.update_priorities(ids, values)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but clip handles, as tensors, numbers and lists: `torch.load(weights_only=True)` accepts it.
+        """Return everything but clip handles as tensors, numbers and lists, for `torch.load(weights_only=True)`.
 
-        A buffer that loads it draws the same samples next, and gives the same ids, bit for bit.
+        A buffer that loads it draws the same samples next, and assigns the same ids, bit for bit.
         """
         state = self._native.save()
-        state.update({name: torch.from_numpy(state[name]) for name in _ARRAYS})
-        return state | self._shape()
+        return {name: _converted(value, np.ndarray, torch.from_numpy) for name, value in state.items()} | self._shape()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replaces contents and settings by those of `state_dict()`; a misfit raises UserError and changes nothing."""
+        """Replace contents and settings by those of `state_dict()`; a misfit raises UserError and changes nothing."""
         if not isinstance(state, dict):
             raise UserError(f"replay state must be a dict, got {type(state).__name__}")
         for name, value in self._shape().items():
             if state.get(name) != value:
                 raise UserError(f"replay state: {name} must be {value}, as in this buffer, got {state.get(name)!r}")
         try:
-            contents: dict[str, Any] = {name: state[name].numpy() for name in _ARRAYS}
-            contents.update({name: integer(name, state[name], 0, 2**64 - 1) for name in _INTS})
-            contents.update({name: float(state[name]) for name in _FLOATS})
-            contents["stratified"] = bool(state["stratified"])
-            self._native.load(contents)
-        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            self._native.load({name: _converted(value, torch.Tensor, as_array) for name, value in state.items()})
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"replay state is not one that state_dict() made: {error}") from error
 
     def save(self, path: Path | str) -> None:
-        """Writes `state_dict()` with a checksum beside path, then renames: path is the old file or the new one."""
-        write_state(Path(path), self.state_dict(), tuple(_ARRAYS))
+        """Write `state_dict()` with its SHA-256; a kill leaves the old file or the new one at path."""
+        write_state(Path(path), self.state_dict())
 
     def load(self, path: Path | str) -> None:
-        """Loads what `save` wrote, running no code from it; a broken or foreign file raises UserError."""
-        self.load_state_dict(read_state(Path(path), tuple(_ARRAYS)))
+        """Load what `save` wrote, running no code from it; a broken or foreign file raises UserError."""
+        self.load_state_dict(read_state(Path(path)))
 
     def _shape(self) -> dict[str, Any]:
-        """What a loaded state must share with this buffer."""
+        """Return what a loaded state must have in common with this buffer."""
         return {
             "format": _FORMAT,
             "capacity": self.capacity,
@@ -334,7 +295,7 @@ class PrioritizedReplay:
         }
 
     def _many(self, value: Any, name: str, parts: int, count: int) -> Any:
-        """n frames or states as the core takes them: one array, one clip with starts (and lengths), or a list."""
+        """Return n frames or states as the core takes them: an array, a clip's key with columns, or a list."""
         if isinstance(value, tuple) and value and isinstance(value[0], Clip):
             return (self._key(value, name, parts), *[as_column(name, part, I64, count) for part in value[1:]])
         if isinstance(value, (np.ndarray, torch.Tensor)):
@@ -342,7 +303,7 @@ class PrioritizedReplay:
         return [self._reference(row, name, parts) for row in value]
 
     def _reference(self, value: Any, name: str, parts: int) -> Any:
-        """A frame or state as the core takes it: an array, or (clip key, index) or (clip key, start, length)."""
+        """Return a frame or state as the core takes it: an array, (clip key, index) or (clip key, start, length)."""
         if not (isinstance(value, tuple) and value and isinstance(value[0], Clip)):
             return as_array(value)
         return (self._key(value, name, parts), *[integer(name, part, -(2**63)) for part in value[1:]])
@@ -357,42 +318,35 @@ class PrioritizedReplay:
         return clip._key
 
 
-def _new_batch(
-    frame: tuple[int, ...], max_len: int, pinned: bool, n: int
-) -> tuple[ReplayBatch, ReplayBatch, list[int], int]:
-    """An empty batch over one storage.
+def _converted(value: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
+    return convert(value) if isinstance(value, kind) else value
 
-    Returns the batch, the same with the states and actions as views of the next states, the addresses of its tensors,
-    and the storage as torch counts its users.
-    """
-    real, whole, byte = torch.float32, torch.int64, torch.uint8
-    parts = {
-        "states": (byte, (n, max_len, *frame)),
-        "lengths": (whole, (n,)),
-        "actions": (byte, (n, *frame)),
-        "rewards": (real, (n,)),
-        "next_states": (byte, (n, max_len + 1, *frame)),
-        "next_lengths": (whole, (n,)),
-        "discounts": (real, (n,)),
-        "true_frames": (byte, (n, *frame)),
-        "positions": (whole, (n,)),
-        "terminals": (torch.bool, (n,)),
-        "ids": (whole, (n,)),
-        "weights": (real, (n,)),
+
+def _new_batch(frame: tuple[int, ...], max_len: int, pinned: bool, n: int) -> tuple[ReplayBatch, ReplayBatch, int]:
+    """Return an empty batch, the same with states and actions as views of the next states, and their storage."""
+    columns = {
+        "states": (torch.uint8, (max_len, *frame)),
+        "lengths": (torch.int64, ()),
+        "actions": (torch.uint8, frame),
+        "rewards": (torch.float32, ()),
+        "next_states": (torch.uint8, (max_len + 1, *frame)),
+        "next_lengths": (torch.int64, ()),
+        "discounts": (torch.float32, ()),
+        "true_frames": (torch.uint8, frame),
+        "positions": (torch.int64, ()),
+        "terminals": (torch.bool, ()),
+        "ids": (torch.int64, ()),
+        "weights": (torch.float32, ()),
     }
-    sizes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in parts.items()}
-    line = 64  # each part begins on a cache line
+    sizes = {name: n * dtype.itemsize * math.prod(shape) for name, (dtype, shape) in columns.items()}
+    line = 64  # each column begins on a cache line
     total = sum(size + line for size in sizes.values()) + line
     # numpy asks for large pages where memory is large.
-    storage = torch.empty(total, dtype=byte, pin_memory=True) if pinned else torch.from_numpy(np.empty(total, np.uint8))
-    at, tensors = -storage.data_ptr() % line, {}
-    for name, (dtype, shape) in parts.items():
-        tensors[name] = storage[at : at + sizes[name]].view(dtype).view(shape)
-        at += -(-sizes[name] // line) * line
+    data = torch.empty(total, dtype=torch.uint8, pin_memory=True) if pinned else torch.from_numpy(np.empty(total, "u1"))
+    offset, tensors = -data.data_ptr() % line, {}
+    for name, (dtype, shape) in columns.items():
+        tensors[name] = data[offset : offset + sizes[name]].view(dtype).view(n, *shape)
+        offset += -(-sizes[name] // line) * line
     batch = ReplayBatch(**tensors)
-    return (
-        batch,
-        batch._replace(states=batch.next_states[:, :max_len], actions=batch.next_states[:, max_len]),
-        [tensor.data_ptr() for tensor in tensors.values()],
-        storage.untyped_storage()._cdata,
-    )
+    shared = batch._replace(states=batch.next_states[:, :max_len], actions=batch.next_states[:, max_len])
+    return batch, shared, data.untyped_storage()._cdata

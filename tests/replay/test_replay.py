@@ -1,4 +1,4 @@
-"""PrioritizedReplay: what goes in comes out, memory, clips, saving, bad input, threads."""
+"""Test that the buffer returns what was added, bounds its memory, saves, refuses bad input, and serves threads."""
 
 from __future__ import annotations
 
@@ -10,67 +10,41 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from replay_cases import FRAME, MAX_LEN, filled, frames, row, same
 
 from rlv2v.errors import UserError
 from rlv2v.replay import PrioritizedReplay
-
-FRAME = (4, 6, 3)
-MAX_LEN = 3
-
-
-def frames(count: int, value: int) -> np.ndarray[Any, Any]:
-    return np.full((count, *FRAME), value, np.uint8)
-
-
-def filled(capacity: int = 8, count: int = 12, **options: Any) -> PrioritizedReplay:
-    """Transition k: every frame holds the value k, the state has 1 + k % 3 frames, reward and position are k."""
-    replay = PrioritizedReplay(capacity, FRAME, MAX_LEN, **options)
-    for k in range(count):
-        replay.add(
-            state=frames(1 + k % 3, k),
-            action=frames(1, k)[0],
-            reward=k,
-            true_frame=frames(1, k)[0],
-            position=k,
-            terminal=k % 2 == 1,
-        )
-    return replay
-
-
-def same(one: Any, other: Any) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_rows_hold_their_own_transition() -> None:
     replay = filled()
     batch = replay.sample(64)
     assert set(batch.ids.tolist()) == set(range(4, 12))
-    for row, k in enumerate(batch.ids.tolist()):
+    for j, k in enumerate(batch.ids.tolist()):
         length = 1 + k % 3
-        assert batch.lengths[row] == length
-        assert torch.equal(batch.states[row, :length], torch.from_numpy(frames(length, k)))
-        assert torch.equal(batch.next_states[row, : length + 1], torch.from_numpy(frames(length + 1, k)))
-        assert not batch.states[row, length:].any()
-        assert not batch.next_states[row, length + 1 :].any()
-        assert (batch.actions[row] == k).all()
-        assert (batch.true_frames[row] == k).all()
-        assert (batch.rewards[row], batch.positions[row], batch.terminals[row]) == (k, k, k % 2 == 1)
-    assert batch.states.shape == (64, MAX_LEN, *FRAME)
-    assert batch.next_states.shape == (64, MAX_LEN + 1, *FRAME)
-    assert [field.dtype for field in batch] == [
-        torch.uint8,
-        torch.int64,
-        torch.uint8,
-        torch.float32,
-        torch.uint8,
-        torch.int64,
-        torch.float32,
-        torch.uint8,
-        torch.int64,
-        torch.bool,
-        torch.int64,
-        torch.float32,
-    ]
+        assert batch.lengths[j] == length
+        assert torch.equal(batch.states[j, :length], torch.from_numpy(frames(length, k)))
+        assert torch.equal(batch.next_states[j, : length + 1], torch.from_numpy(frames(length + 1, k)))
+        assert not batch.states[j, length:].any()
+        assert not batch.next_states[j, length + 1 :].any()
+        assert (batch.actions[j] == k).all()
+        assert (batch.true_frames[j] == k).all()
+        assert (batch.rewards[j], batch.positions[j], batch.terminals[j]) == (k, k, k % 2 == 1)
+    byte, whole, real = torch.uint8, torch.int64, torch.float32
+    assert {name: (part.dtype, tuple(part.shape[1:])) for name, part in batch._asdict().items()} == {
+        "states": (byte, (MAX_LEN, *FRAME)),
+        "lengths": (whole, ()),
+        "actions": (byte, FRAME),
+        "rewards": (real, ()),
+        "next_states": (byte, (MAX_LEN + 1, *FRAME)),
+        "next_lengths": (whole, ()),
+        "discounts": (real, ()),
+        "true_frames": (byte, FRAME),
+        "positions": (whole, ()),
+        "terminals": (torch.bool, ()),
+        "ids": (whole, ()),
+        "weights": (real, ()),
+    }
 
 
 def test_one_and_batch_and_every_kind_of_array_are_the_same() -> None:
@@ -115,13 +89,13 @@ def test_a_frame_is_stored_once_and_lives_as_long_as_it_is_used() -> None:
     assert (replay.stats["frames"], replay.stats["clips"]) == (5, 0)
     assert (replay.sample(4).true_frames == 9).all()
     for _ in range(2):
-        replay.add(state=frames(1, 1), action=frames(1, 2)[0], reward=0.0, true_frame=frames(1, 3)[0], position=1)
+        replay.add(**row(1))
     assert replay.stats["frames"] == 6
     unused = replay.put_clip(frames(7, 1))
     unused.release()
     unused.release()
     assert replay.stats["frames"] == 6
-    assert replay._native.consistent()
+    assert replay.is_consistent()
 
 
 def test_memory_is_bounded() -> None:
@@ -134,15 +108,15 @@ def test_memory_is_bounded() -> None:
     assert unbounded.bytes_used > 50 * 2 * frame_bytes
     clip = replay.put_clip(frames(18, 0))
     with pytest.raises(ValueError, match="release clips or raise max_bytes"):
-        replay.add(state=frames(1, 0), action=frames(1, 0)[0], reward=0, true_frame=frames(1, 0)[0], position=0)
+        replay.add(**row(0))
     clip.release()
-    replay.add(state=frames(1, 0), action=frames(1, 0)[0], reward=0, true_frame=frames(1, 0)[0], position=0)
+    replay.add(**row(0))
 
 
 def test_new_transitions_get_the_largest_priority_so_far() -> None:
     replay = filled(capacity=8, count=4, alpha=1.0, beta=1.0)
     replay.update_priorities([0, 1, 2, 3], [4.0, 2.0, 2.0, 2.0])
-    new = replay.add(state=frames(1, 4), action=frames(1, 4)[0], reward=4, true_frame=frames(1, 4)[0], position=4)
+    new = replay.add(**row(4))
     weight = dict(zip(*(column.tolist() for column in replay.sample(512)[-2:]), strict=True))
     assert weight == {0: 0.5, 1: 1.0, 2: 1.0, 3: 1.0, new: 0.5}
 
@@ -172,10 +146,8 @@ def test_state_dict_continues_with_the_same_samples(tmp_path: Path) -> None:
         priorities = torch.rand(7, generator=torch.Generator().manual_seed(step))
         for buffer in (replay, other):
             buffer.update_priorities(ours.ids, priorities)
-            buffer.add(
-                state=frames(2, step), action=frames(1, 1)[0], reward=step, true_frame=frames(1, 2)[0], position=2
-            )
-    assert other._native.consistent()
+            buffer.add(**row(step, 2))
+    assert other.is_consistent()
 
 
 def test_a_clip_from_before_a_load_is_refused() -> None:
@@ -184,10 +156,10 @@ def test_a_clip_from_before_a_load_is_refused() -> None:
     replay.load_state_dict(replay.state_dict())
     new = replay.put_clip(frames(2, 1))
     with pytest.raises(ValueError, match="clip that the buffer holds"):
-        replay.add(**{**GOOD, "state": (old, 0, 1)})
+        replay.add(**row(1, 2, state=(old, 0, 1)))
     old.release()
-    replay.add(**{**GOOD, "state": (new, 0, 1)})
-    assert replay._native.consistent()
+    replay.add(**row(1, 2, state=(new, 0, 1)))
+    assert replay.is_consistent()
 
 
 SPOILS: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -237,7 +209,6 @@ def test_a_broken_file_is_refused(tmp_path: Path) -> None:
     assert len(replay) == 8
 
 
-GOOD = {"state": frames(2, 1), "action": frames(1, 1)[0], "reward": 1.0, "true_frame": frames(1, 1)[0], "position": 2}
 BAD_ADDS: dict[str, dict[str, Any]] = {
     "state must be uint8": {"state": frames(2, 1).astype(np.float32)},
     r"state must be uint8 \(n, 4, 6, 3\), got uint8 \(2, 4, 6, 1\)": {"state": frames(2, 1)[..., :1]},
@@ -259,24 +230,19 @@ BAD_ADDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("message", BAD_ADDS)
 def test_a_bad_transition_is_refused_and_changes_nothing(message: str) -> None:
     replay = filled()
-    before = replay.stats
+    stats = replay.stats
     with pytest.raises(ValueError, match=message):
-        replay.add(**{**GOOD, **BAD_ADDS[message]})
-    assert replay.stats == before
+        replay.add(**row(1, 2, **BAD_ADDS[message]))
+    assert replay.stats == stats
 
 
-def test_a_batch_is_added_whole_or_not_at_all() -> None:
+def test_a_batch_is_added_completely_or_not_at_all() -> None:
     replay = filled()
-    before = replay.stats
+    stats = replay.stats
     with pytest.raises(ValueError, match="reward must be finite"):
-        replay.add(
-            state=[frames(2, 1)] * 2,
-            action=frames(2, 1),
-            reward=[1.0, float("inf")],
-            true_frame=frames(2, 1),
-            position=2,
-        )
-    assert replay.stats == before
+        rows = {"action": frames(2, 1), "true_frame": frames(2, 1), "reward": [1.0, float("inf")]}
+        replay.add(state=[frames(2, 1)] * 2, position=2, **rows)
+    assert replay.stats == stats
 
 
 def test_bad_clip_references_are_refused() -> None:
@@ -288,16 +254,16 @@ def test_bad_clip_references_are_refused() -> None:
         replay.put_clip(frames(0, 1))
     for state in ((clip, 2, 3), (clip, -1, 2), (clip, 0, 0), (clip, 2**62, 2), (clip, 0, -(2**62))):
         with pytest.raises(IndexError, match="state"):
-            replay.add(**{**GOOD, "state": state})
+            replay.add(**row(1, 2, state=state))
     for frame in ((clip, 4), (clip, -1)):
         with pytest.raises(IndexError, match="true_frame"):
-            replay.add(**{**GOOD, "true_frame": frame})
+            replay.add(**row(1, 2, true_frame=frame))
     for bad in ((foreign, 0, 2), (clip, 0), (clip, 0, 1.5)):
         with pytest.raises(ValueError, match="replay"):
-            replay.add(**{**GOOD, "state": bad})
+            replay.add(**row(1, 2, state=bad))
     clip.release()
     with pytest.raises(ValueError, match="clip that the buffer holds"):
-        replay.add(**{**GOOD, "state": (clip, 0, 2)})
+        replay.add(**row(1, 2, state=(clip, 0, 2)))
     assert replay.stats["added"] == 12
 
 
@@ -334,28 +300,24 @@ def test_sampling_that_cannot_be_is_refused() -> None:
     assert set(replay.sample(16).ids.tolist()) == {7}
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"capacity": 0},
-        {"capacity": -1},
-        {"capacity": 2**40},
-        {"frame_shape": (4, 0, 3)},
-        {"frame_shape": (2**30, 2**30, 3)},
-        {"max_len": 0},
-        {"alpha": -0.1},
-        {"alpha": float("nan")},
-        {"beta": 1.1},
-        {"seed": -1},
-        {"max_bytes": 10},
-    ],
-)
+BAD_SETTINGS: list[dict[str, Any]] = [
+    *({"capacity": bad} for bad in (0, -1, 2**40)),
+    *({"frame_shape": bad} for bad in ((4, 0, 3), (2**30, 2**30, 3))),
+    *({"alpha": bad} for bad in (-0.1, float("nan"))),
+    {"max_len": 0},
+    {"beta": 1.1},
+    {"seed": -1},
+    {"max_bytes": 10},
+]
+
+
+@pytest.mark.parametrize("options", BAD_SETTINGS, ids=str)
 def test_bad_settings_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="replay: "):
         PrioritizedReplay(**{"capacity": 4, "frame_shape": FRAME, "max_len": 3, **options})
 
 
-def test_threads_see_whole_rows() -> None:
+def test_threads_see_rows_of_one_transition() -> None:
     replay = filled(capacity=16, count=1)
     wrong: list[int] = []
     done = threading.Event()
@@ -364,12 +326,13 @@ def test_threads_see_whole_rows() -> None:
         rounds = 0
         while rounds < 200 or not done.is_set():
             batch = replay.sample(16)
-            value = batch.positions.to(torch.uint8)
-            row = value.view(-1, 1, 1, 1)
+            values = batch.positions.to(torch.uint8).view(-1, 1, 1, 1)
             inside = torch.arange(MAX_LEN)[None] < batch.lengths[:, None]
-            states_are_right = batch.states == row[:, None] * inside[:, :, None, None, None]
-            whole = (batch.actions == row).all() and (batch.true_frames == row).all() and states_are_right.all()
-            if not whole or not torch.equal(batch.rewards, batch.positions.float()):
+            states_are_right = batch.states == values[:, None] * inside[:, :, None, None, None]
+            frames_are_right = (batch.actions == values).all() and (batch.true_frames == values).all()
+            if not (
+                frames_are_right and states_are_right.all() and torch.equal(batch.rewards, batch.positions.float())
+            ):
                 wrong.append(rounds)
             replay.update_priorities(batch.ids, batch.weights + 0.5)
             rounds += 1
@@ -380,12 +343,10 @@ def test_threads_see_whole_rows() -> None:
     for k in range(2000):
         value = k % 256
         clip = replay.put_clip(frames(3, value))
-        replay.add(
-            state=(clip, 0, 1 + k % 3), action=(clip, 0), reward=value, true_frame=frames(1, value)[0], position=value
-        )
+        replay.add(**row(value, state=(clip, 0, 1 + k % 3), action=(clip, 0)))
     done.set()
     for thread in watchers:
         thread.join()
     assert not wrong
-    assert replay._native.consistent()
+    assert replay.is_consistent()
     assert (len(replay), replay.stats["clips"], replay.stats["added"]) == (16, 1, 2001)
