@@ -210,7 +210,7 @@ def thread_rows(case: str, peer: Ours, rounds: int, repeats: int = 15, seconds: 
 
     def hashing(count: int) -> None:
         for _ in range(count):
-            hashlib.sha256(hashed)
+            hashlib.sha256(hashed.data)
 
     def rate(work: Callable[[int], None], threads: int, count: int) -> float:
         began = time.perf_counter()

@@ -143,7 +143,7 @@ class PrioritizedReplay:
         )
 
     def __len__(self) -> int:
-        return self._native.stats()["size"]
+        return int(self._native.stats()["size"])
 
     @property
     def alpha(self) -> float:

@@ -61,7 +61,7 @@ def _digest(numbers: str, tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256(numbers.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.numpy().reshape(-1).view(np.uint8))
+        digest.update(tensor.numpy().reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
