@@ -296,10 +296,10 @@ class PrioritizedReplay:
 
     def _many(self, value: Any, name: str, parts: int, count: int) -> Any:
         """Return n frames or states as the core takes them: an array, a clip's key with columns, or a list."""
-        if isinstance(value, tuple) and value and isinstance(value[0], Clip):
-            return (self._key(value, name, parts), *[as_column(name, part, I64, count) for part in value[1:]])
         if isinstance(value, (np.ndarray, torch.Tensor)):
             return as_array(value)
+        if isinstance(value, tuple) and value and isinstance(value[0], Clip):
+            return (self._key(value, name, parts), *[as_column(name, part, I64, count) for part in value[1:]])
         return [self._reference(row, name, parts) for row in value]
 
     def _reference(self, value: Any, name: str, parts: int) -> Any:
