@@ -1,5 +1,5 @@
-// Converts numpy arrays to pointers of a type and shape, or throws an error that names the array; and the core's arrays to
-// numpy's.
+// Converts numpy arrays to pointers of a type and shape, or throws an error that names the array; and the core's arrays
+// to numpy's.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -54,7 +54,8 @@ Array<T> as_array(const py::handle& value, const char* name, const Shape& shape)
     got = py::str(array.dtype()).cast<std::string>() + " " + describe({array.shape(), array.shape() + array.ndim()});
   }
   throw py::value_error("replay: " + std::string(name) + " must be " +
-                        py::str(py::dtype::of<T>()).template cast<std::string>() + " " + describe(shape) + ", got " + got);
+                        py::str(py::dtype::of<T>()).template cast<std::string>() + " " + describe(shape) + ", got " +
+                        got);
 }
 
 // Returns the memory of the caller's own array, never of a copy.

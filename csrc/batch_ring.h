@@ -1,4 +1,4 @@
-// Reuses the memory of samples: a few batches of tensors, each free as soon as nothing outside refers to any part of it.
+// Reuses the memory of samples: a few batches of tensors, each free once nothing outside refers to any part of it.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,4 +1,4 @@
-// The fused gates and the memory pool in rlv2v._native: addresses are integers, 0 for null; the core checks sizes and nulls.
+// The fused gates and the memory pool in rlv2v._native: addresses are integers, 0 for null, which the core checks.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -18,22 +18,24 @@ namespace {
 using Address = std::uintptr_t;
 
 template <class T>
-T* pointer(Address address) {
+T* ptr(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
 void forward(int dtype, std::int64_t rows, std::int64_t length, Address a, Address a_h, Address c_prev, Address h,
              Address c, Address gates, int num_threads) {
-  rlv2v::gates_forward({static_cast<rlv2v::GatesType>(dtype), rows, length, pointer<const void>(a), pointer<const void>(a_h),
-                        pointer<const float>(c_prev), pointer<void>(h), pointer<float>(c), pointer<void>(gates), num_threads});
+  rlv2v::gates_forward({static_cast<rlv2v::GatesType>(dtype), rows, length, ptr<const void>(a),
+                        ptr<const void>(a_h), ptr<const float>(c_prev), ptr<void>(h), ptr<float>(c),
+                        ptr<void>(gates), num_threads});
 }
 
 void backward(int dtype, bool activated, std::int64_t rows, std::int64_t length, Address dh1, Address dh2,
               Address dc_out, Address carry_in, Address gates, Address c, Address c_prev, Address da, Address carry_out,
               int num_threads) {
-  rlv2v::gates_backward({static_cast<rlv2v::GatesType>(dtype), activated, rows, length, pointer<const void>(dh1),
-                         pointer<const void>(dh2), pointer<const float>(dc_out), pointer<const float>(carry_in), pointer<const void>(gates),
-                         pointer<const float>(c), pointer<const float>(c_prev), pointer<void>(da), pointer<float>(carry_out), num_threads});
+  rlv2v::gates_backward({static_cast<rlv2v::GatesType>(dtype), activated, rows, length, ptr<const void>(dh1),
+                         ptr<const void>(dh2), ptr<const float>(dc_out), ptr<const float>(carry_in),
+                         ptr<const void>(gates), ptr<const float>(c), ptr<const float>(c_prev),
+                         ptr<void>(da), ptr<float>(carry_out), num_threads});
 }
 
 // The pool is never destroyed: blocks may be dropped while the interpreter ends.

@@ -1,5 +1,6 @@
-// rlv2v._native. Only the files of csrc/ itself, and no folder of it, know Python: they turn arrays into pointers and check
-// type and shape. The core checks what the numbers mean. It runs without the interpreter lock and never asks for it.
+// rlv2v._native. Only the files of csrc/ itself, and no folder of it, know Python: they turn arrays into pointers and
+// check type and shape. The core checks what the numbers mean. It runs without the interpreter lock and never asks for
+// it.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -55,8 +56,8 @@ class PyBuffer {
     return buffer_.put_clip(array.data(), static_cast<std::size_t>(array.shape(0)));
   }
 
-  // states, actions, true_frames: one array for all rows, a list of n single ones, or (clip, starts (n), lengths (n)), of
-  // single frames (clip, indices (n)).
+  // states, actions, true_frames: one array for all rows, a list of n single ones, or (clip, starts (n), lengths (n)),
+  // of single frames (clip, indices (n)).
   std::uint64_t add(const py::object& states, const py::object& actions, const py::object& rewards,
                     const py::object& true_frames, const py::object& positions, const py::object& terminals,
                     const py::object& ends) {
@@ -115,7 +116,7 @@ class PyBuffer {
 
   // ids: an array, or a tensor of ids that sample returned.
   std::size_t update_priorities(const py::object& ids, const py::object& priorities) {
-    if (const Batch* batch = ring_.find_ids(ids)) return update(batch->out.ids, batch->rows, priorities);  // the usual case
+    if (const Batch* batch = ring_.find_ids(ids)) return update(batch->out.ids, batch->rows, priorities);
     const auto array = as_array<std::int64_t>(to_ids_(ids), "ids", {-1});
     return update(array.data(), static_cast<std::size_t>(array.size()), priorities);
   }
@@ -141,7 +142,8 @@ class PyBuffer {
 
   void load(const py::dict& state) {
     Contents contents;
-    const auto frames = as_array<std::uint8_t>(state["frames"], "frames", frames_shape(-1));  // any byte of them will do
+    // Frames are not copied: no byte of them needs a check.
+    const auto frames = as_array<std::uint8_t>(state["frames"], "frames", frames_shape(-1));
     contents.frames = {frames.data(), static_cast<std::size_t>(frames.size())};
     contents.table = copy_array<std::int32_t>(state["table"], "table", {-1, table_width()});
     contents.for_columns([&](const char* name, auto& column) {
@@ -235,8 +237,9 @@ class PyBuffer {
 
   static Window clip_window(std::uint64_t clip, std::int64_t start, std::int64_t length, const char* name) {
     if (start < 0 || length < 1) {
-      throw py::index_error("replay: " + std::string(name) + " must start at a frame >= 0 and have at least 1, got start " +
-                            std::to_string(start) + ", " + std::to_string(length) + " frames");
+      throw py::index_error("replay: " + std::string(name) +
+                            " must start at a frame >= 0 and have at least 1, got start " + std::to_string(start) +
+                            ", " + std::to_string(length) + " frames");
     }
     return {clip, static_cast<std::size_t>(start), static_cast<std::size_t>(length), nullptr};
   }
@@ -261,8 +264,8 @@ class PyBuffer {
 
 void bind_replay(py::module_& m) {
   py::class_<PyBuffer>(m, "ReplayBuffer")
-      .def(py::init<std::size_t, Shape, std::size_t, double, double, bool, std::uint64_t, std::size_t, std::size_t, double,
-                    const std::string&, std::size_t, py::object, py::object, py::object>(),
+      .def(py::init<std::size_t, Shape, std::size_t, double, double, bool, std::uint64_t, std::size_t, std::size_t,
+                    double, const std::string&, std::size_t, py::object, py::object, py::object>(),
            "capacity"_a, "frame_shape"_a, "max_len"_a, "alpha"_a, "beta"_a, "stratified"_a, "seed"_a, "max_bytes"_a,
            "n_step"_a, "gamma"_a, "path"_a, "ring"_a, "make_batch"_a, "count_users"_a, "to_ids"_a)
       .def("put_clip", &PyBuffer::put_clip)

@@ -1,5 +1,5 @@
-// The convolution of both passes of the persistent ConvLSTM: a CTA's slice of the weight stays in shared memory, tiles of
-// the state are staged next to it, and the tensor cores multiply.
+// The convolution of both passes of the persistent ConvLSTM: a CTA's slice of the weight stays in shared memory, tiles
+// of the state are staged next to it, and the tensor cores multiply.
 //
 // Of the 16 input channels of a segment, lane l holds the four from 4 (l % 4) on, where the PTX ISA's fragment layout
 // says 2q, 2q+1, 2q+8, 2q+9 with q = l % 4: a sum has no order, so weight and state need only agree, and a lane's share
@@ -20,7 +20,7 @@ struct GridPosition {
         cta(device::block() % geo.ctas), warp(device::thread() / 32), lane(device::thread() % 32) {}
 };
 
-// Each warp has kRows tiles of 16 pixels by kColumns tiles of 8 columns; kAcross warps are neighbours, the others below.
+// Each warp has kRows tiles of 16 pixels by kColumns tiles of 8 columns; kAcross warps share the same pixels.
 template <class D, int kRows, int kColumns, int kAcross>
 class Convolution {
  public:
@@ -63,7 +63,8 @@ class Convolution {
     RLV2V_UNROLL for (int m = 0; m < kRows; ++m) {
       RLV2V_UNROLL for (int half = 0; half < 2; ++half) {
         const int packed = rows_[m][half];
-        const int in_frame = pixel(corner.image + (packed >> 8 & 255), corner.row + (packed >> 16), corner.column + (packed & 255));
+        const int in_frame =
+            pixel(corner.image + (packed >> 8 & 255), corner.row + (packed >> 16), corner.column + (packed & 255));
         pixels[m][half] = channels > 0 ? in_frame : -1;
       }
     }
@@ -138,7 +139,8 @@ class Convolution {
       const int from = pixel(corner.image + image, corner.row + row - halo, corner.column + column - halo);
       const bool inside = from >= 0 && first + channel < inputs_;
       const std::uint16_t* source = inside ? frame + from * inputs_ + first + channel : frame;
-      char* const target = to + (patch_pixel * geo_.chunk + (channel / 16 ^ rotation(patch_pixel))) * 32 + channel % 16 * 2;
+      char* const target =
+          to + (patch_pixel * geo_.chunk + (channel / 16 ^ rotation(patch_pixel))) * 32 + channel % 16 * 2;
       if (wide) {
         device::copy_async(target, source, inside);
       } else {
@@ -160,7 +162,8 @@ class Convolution {
           RLV2V_UNROLL for (int m = 0; m < kRows; ++m) {
             RLV2V_UNROLL for (int half = 0; half < 2; ++half) {
               const int patch_pixel = patch_[m][half] + shift;
-              const auto words = device::load<device::Words2>(from + (patch_pixel * geo_.chunk + (segment ^ rotation(patch_pixel))) * 32);
+              const auto words = device::load<device::Words2>(
+                  from + (patch_pixel * geo_.chunk + (segment ^ rotation(patch_pixel))) * 32);
               state[m][half] = words.x;
               state[m][half + 2] = words.y;
             }

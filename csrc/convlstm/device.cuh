@@ -81,8 +81,8 @@ RLV2V_DEVICE void copy_async(void* to, const void* from, bool valid) {
 // Waits until all of this thread's copies are done.
 RLV2V_DEVICE void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Two halves of a barrier between CTAs, called by one thread of each: the CTAs that waited see what those that arrived had
-// written. The fence also covers what other threads of the CTA wrote before its last sync_threads.
+// Two halves of a barrier between CTAs, called by one thread of each: the CTAs that waited see what those that arrived
+// had written. The fence also covers what other threads of the CTA wrote before its last sync_threads.
 RLV2V_DEVICE void arrive(std::uint32_t* counter) {
   asm volatile("fence.acq_rel.gpu;" ::: "memory");
   asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");

@@ -1,5 +1,5 @@
-// Compiled with -mavx512f -mavx512bw -mavx512dq -mavx512vl, and once more by gates_avx512_bf16.cpp with -mavx512bf16, by
-// which rounding to bf16 is one instruction.
+// Compiled with -mavx512f -mavx512bw -mavx512dq -mavx512vl, and once more by gates_avx512_bf16.cpp with -mavx512bf16,
+// by which rounding to bf16 is one instruction.
 #include <immintrin.h>
 
 #include "convlstm/gates_body.h"
@@ -23,7 +23,7 @@ struct Vec512 {
   static Real set(float value) { return _mm512_set1_ps(value); }
   static Real fma(Real a, Real b, Real c) { return _mm512_fmadd_ps(a, b, c); }
   static Real fnmadd(Real a, Real b, Real c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
-  // Splits x scale into n + f, at max `max`; for -inf, s and f are 0. Of two operands min returns the second if one is
+  // Splits x scale into n + f, at most `max`; for -inf, s and f are 0. Of two operands min returns the second if one is
   // NaN.
   static Exp2Parts<Real> exp2_parts(Real x, float scale, float max) {
     const Real y = _mm512_min_ps(set(max), x * set(scale));
@@ -79,8 +79,9 @@ struct Vec512 {
 #endif
 };
 
-// Packs several rows of at max 8 elements into one vector. Their gates fill up to four vectors in memory: lane k of gate
-// n is element from[n][k] of those, and element k of vector v of those is lane to[v][k], counted on from gate to gate.
+// Packs several rows of at most 8 elements into one vector. Their gates fill up to four vectors in memory: lane k of
+// gate n is element from[n][k] of those, and element k of vector v of those is lane to[v][k], counted on from gate to
+// gate.
 struct Vec512::PackedRows {
   explicit PackedRows(std::size_t row_length) : lanes(0), length(row_length) {
     alignas(64) std::int32_t all_from[4][kWidth] = {};

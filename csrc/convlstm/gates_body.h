@@ -1,6 +1,6 @@
-// The loops of gates.h over explicit vectors. The source of each instruction set includes this once, is compiled with its
-// flags and brings a struct V of what differs. Everything is in an unnamed namespace: code of one set must not be linked
-// into another.
+// The loops of gates.h over explicit vectors. The source of each instruction set includes this once, is compiled with
+// its flags and brings a struct V of what differs. Everything is in an unnamed namespace: code of one set must not be
+// linked into another.
 //
 //   2^f - 1 = f q(f) for f in [-1/2, 1/2], q a minimax polynomial;  s = 2^n, made in the exponent's bits
 //   sigmoid(x) = 1 / (1 + s 2^f),                          n + f = -x / ln 2,  relative error of 2^f 9e-8

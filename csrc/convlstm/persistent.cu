@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "convlstm/persistent_kernel.cuh"
 
@@ -33,18 +34,22 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
+}  // namespace
+
 template <class Pass>
-void run(const ConvLstmShape& shape, bool backward, Half16 dtype, int device, Pass pass, cudaStream_t stream) {
+void run_persistent(const ConvLstmShape& shape, Half16 dtype, int device, Pass pass, void* stream) {
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
   check(cudaSetDevice(device), "choosing device " + std::to_string(device));
   const DeviceLimits limits{attribute(cudaDevAttrMultiProcessorCount, device),
                             attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
   PersistentPlan plan{};
-  if (const std::string reason = plan_persistent(shape, backward, limits, plan); !reason.empty()) {
+  constexpr bool kBackward = std::is_same_v<Pass, PersistentBackward>;
+  if (const std::string reason = plan_persistent(shape, kBackward, limits, plan); !reason.empty()) {
     throw std::invalid_argument("persistent: " + reason);
   }
   pass.geometry = persistent_geometry(shape, plan);
-  const void* kernel =
-      dtype == Half16::kFloat16 ? kernel_of<device::Half, Pass>(plan.slice) : kernel_of<device::Bfloat, Pass>(plan.slice);
+  const void* kernel = dtype == Half16::kFloat16 ? kernel_of<device::Half, Pass>(plan.slice)
+                                                 : kernel_of<device::Bfloat, Pass>(plan.slice);
   const std::string action = "launching " + std::to_string(plan.blocks) + " CTAs with " +
                            std::to_string(plan.shared_bytes) + " bytes of shared memory each on device " +
                            std::to_string(device);
@@ -53,21 +58,14 @@ void run(const ConvLstmShape& shape, bool backward, Half16 dtype, int device, Pa
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
         action);
   const std::size_t counters = sizeof(std::uint32_t) * kCounterStride * static_cast<std::size_t>(shape.groups);
-  check(cudaMemsetAsync(pass.counters, 0, counters, stream), action);
+  check(cudaMemsetAsync(pass.counters, 0, counters, cuda_stream), action);
   void* arguments[] = {&pass};
   check(cudaLaunchCooperativeKernel(kernel, dim3(static_cast<unsigned>(plan.blocks)), dim3(kPersistentThreads),
-                                    arguments, static_cast<std::size_t>(plan.shared_bytes), stream),
+                                    arguments, static_cast<std::size_t>(plan.shared_bytes), cuda_stream),
         action);
 }
 
-}  // namespace
-
-void run_persistent(const ConvLstmShape& shape, Half16 dtype, int device, PersistentForward pass, void* stream) {
-  run(shape, false, dtype, device, pass, static_cast<cudaStream_t>(stream));
-}
-
-void run_persistent(const ConvLstmShape& shape, Half16 dtype, int device, PersistentBackward pass, void* stream) {
-  run(shape, true, dtype, device, pass, static_cast<cudaStream_t>(stream));
-}
+template void run_persistent(const ConvLstmShape&, Half16, int, PersistentForward, void*);
+template void run_persistent(const ConvLstmShape&, Half16, int, PersistentBackward, void*);
 
 }  // namespace rlv2v

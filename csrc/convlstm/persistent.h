@@ -80,9 +80,10 @@ std::string plan_persistent(const ConvLstmShape& shape, bool backward, const Dev
                             PersistentPlan& plan);
 PersistentGeometry persistent_geometry(const ConvLstmShape& shape, const PersistentPlan& plan);
 
-// Both enqueue a pass on the stream (a cudaStream_t) and fill in its geometry. They throw std::invalid_argument if the shape
-// does not fit the device, std::runtime_error if CUDA reports an error. A build without CUDA has no such functions.
-void run_persistent(const ConvLstmShape& shape, Half16 dtype, int device, PersistentForward pass, void* stream);
-void run_persistent(const ConvLstmShape& shape, Half16 dtype, int device, PersistentBackward pass, void* stream);
+// Enqueues a pass, PersistentForward or PersistentBackward, on the stream (a cudaStream_t) and fills in its geometry.
+// Throws std::invalid_argument if the shape does not fit the device, std::runtime_error if CUDA reports an error. A
+// build without CUDA has no such function.
+template <class Pass>
+void run_persistent(const ConvLstmShape& shape, Half16 dtype, int device, Pass pass, void* stream);
 
 }  // namespace rlv2v

@@ -1,7 +1,8 @@
-// What one CTA does in each pass of the persistent ConvLSTM; layouts in persistent.h, formulas in kernels/persistent.py.
+// What one CTA does in each pass of the persistent ConvLSTM; layouts in persistent.h, formulas in
+// kernels/persistent.py.
 //
-// What a step needs from its own CTA only (pre-activations, cells, gates, carry) is loaded before the barrier, so the wait
-// hides it. A thread owns the same pixels and channels at every step, so c and the carry of dc need no barrier.
+// What a step needs from its own CTA only (pre-activations, cells, gates, carry) is loaded before the barrier, so the
+// wait hides it. A thread owns the same pixels and channels at every step, so c and the carry of dc need no barrier.
 #pragma once
 
 #include "convlstm/convolution.cuh"
@@ -85,7 +86,8 @@ RLV2V_DEVICE void for_weights(const std::uint16_t* run, int elements, int taps, 
 }
 
 template <class Conv>
-RLV2V_DEVICE void load_forward_weight(const PersistentForward& pass, const GridPosition& position, int slice, const Conv& conv) {
+RLV2V_DEVICE void load_forward_weight(const PersistentForward& pass, const GridPosition& position, int slice,
+                                      const Conv& conv) {
   const int channels = pass.geometry.channels;
   const int taps = pass.geometry.kernel * pass.geometry.kernel;
   for (int row = position.warp; row < 4 * slice; row += kPersistentThreads / 32) {

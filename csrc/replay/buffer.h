@@ -1,15 +1,16 @@
 // Prioritised replay of video transitions (state, action, reward, next state, true frame, position, terminal, end).
 //
-//   P(i) = p_i^alpha / sum_j p_j^alpha;   weight_i = (N P(i))^-beta / max_j (N P(j))^-beta = (min_j p_j / p_i)^(alpha beta)
+//   P(i) = p_i^alpha / sum_j p_j^alpha;   weight_i = (N P(i))^-beta / max_j (N P(j))^-beta = (min_j p_j / p_i)^(alpha
+//   beta)
 // Source: Schaul et al. 2016, arXiv:1511.05952, eq. 1 and section 3.4, algorithm 1: a new transition gets the largest
 // priority so far, at first 1. A transition holds references to frames, so overlapping states share their memory.
 // Ids count up from 0 and live in slot id % capacity; those stored are always oldest_id <= id < next_id.
 //
 //   n steps: r = sum_{k<m} gamma^k r_{i+k}, s' and terminal of transition i+m-1, discount gamma^m
-// Source: Sutton 1988, doi:10.1007/BF00115009. m <= n, less if a terminal, an episode's end or the newest id comes first.
-// Every public method locks: samplers share, writers exclude. In a forked child it throws std::runtime_error. A user's
-// mistake throws std::invalid_argument or std::out_of_range, a full memory or disk std::bad_alloc or std::system_error, with
-// nothing changed.
+// Source: Sutton 1988, doi:10.1007/BF00115009. m <= n, less if a terminal, an episode's end or the newest id comes
+// first. Every public method locks: samplers share, writers exclude. In a forked child it throws std::runtime_error. A
+// user's mistake throws std::invalid_argument or std::out_of_range, a full memory or disk std::bad_alloc or
+// std::system_error, with nothing changed.
 #pragma once
 
 #include <atomic>
@@ -161,8 +162,9 @@ class Buffer {
 
   // Adds all or none; returns the first id, the others follow. Evicts the oldest as capacity and memory require.
   std::uint64_t add(const std::vector<Transition>& batch);
-  // may_share: if every state in the buffer is full and n_step is 1, leaves out.states and out.actions alone and returns
-  // true: they are the first L frames of the next states and the frame after those. Half the memory traffic for video.
+  // may_share: if every state in the buffer is full and n_step is 1, leaves out.states and out.actions alone and
+  // returns true: they are the first L frames of the next states and the frame after those. Half the memory traffic for
+  // video.
   bool sample(std::size_t n, const SampleOut& out, bool may_share = false);
   // Returns how many ids were stale (evicted since), and so ignored. The last of a repeated id counts.
   // Real: float or double.

@@ -21,7 +21,8 @@ void expect(bool condition, const std::string& message) {
 }
 
 void expect_size(const char* name, std::size_t got, std::size_t expected) {
-  expect(got == expected, std::string(name) + " must have " + std::to_string(expected) + " entries, got " + std::to_string(got));
+  expect(got == expected,
+         std::string(name) + " must have " + std::to_string(expected) + " entries, got " + std::to_string(got));
 }
 
 }  // namespace
@@ -84,7 +85,8 @@ void Buffer::check_contents(Contents& contents) const {
                                                       " frames fit in memory, got " + std::to_string(num_frames));
   expect(contents.oldest_id <= kMaxIds && contents.sampled <= kMaxIds && contents.stale <= kMaxIds,
          "counters must be in 0..2^62");
-  expect(std::isfinite(contents.max_priority) && contents.max_priority >= 1.0F, "max_priority must be finite, at least 1");
+  expect(std::isfinite(contents.max_priority) && contents.max_priority >= 1.0F,
+         "max_priority must be finite, at least 1");
   check_exponent("alpha", contents.alpha);
   check_exponent("beta", contents.beta);
   for (std::size_t k = 0; k < size; ++k) {  // no message is built before it is needed: there may be millions of rows
@@ -95,7 +97,8 @@ void Buffer::check_contents(Contents& contents) const {
     for (std::size_t j = 0; j < static_cast<std::size_t>(length) + 2; ++j) {
       const std::int32_t frame = contents.table[k * (config_.max_len + 2) + j];
       if (frame < 0 || static_cast<std::size_t>(frame) >= num_frames) {
-        refuse("table must refer to frames 0.." + std::to_string(num_frames) + " exclusive, got " + std::to_string(frame));
+        refuse("table must refer to frames 0.." + std::to_string(num_frames) + " exclusive, got " +
+               std::to_string(frame));
       }
     }
     if (!std::isfinite(contents.rewards[k])) refuse("rewards must be finite");

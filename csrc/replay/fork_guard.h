@@ -1,5 +1,5 @@
-// A buffer belongs to one process: in a forked child its lock may be held by a thread that was not forked, and its file is
-// shared with the parent.
+// A buffer belongs to one process: in a forked child its lock may be held by a thread that was not forked, and its file
+// is shared with the parent.
 #pragma once
 
 #include <pthread.h>

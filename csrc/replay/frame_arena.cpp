@@ -29,7 +29,8 @@ FrameArena::FrameArena(std::size_t frame_bytes, std::size_t max_frames, const st
 }
 
 std::size_t FrameArena::bytes_used() const noexcept {
-  return counts_.size() * frame_bytes_ + counts_.capacity() * sizeof(std::uint32_t) + free_.capacity() * sizeof(FrameId);
+  return counts_.size() * frame_bytes_ + counts_.capacity() * sizeof(std::uint32_t) +
+         free_.capacity() * sizeof(FrameId);
 }
 
 void FrameArena::reserve(std::size_t count) {

@@ -1,7 +1,7 @@
 // Frame arena: each uint8 frame is stored once and counted by its references; a frame without any is free for reuse.
 //
-// Memory grows in blocks of about 2 MiB, up to max_frames, and is kept for reuse: addresses never move. The frame that has
-// been free for longest is reused first, so the frames of a clip stay side by side, which makes reading them fast.
+// Memory grows in blocks of about 2 MiB, up to max_frames, and is kept for reuse: addresses never move. The frame that
+// has been free for longest is reused first, so the frames of a clip stay side by side, which makes reading them fast.
 #pragma once
 
 #include <cstddef>
@@ -34,8 +34,8 @@ inline void copy_bytes(std::uint8_t* to, const std::uint8_t* from, std::size_t b
 
 class FrameArena {
  public:
-  // frame_bytes: size of one frame, at least 1. max_frames: most frames alive at once. path: a scratch file to store them
-  // in, which must not exist; empty: memory.
+  // frame_bytes: size of one frame, at least 1. max_frames: most frames alive at once. path: a scratch file to store
+  // them in, which must not exist; empty: memory.
   FrameArena(std::size_t frame_bytes, std::size_t max_frames, const std::string& path);
 
   std::size_t frame_bytes() const noexcept { return frame_bytes_; }
@@ -55,8 +55,8 @@ class FrameArena {
   // Throws std::bad_alloc or std::system_error (a full disk), with nothing lost.
   void reserve(std::size_t count);
 
-  // Stores a copy of one frame with one reference; a large one goes past the caches, so fence() must follow before other
-  // threads read it. Precondition: num_ready() > 0.
+  // Stores a copy of one frame with one reference; a large one goes past the caches, so fence() must follow before
+  // other threads read it. Precondition: num_ready() > 0.
   FrameId store(const std::uint8_t* frame) noexcept {
     const FrameId id = free_[first_free_];
     first_free_ = ring_index(1);

@@ -1,8 +1,9 @@
-// The loops of kernels.h. The source of each instruction set includes this once, is compiled with its flags, and brings a
-// struct V: eight f64 (Doubles) with load, scan, total, above, ..., and kWidth, the number of f64 in a register.
+// The loops of kernels.h. The source of each instruction set includes this once, is compiled with its flags, and brings
+// a struct V: eight f64 (Doubles) with load, scan, total, above, ..., and kWidth, the number of f64 in a register.
 // Everything is in an unnamed namespace: code of one set must not be linked into another.
 //
-//   x^a = 2^(a log2 x);   log2 x = e + (2 / ln 2) artanh((m - 1) / (m + 1)), m in [sqrt(1/2), sqrt(2));   2^f by its series
+//   x^a = 2^(a log2 x);   log2 x = e + (2 / ln 2) artanh((m - 1) / (m + 1)), m in [sqrt(1/2), sqrt(2));   2^f by its
+//   series
 // Both series are cut below 1e-11 of their value, since the results are rounded to f32.
 #pragma once
 
@@ -125,7 +126,8 @@ void select_leaf(const float* leaves, const double* point, std::uint32_t* index,
 }
 
 template <class V>
-void sum_leaves(const float* leaves, const std::uint32_t* groups, std::size_t count, double* sums, std::uint32_t* min_keys) {
+void sum_leaves(const float* leaves, const std::uint32_t* groups, std::size_t count, double* sums,
+                std::uint32_t* min_keys) {
   for (std::size_t k = 0; k < count; ++k) {
     const float* group = leaves + std::size_t{groups[k]} * kLeafGroup;
     sums[groups[k]] = V::total(V::load(group + 8)) + V::total(V::load(group));
@@ -134,8 +136,8 @@ void sum_leaves(const float* leaves, const std::uint32_t* groups, std::size_t co
 }
 
 template <class V>
-void sum_nodes(const double* sums_below, const std::uint32_t* min_keys_below, const std::uint32_t* nodes, std::size_t count,
-               double* sums, std::uint32_t* min_keys) {
+void sum_nodes(const double* sums_below, const std::uint32_t* min_keys_below, const std::uint32_t* nodes,
+               std::size_t count, double* sums, std::uint32_t* min_keys) {
   for (std::size_t k = 0; k < count; ++k) {
     const std::size_t first = std::size_t{nodes[k]} * kFanout;
     sums[nodes[k]] = V::total(V::load(sums_below + first));

@@ -32,7 +32,9 @@ struct VecPortable {
     std::fill(x.lane, x.lane + 7, x.lane[7]);
     return x;
   }
-  static double sum_before(const Doubles& scan, std::uint32_t chosen) { return chosen > 0 ? scan.lane[chosen - 1] : 0.0; }
+  static double sum_before(const Doubles& scan, std::uint32_t chosen) {
+    return chosen > 0 ? scan.lane[chosen - 1] : 0.0;
+  }
   static std::uint32_t above(const Doubles& x, double bound) {
     std::uint64_t mask = 0;  // as wide as the lanes, so that compilers vectorise
     for (std::uint32_t k = 0; k < 8; ++k) mask |= x.lane[k] > bound ? std::uint64_t{1} << k : 0;

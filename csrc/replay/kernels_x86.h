@@ -27,8 +27,8 @@ struct VecX86 {
     };
     return highest_of(_mm256_max_epu32(keys(group), keys(group + 8)));
   }
-  // Prefetches two pages ahead, past the frame's end too, where a clip's next frame is: the CPU's own prefetch ends with
-  // a page. The distance was measured.
+  // Prefetches two pages ahead, past the frame's end too, where a clip's next frame is: the CPU's own prefetch ends
+  // with a page. The distance was measured.
   static void stream(std::uint8_t* to, std::uint8_t* also_to, const std::uint8_t* from, std::size_t bytes) {
     constexpr std::size_t kAhead = 8192;
     const auto copy = [=](auto two) {

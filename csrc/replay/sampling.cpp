@@ -37,8 +37,9 @@ void Buffer::draw(std::size_t n, std::uint64_t first_draw, bool shared, const Sa
   const auto low = static_cast<double>(store_.tree.min_positive());
   const std::size_t oldest_slot = slot(store_.oldest_id);
   const std::size_t bytes = config_.frame_bytes;
-  const bool streamed = n * (2 * config_.max_len + 3) * bytes >= kMinStreamed && bytes % 64 == 0 && aligned(out.states) &&
-                        aligned(out.next_states) && aligned(out.actions) && aligned(out.true_frames);
+  const bool streamed = n * (2 * config_.max_len + 3) * bytes >= kMinStreamed && bytes % 64 == 0 &&
+                        aligned(out.states) && aligned(out.next_states) && aligned(out.actions) &&
+                        aligned(out.true_frames);
   double points[kChunk];
   std::uint32_t slots[kChunk];
   float leaves[kChunk];
@@ -75,7 +76,8 @@ const Buffer::Row& Buffer::write_numbers(std::size_t k, std::size_t slot, std::u
   double reward = static_cast<double>(row.reward);
   double discount = config_.gamma;
   std::uint64_t next = id + 1;
-  for (std::size_t step = 1; step < config_.n_step && last->terminal == 0 && last->end == 0 && next < store_.next_id; ++step) {
+  for (std::size_t step = 1; step < config_.n_step && last->terminal == 0 && last->end == 0 && next < store_.next_id;
+       ++step) {
     slot = next_slot(slot);
     last = &store_.row(slot);
     reward += discount * static_cast<double>(last->reward);
@@ -108,7 +110,8 @@ void Buffer::write_frames(std::size_t k, const Row& row, const Row& last, CopyMo
   const FrameId* next_frames = last.frames();
   std::uint8_t* state = out.states + k * len * bytes;
   std::uint8_t* next_state = out.next_states + k * (len + 1) * bytes;
-  const bool together = mode.streamed && !mode.shared && &last == &row;  // each frame is read once, in the arena's order
+  const bool together =
+      mode.streamed && !mode.shared && &last == &row;  // each frame is read once, in the arena's order
   for (std::size_t j = 0; j < row.length && !mode.shared; ++j) {
     if (together) {
       run.stream(state + j * bytes, next_state + j * bytes, store_.arena.data(frames[2 + j]), bytes);

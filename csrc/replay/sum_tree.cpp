@@ -46,7 +46,8 @@ void SumTree::refresh() noexcept {
   for (std::size_t k = 0; k < count; ++k) {
     const std::uint32_t node = dirty_nodes_[k];
     for (std::uint32_t bits = dirty_groups_[node]; bits != 0; bits &= bits - 1) {
-      groups[num_groups++] = node * static_cast<std::uint32_t>(kFanout) + static_cast<std::uint32_t>(__builtin_ctz(bits));
+      groups[num_groups++] =
+          node * static_cast<std::uint32_t>(kFanout) + static_cast<std::uint32_t>(__builtin_ctz(bits));
     }
     dirty_groups_[node] = 0;
     if (num_groups >= kChunk || k + 1 == count) {
@@ -88,7 +89,8 @@ void SumTree::find(double* point, std::uint32_t* index, float* value, std::size_
   const Kernels& run = kernels();
   std::fill(index, index + count, 0U);
   for (std::size_t level = levels_.size() - 1; level-- > 1;) {
-    run.descend(levels_[level].sums.data(), levels_[level - 1].sums.data(), kFanout * sizeof(double), index, point, count);
+    run.descend(levels_[level].sums.data(), levels_[level - 1].sums.data(), kFanout * sizeof(double), index, point,
+                count);
   }
   run.descend(levels_[0].sums.data(), leaves_.data(), kLeafGroup * sizeof(float), index, point, count);
   run.select_leaf(leaves_.data(), point, index, value, count);

@@ -19,8 +19,8 @@ void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 }
 #endif
 
-// The scheduler and the tensor cores are not part of the kernel's memory: ThreadSanitizer must see neither races in them
-// nor an order by them.
+// The scheduler and the tensor cores are not part of the kernel's memory: ThreadSanitizer must see neither races in
+// them nor an order by them.
 #define RLV2V_UNSEEN __attribute__((no_sanitize("thread"), noinline))
 
 namespace rlv2v::device {
@@ -224,7 +224,8 @@ void check_aligned(const void* address, std::size_t bytes) {
 
 void sync_threads() {
   Block& own = own_block();
-  // A chain of read-modify-writes: what each thread did before it arrived comes before all that follows the last arrival.
+  // A chain of read-modify-writes: what each thread did before it arrived comes before all that follows the last
+  // arrival.
   if (__atomic_add_fetch(&own.arrived, 1, __ATOMIC_ACQ_REL) == grid->threads) {
     __atomic_store_n(&own.arrived, 0, __ATOMIC_RELAXED);
     __atomic_add_fetch(&own.generation, 1, __ATOMIC_RELEASE);

@@ -48,8 +48,8 @@ struct Format {
 
 constexpr Format kSingle{4, 23, 127}, kBfloat16{2, 7, 127}, kFloat16{2, 10, 15};
 
-// An array of NaN with guards around it, at an address that is a multiple of `alignment` and, without one, of nothing but
-// its element's size. An array of size 0 stands for null.
+// An array of NaN with guards around it, at an address that is a multiple of `alignment` and, without one, of nothing
+// but its element's size. An array of size 0 stands for null.
 class Array {
  public:
   Array(Format format, std::size_t size, std::size_t alignment = 0)

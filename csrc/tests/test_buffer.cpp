@@ -31,8 +31,13 @@ std::vector<std::uint8_t> frames(std::size_t count, std::uint64_t id) {
 
 void add_one(Buffer& buffer, std::uint64_t id) {
   const auto data = frames(kLen, id);
-  const Transition transition{{kNoClip, 0, 1 + id % kLen, data.data()}, {kNoClip, 0, 1, data.data()},
-                              {kNoClip, 0, 1, data.data()}, static_cast<float>(id), static_cast<std::int64_t>(id), false, false};
+  const Transition transition{{kNoClip, 0, 1 + id % kLen, data.data()},
+                              {kNoClip, 0, 1, data.data()},
+                              {kNoClip, 0, 1, data.data()},
+                              static_cast<float>(id),
+                              static_cast<std::int64_t>(id),
+                              false,
+                              false};
   CHECK(buffer.add({transition}) == id);
 }
 
@@ -176,7 +181,7 @@ void loading_restores_and_refuses() {
   };
   CHECK(refused([](auto& c) { c.table[0] = 1 << 20; }));
   CHECK(refused([](auto& c) { c.table[1] = -1; }));
-  CHECK(refused([](auto& c) { c.lengths[0] = 4; }));
+  CHECK(refused([](auto& c) { c.lengths[2] = 4; }));  // of a full state: all it refers to is in the table
   CHECK(refused([](auto& c) { c.lengths = rlv2v::PageArray<std::int64_t>(6); }));
   CHECK(refused([](auto& c) { c.frames = rlv2v::PageArray<std::uint8_t>(c.frames.size() - 1); }));
   CHECK(refused([](auto& c) { c.priorities[0] = -1.0F; }));
@@ -206,7 +211,8 @@ void the_arena_grows_around_what_it_holds() {
     }
     CHECK(arena.num_alive() == held.size());
     for (const auto& one : held) {
-      CHECK(arena.references(one.first) == 1 && arena.data(one.first)[0] == one.second && arena.data(one.first)[kFrame - 1] == one.second);
+      CHECK(arena.references(one.first) == 1 && arena.data(one.first)[0] == one.second &&
+            arena.data(one.first)[kFrame - 1] == one.second);
     }
   }
   CHECK(arena.num_ids() > 4);

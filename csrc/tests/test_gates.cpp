@@ -1,5 +1,5 @@
-// Tests every instruction set of this CPU against the formulas in f64, on the same quantised inputs. Limits follow from the
-// type: kMaths for sigmoid and tanh, a few roundings of f32, and one rounding to the stored type.
+// Tests every instruction set of this CPU against the formulas in f64, on the same quantised inputs. Limits follow from
+// the type: kMaths for sigmoid and tanh, a few roundings of f32, and one rounding to the stored type.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -113,8 +113,12 @@ struct Backward {
   }
 
   GatesBackward step(unsigned present = 63U, int num_threads = 1) {
-    const auto if_present = [present](unsigned bit, Array& array) { return (present & bit) != 0 ? array.data() : nullptr; };
-    const auto floats = [if_present](unsigned bit, Array& array) { return static_cast<float*>(if_present(bit, array)); };
+    const auto if_present = [present](unsigned bit, Array& array) {
+      return (present & bit) != 0 ? array.data() : nullptr;
+    };
+    const auto floats = [if_present](unsigned bit, Array& array) {
+      return static_cast<float*>(if_present(bit, array));
+    };
     return {type, activated, static_cast<std::int64_t>(shape.rows), static_cast<std::int64_t>(shape.length),
             if_present(1, dh1), if_present(2, dh2), floats(4, dc_out), floats(8, carry), gates.data(), c.data<float>(),
             floats(16, c_prev), da.data(), floats(32, carry_out), num_threads};
@@ -129,7 +133,9 @@ struct Backward {
         x[n] = gates[shape.gate(k, n)];
         if (!activated) x[n] = n == 3 ? std::tanh(x[n]) : sigmoid(x[n]);
       }
-      const auto or_zero = [present, k](unsigned bit, const Array& array) { return (present & bit) != 0 ? array[k] : 0.0; };
+      const auto or_zero = [present, k](unsigned bit, const Array& array) {
+        return (present & bit) != 0 ? array[k] : 0.0;
+      };
       const double dh = or_zero(1, dh1) + or_zero(2, dh2);
       const double tc = std::tanh(c[k]);
       const double dc = or_zero(4, dc_out) + or_zero(8, carry) + dh * x[2] * (1.0 - tc * tc);

@@ -124,13 +124,15 @@ void sums_agree(const rlv2v::Kernels& plain, const rlv2v::Kernels& fast) {
   std::vector<std::uint32_t> all(kGroups);
   for (std::uint32_t k = 0; k < kGroups; ++k) all[k] = k;
   const rlv2v::PageArray<double> sums(kGroups), their_sums(kGroups), totals(kGroups / 8), their_totals(kGroups / 8);
-  const rlv2v::PageArray<std::uint32_t> min_keys(kGroups), their_keys(kGroups), tops(kGroups / 8), their_tops(kGroups / 8);
+  const rlv2v::PageArray<std::uint32_t> min_keys(kGroups), their_keys(kGroups), tops(kGroups / 8),
+      their_tops(kGroups / 8);
   plain.sum_leaves(leaves.data(), all.data(), kGroups, sums.data(), min_keys.data());
   fast.sum_leaves(leaves.data(), all.data(), kGroups, their_sums.data(), their_keys.data());
   plain.sum_nodes(sums.data(), min_keys.data(), all.data(), kGroups / 8, totals.data(), tops.data());
   fast.sum_nodes(sums.data(), min_keys.data(), all.data(), kGroups / 8, their_totals.data(), their_tops.data());
   const auto equal = [](const auto& a, const auto& b) { return std::memcmp(a.data(), b.data(), a.bytes()) == 0; };
-  CHECK(equal(sums, their_sums) && equal(min_keys, their_keys) && equal(totals, their_totals) && equal(tops, their_tops));
+  CHECK(equal(sums, their_sums) && equal(min_keys, their_keys) && equal(totals, their_totals) &&
+        equal(tops, their_tops));
   CHECK(sums[0] == 0.0 && min_keys[0] == 0);
   for (std::size_t k = 1; k < kGroups; ++k) {
     double sum = 0.0;

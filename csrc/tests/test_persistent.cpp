@@ -136,7 +136,8 @@ void check_backward(const Case& one, std::uint64_t seed) {
   const Sizes sizes(one.shape);
   const PersistentPlan plan = planned(one, true);
   const std::size_t channels = static_cast<std::size_t>(one.shape.channels);
-  Memory dhs(format, sizes.sequence), gates(one.stored ? kFloat16 : format, 4 * sizes.sequence), w(format, sizes.weight);
+  Memory dhs(format, sizes.sequence), gates(one.stored ? kFloat16 : format, 4 * sizes.sequence),
+      w(format, sizes.weight);
   Memory dcs(kSingle, one.stored ? sizes.sequence : 0), cs(kSingle, sizes.sequence), dc0(kSingle, sizes.state);
   Memory c0(kSingle, one.state ? sizes.state : 0), dh0(format, one.state ? sizes.state : 0);
   Memory da(format, 4 * sizes.sequence);
@@ -232,7 +233,8 @@ void test_floats() {
     if (!std::isnan(Half::to_float(half))) CHECK(Half::from_float(Half::to_float(half)) == half);
     if (!std::isnan(Bfloat::to_float(half))) CHECK(Bfloat::from_float(Bfloat::to_float(half)) == half);
   }
-  CHECK(Half::to_float(1) == std::ldexp(1.0f, -24) && Half::to_float(0xc000) == -2.0f && Half::from_float(1e6f) == 0x7c00);
+  CHECK(Half::to_float(1) == std::ldexp(1.0f, -24) && Half::to_float(0xc000) == -2.0f &&
+        Half::from_float(1e6f) == 0x7c00);
   CHECK(Half::from_float(1.0f + 3 * std::ldexp(1.0f, -11)) == 0x3c02);
   CHECK(Bfloat::from_float(1.0f + std::ldexp(1.0f, -8)) == 0x3f80);
 }

@@ -77,8 +77,8 @@ void small_leaves_are_reachable() {
   }
 }
 
-// Weights over 2^45 beside zeros: the middle of every span of the exact running sum finds its leaf, though the tree's sums
-// round in another order. Long double has 11 bits more than f64.
+// Weights over 2^45 beside zeros: the middle of every span of the exact running sum finds its leaf, though the tree's
+// sums round in another order. Long double has 11 bits more than f64.
 void rounding_moves_no_span_by_much() {
   const std::size_t num_leaves = 5000;
   const Draws draws(5);
