@@ -1,5 +1,4 @@
-// Converts numpy arrays to pointers of a type and shape, or throws an error that names the array; and the core's arrays
-// to numpy's.
+// Checks the type and shape of numpy arrays, with errors that name the array, and hands the core's arrays to numpy.
 #pragma once
 
 #include <pybind11/numpy.h>

@@ -1,6 +1,5 @@
-// rlv2v._native. Only the files of csrc/ itself, and no folder of it, know Python: they turn arrays into pointers and
-// check type and shape. The core checks what the numbers mean. It runs without the interpreter lock and never asks for
-// it.
+// rlv2v._native. Only the files directly in csrc/ know Python: they turn arrays into pointers and check type and shape.
+// The core, in its folders, checks what the numbers mean, and runs without the interpreter lock.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,8 +1,8 @@
 // Reuses memory: large buffers of the same sizes, made and dropped in every step of a training.
 //
 // Each new page costs a fault and a clearing, 0.5 to 1.5 us for 4 KiB: up to a tenth of a ConvLSTM's time. Idle blocks
-// stay as long as idle and used ones together are at most 1.5 times the largest use so far; those idle for longest go
-// first. Any thread may call.
+// stay as long as idle and used ones together are at most 1.5 times the largest use so far; the longest idle go first.
+// Any thread may call.
 #pragma once
 
 #include <cstddef>

@@ -80,8 +80,7 @@ struct Vec512 {
 };
 
 // Packs several rows of at most 8 elements into one vector. Their gates fill up to four vectors in memory: lane k of
-// gate n is element from[n][k] of those, and element k of vector v of those is lane to[v][k], counted on from gate to
-// gate.
+// gate n is element from[n][k] of those, and element k of vector v of those is lane to[v][k] of all gates in a row.
 struct Vec512::PackedRows {
   explicit PackedRows(std::size_t row_length) : lanes(0), length(row_length) {
     alignas(64) std::int32_t all_from[4][kWidth] = {};

@@ -33,7 +33,7 @@ struct GateStorage<float> {
 
 constexpr float kLog2E = 0x1.715476p+0F;
 
-// 2^(n + f), n whole and f in [-1/2, 1/2], as s = 2^n and f.
+// 2^(n + f), n an integer and f in [-1/2, 1/2], as s = 2^n and f.
 template <class Real>
 struct Exp2Parts {
   Real s, f;

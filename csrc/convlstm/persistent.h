@@ -1,6 +1,5 @@
 // The persistent ConvLSTM recurrence for NVIDIA GPUs: one cooperative launch runs all T steps of a pass, with the
-// weight of the hidden state in shared memory throughout. 16-bit states, fp32 maths and cells; formulas in
-// kernels/persistent.py.
+// weight of the hidden state in shared memory throughout. 16-bit states, fp32 maths and cells; formulas in gates.h.
 //
 // The convolution of a step is a matrix product: rows are the B*H*W pixels of a group, K is k*k taps by the input
 // channels (C forward, 4C backward), N the four gates of a slice of hidden channels (forward) or the slice itself

@@ -1,5 +1,4 @@
-// What one CTA does in each pass of the persistent ConvLSTM; layouts in persistent.h, formulas in
-// kernels/persistent.py.
+// The work of one CTA in each pass of the persistent ConvLSTM; layouts in persistent.h, formulas in gates.h.
 //
 // What a step needs from its own CTA only (pre-activations, cells, gates, carry) is loaded before the barrier, so the
 // wait hides it. A thread owns the same pixels and channels at every step, so c and the carry of dc need no barrier.

@@ -16,8 +16,7 @@ int patch_of(const PersistentPlan& plan, int kernel) {
   return (1 << plan.log_batch) * ((1 << plan.log_height) + kernel - 1) * ((1 << plan.log_width) + kernel - 1);
 }
 
-// Returns every tile of 64 pixels: the one that leaves the fewest pixels unused first, then the one with the smallest
-// halo.
+// Returns every tile of 64 pixels, those that leave the fewest pixels unused first, then those with the smallest halo.
 std::vector<PersistentPlan> tilings(const ConvLstmShape& shape) {
   std::vector<PersistentPlan> all;
   for (int log_batch = 0; log_batch <= 6; ++log_batch) {
@@ -99,8 +98,7 @@ std::string plan_persistent(const ConvLstmShape& shape, bool backward, const Dev
     }
     return false;
   };
-  // Slices of 16 read the state half as often; those of 8 serve shapes that would leave half of the SMs idle, or not
-  // fit.
+  // Slices of 16 read the state half as often; those of 8 are for shapes that leave half of the SMs idle or do not fit.
   bool fits = shape.channels > 8 && fill(16);
   if (!fits || 2 * plan.blocks <= limits.sms) fits = fill(8) || fits;
   if (fits) return "";

@@ -63,7 +63,7 @@ struct Transition {
   bool end;       // the next transition belongs to another episode
 };
 
-// Where sample(n) writes, each contiguous; F = frame_bytes, L = max_len.
+// The arrays that sample(n) writes to, each contiguous; F = frame_bytes, L = max_len.
 struct SampleOut {
   enum class Row { kNumber, kFrame, kState, kNextState };  // a number, F, (L, F) or (L + 1, F)
 
@@ -186,7 +186,7 @@ class Buffer {
   void load(Contents& contents);
 
  private:
-  // What a slot holds; the frames' ids follow it: action, true frame, state.
+  // The contents of a slot; the frames' ids follow it: action, true frame, state.
   struct Row {
     std::int64_t position;
     float reward;
@@ -200,7 +200,7 @@ class Buffer {
     const FrameId* frames() const noexcept { return const_cast<Row*>(this)->frames(); }
     std::size_t num_frames() const noexcept { return length + std::size_t{2}; }
   };
-  // What a load replaces in one move.
+  // All that a load replaces in one move.
   struct Store {
     explicit Store(const BufferConfig& config);
     Row& row(std::size_t slot) const noexcept { return *reinterpret_cast<Row*>(rows.data() + slot * stride); }

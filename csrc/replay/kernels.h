@@ -19,22 +19,19 @@ constexpr std::size_t kLeafGroup = 16;  // f32 leaves under the lowest inner lev
 struct Kernels {
   const char* name;
 
-  // out[k] = x[k]^exponent for x[k] 0 or normal, exponent in (0, 1]; 0^exponent = 0, x^1 = x. Error: one unit of f32's
-  // last place.
+  // out[k] = x[k]^exponent within one ulp, for x[k] 0 or normal, exponent in (0, 1]; 0^exponent = 0, x^1 = x.
   void (*power)(const float* x, float* out, std::size_t count, double exponent);
   // out[k] = (low / leaves[k])^exponent for 0 < low <= leaves[k]: importance weights in (0, 1], 1 where leaf = low.
   void (*importance_weights)(const float* leaves, float* out, std::size_t count, double low, double exponent);
   // out[k] = draw first + k of the generator with this key, in [0, 1); see draws.h.
   void (*uniform)(std::uint64_t key, std::uint64_t first, double* out, std::size_t count);
 
-  // Goes one level down for a batch: node[k] becomes its child that holds point[k], and point[k] what remains in that
-  // child. A child of weight 0 is never chosen; past the total it is the last positive one. Prefetches the first line
-  // of the child's children, which lie below_bytes apart. sums: kFanout a node, on cache lines, not all 0 for a node
-  // visited.
+  // Goes one level down for a batch: node[k] becomes its child that holds point[k], and point[k] what remains in it. A
+  // child of weight 0 is never chosen; past the total it is the last positive one. Prefetches the first line of the
+  // child's children, which lie below_bytes apart. sums: kFanout a node, on cache lines, not all 0.
   void (*descend)(const double* sums, const void* below, std::size_t below_bytes, std::uint32_t* node, double* point,
                   std::size_t count);
-  // The same for groups of kLeafGroup leaves: index[k], a group, becomes its leaf that holds point[k], value[k] its
-  // weight.
+  // The same for groups of leaves: index[k], a group, becomes its leaf that holds point[k], value[k] that leaf.
   void (*select_leaf)(const float* leaves, const double* point, std::uint32_t* index, float* value, std::size_t count);
 
   // For each of the groups: sums[group] = total of its leaves, min_keys[group] = 2^32 - bits of its smallest positive

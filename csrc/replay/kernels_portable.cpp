@@ -27,7 +27,11 @@ struct VecPortable {
     }
     return p;
   }
-  static double total(const Doubles& x) { return scan(x).lane[7]; }
+  // The last lane of the scan, by the same additions.
+  static double total(const Doubles& x) {
+    const double* p = x.lane;
+    return ((p[7] + p[6]) + (p[5] + p[4])) + ((p[3] + p[2]) + (p[1] + p[0]));
+  }
   static Doubles broadcast_last(Doubles x) {
     std::fill(x.lane, x.lane + 7, x.lane[7]);
     return x;
@@ -36,9 +40,9 @@ struct VecPortable {
     return chosen > 0 ? scan.lane[chosen - 1] : 0.0;
   }
   static std::uint32_t above(const Doubles& x, double bound) {
-    std::uint64_t mask = 0;  // as wide as the lanes, so that compilers vectorise
-    for (std::uint32_t k = 0; k < 8; ++k) mask |= x.lane[k] > bound ? std::uint64_t{1} << k : 0;
-    return static_cast<std::uint32_t>(mask);
+    std::uint32_t mask = 0;
+    for (std::uint32_t k = 8; k-- > 0;) mask = 2 * mask + (x.lane[k] > bound ? 1U : 0U);
+    return mask;
   }
   static std::uint32_t highest_key(const float* group) {
     std::uint32_t bits[kLeafGroup];

@@ -1,4 +1,4 @@
-// What the AVX2 and AVX-512 sources share; see kernels_body.h.
+// Shared by the AVX2 and AVX-512 sources; see kernels_body.h.
 #pragma once
 
 #include <immintrin.h>

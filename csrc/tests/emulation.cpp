@@ -37,7 +37,7 @@ struct Copy {
   bool valid;
 };
 
-// Of shared memory, by one lane.
+// One lane's load from shared memory.
 struct Load {
   int offset, bytes;
 };
@@ -224,8 +224,7 @@ void check_aligned(const void* address, std::size_t bytes) {
 
 void sync_threads() {
   Block& own = own_block();
-  // A chain of read-modify-writes: what each thread did before it arrived comes before all that follows the last
-  // arrival.
+  // A chain of read-modify-writes orders what each thread did until it arrived before all that follows the last.
   if (__atomic_add_fetch(&own.arrived, 1, __ATOMIC_ACQ_REL) == grid->threads) {
     __atomic_store_n(&own.arrived, 0, __ATOMIC_RELAXED);
     __atomic_add_fetch(&own.generation, 1, __ATOMIC_RELEASE);

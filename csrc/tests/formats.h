@@ -29,8 +29,8 @@ struct Format {
     if (std::isnan(x)) return infinite | 1U << (mantissa - 1);
     if (x == 0.0 || std::isinf(x)) return (x == 0.0 ? 0U : infinite) | sign;
     const int exponent = std::max(std::ilogb(x), 1 - bias);
-    const double whole = std::nearbyint(std::ldexp(std::fabs(x), mantissa - exponent));  // half to even
-    const double bits = whole + std::ldexp(exponent + bias - 1, mantissa);
+    const double significand = std::nearbyint(std::ldexp(std::fabs(x), mantissa - exponent));  // half to even
+    const double bits = significand + std::ldexp(exponent + bias - 1, mantissa);
     return std::min(static_cast<std::uint32_t>(std::min(bits, 4e9)), infinite) | sign;
   }
   double decode(std::uint32_t bits) const {

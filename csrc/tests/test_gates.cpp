@@ -214,7 +214,7 @@ void extremes() {
   }
 }
 
-// f32: sigmoid and tanh over their whole range, tanh relative to its own size, and with the sign of its argument.
+// Tests f32 sigmoid and tanh over their full range; tanh relative to its own size, with the sign of its argument.
 void maths() {
   constexpr std::size_t kCount = 20000;
   Forward forward(GatesType::kF32, {1, kCount}, 4);
@@ -232,8 +232,8 @@ void maths() {
   }
 }
 
-// What is stored is rounded half to even, and every 16-bit number is read exactly. With i = f = 1, g = o = 0 and no dh,
-// da_g = carry = dc_out; with o = 1 and c = 0 it is dh.
+// Stored numbers are rounded half to even, and every 16-bit number is read exactly. With i = f = 1, g = o = 0 and no
+// dh, da_g = carry = dc_out; with o = 1 and c = 0 it is dh.
 void conversions() {
   constexpr std::size_t kCount = 65536;
   for (const GatesType type : {GatesType::kBf16, GatesType::kF16}) {
@@ -260,13 +260,15 @@ void conversions() {
     for (std::size_t k = 0; k < kCount; ++k) one.gates.set(one.shape.gate(k, 2), 1.0);
     rlv2v::gates_backward(one.step(1U | 32U));
     for (std::size_t k = 0; k < kCount; ++k) CHECK(near(one.carry_out[k], one.dh1[k], 0.0));
-    Backward kept(type, {1, kCount}, true, 0);
+    Backward one_gate(type, {1, kCount}, true, 0);
     for (std::size_t k = 0; k < kCount; ++k) {
-      kept.gates.set_bits(kept.shape.gate(k, 1), static_cast<std::uint32_t>(k));
-      kept.dc_out.set(k, 1.0);
+      one_gate.gates.set_bits(one_gate.shape.gate(k, 1), static_cast<std::uint32_t>(k));
+      one_gate.dc_out.set(k, 1.0);
     }
-    rlv2v::gates_backward(kept.step(4U | 32U));
-    for (std::size_t k = 0; k < kCount; ++k) CHECK(near(kept.carry_out[k], kept.gates[kept.shape.gate(k, 1)], 0.0));
+    rlv2v::gates_backward(one_gate.step(4U | 32U));
+    for (std::size_t k = 0; k < kCount; ++k) {
+      CHECK(near(one_gate.carry_out[k], one_gate.gates[one_gate.shape.gate(k, 1)], 0.0));
+    }
   }
 }
 

@@ -64,7 +64,7 @@ void zeros_are_never_found() {
   CHECK(tree.min_positive() == 0.0F);
 }
 
-// A leaf of 2^-45 of the total, wherever it stands, is found at its own point.
+// A leaf of 2^-45 of the total, at any place, is found at its own point.
 void small_leaves_are_reachable() {
   const std::size_t num_leaves = 4096;
   for (std::size_t small = 0; small < num_leaves; small += 13) {
@@ -77,7 +77,7 @@ void small_leaves_are_reachable() {
   }
 }
 
-// Weights over 2^45 beside zeros: the middle of every span of the exact running sum finds its leaf, though the tree's
+// Weights over 2^45 among zeros: the middle of every span of the exact running sum finds its leaf, though the tree's
 // sums round in another order. Long double has 11 bits more than f64.
 void rounding_moves_no_span_by_much() {
   const std::size_t num_leaves = 5000;

@@ -53,7 +53,7 @@ def read_state(path: Path) -> dict[str, Any]:
         return json.loads(numbers) | tensors
     except OSError as error:
         raise UserError(f"replay: cannot read {path}: {error.strerror or error}") from error
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"replay: {path} must be a file that save() wrote, got a broken or foreign one") from error
 
 

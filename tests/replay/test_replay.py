@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from replay_cases import FRAME, MAX_LEN, filled, frames, row, same
+from safetensors.torch import save_file
 
 from rlv2v.errors import UserError
 from rlv2v.replay import PrioritizedReplay
@@ -30,19 +31,19 @@ def test_rows_hold_their_own_transition() -> None:
         assert (batch.actions[j] == k).all()
         assert (batch.true_frames[j] == k).all()
         assert (batch.rewards[j], batch.positions[j], batch.terminals[j]) == (k, k, k % 2 == 1)
-    byte, whole, real = torch.uint8, torch.int64, torch.float32
+    byte, int64, real = torch.uint8, torch.int64, torch.float32
     assert {name: (part.dtype, tuple(part.shape[1:])) for name, part in batch._asdict().items()} == {
         "states": (byte, (MAX_LEN, *FRAME)),
-        "lengths": (whole, ()),
+        "lengths": (int64, ()),
         "actions": (byte, FRAME),
         "rewards": (real, ()),
         "next_states": (byte, (MAX_LEN + 1, *FRAME)),
-        "next_lengths": (whole, ()),
+        "next_lengths": (int64, ()),
         "discounts": (real, ()),
         "true_frames": (byte, FRAME),
-        "positions": (whole, ()),
+        "positions": (int64, ()),
         "terminals": (torch.bool, ()),
-        "ids": (whole, ()),
+        "ids": (int64, ()),
         "weights": (real, ()),
     }
 
@@ -191,11 +192,14 @@ def test_a_spoilt_state_is_refused_and_changes_nothing(name: str) -> None:
 def test_a_broken_file_is_refused(tmp_path: Path) -> None:
     replay, path = filled(), tmp_path / "replay.pt"
     replay.save(path)
-    whole = path.read_bytes()
-    for content in (b"", b"junk", whole[: len(whole) // 2], whole[:-1]):
+    complete = path.read_bytes()
+    for content in (b"", b"junk", complete[: len(complete) // 2], complete[:-1]):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"replay\.pt"):
             replay.load(path)
+    save_file({"frames": torch.zeros(1, dtype=torch.bfloat16)}, path, {"state": "[]", "sha256": ""})
+    with pytest.raises(UserError, match="broken or foreign"):
+        replay.load(path)
     torch.save({"code": print}, path)
     with pytest.raises(UserError, match=r"replay\.pt"):
         replay.load(path)
