@@ -1,4 +1,4 @@
-"""PrioritizedReplay: what goes in comes out, memory, clips, saving, bad input, threads."""
+"""Test that the buffer returns what was added, bounds its memory, saves, refuses bad input, and serves threads."""
 
 from __future__ import annotations
 
@@ -10,93 +10,65 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from replay_cases import FRAME, MAX_LEN, filled, frames, row, same
+from safetensors.torch import save_file
 
 from rlv2v.errors import UserError
 from rlv2v.replay import PrioritizedReplay
-
-FRAME = (4, 6, 3)
-MAX_LEN = 3
-
-
-def frames(count: int, value: int) -> np.ndarray[Any, Any]:
-    return np.full((count, *FRAME), value, np.uint8)
-
-
-def filled(capacity: int = 8, count: int = 12, **options: Any) -> PrioritizedReplay:
-    """Transition k: every frame holds the value k, the state has 1 + k % 3 frames, reward and position are k."""
-    replay = PrioritizedReplay(capacity, FRAME, MAX_LEN, **options)
-    for k in range(count):
-        replay.add(
-            state=frames(1 + k % 3, k),
-            action=frames(1, k)[0],
-            reward=k,
-            true_frame=frames(1, k)[0],
-            position=k,
-            terminal=k % 2 == 1,
-        )
-    return replay
-
-
-def same(one: Any, other: Any) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_rows_hold_their_own_transition() -> None:
     replay = filled()
     batch = replay.sample(64)
     assert set(batch.ids.tolist()) == set(range(4, 12))
-    for row, k in enumerate(batch.ids.tolist()):
+    for j, k in enumerate(batch.ids.tolist()):
         length = 1 + k % 3
-        assert batch.lengths[row] == length
-        assert torch.equal(batch.states[row, :length], torch.from_numpy(frames(length, k)))
-        assert torch.equal(batch.next_states[row, : length + 1], torch.from_numpy(frames(length + 1, k)))
-        assert not batch.states[row, length:].any()
-        assert not batch.next_states[row, length + 1 :].any()
-        assert (batch.actions[row] == k).all()
-        assert (batch.true_frames[row] == k).all()
-        assert (batch.rewards[row], batch.positions[row], batch.terminals[row]) == (k, k, k % 2 == 1)
-    assert batch.states.shape == (64, MAX_LEN, *FRAME)
-    assert batch.next_states.shape == (64, MAX_LEN + 1, *FRAME)
-    assert [field.dtype for field in batch] == [
-        torch.uint8,
-        torch.int64,
-        torch.uint8,
-        torch.float32,
-        torch.uint8,
-        torch.int64,
-        torch.float32,
-        torch.uint8,
-        torch.int64,
-        torch.bool,
-        torch.int64,
-        torch.float32,
-    ]
+        assert batch.lengths[j] == length
+        assert torch.equal(batch.states[j, :length], torch.from_numpy(frames(length, k)))
+        assert torch.equal(batch.next_states[j, : length + 1], torch.from_numpy(frames(length + 1, k)))
+        assert not batch.states[j, length:].any()
+        assert not batch.next_states[j, length + 1 :].any()
+        assert (batch.actions[j] == k).all()
+        assert (batch.true_frames[j] == k).all()
+        assert (batch.rewards[j], batch.positions[j], batch.terminals[j]) == (k, k, k % 2 == 1)
+    byte, int64, real = torch.uint8, torch.int64, torch.float32
+    assert {name: (part.dtype, tuple(part.shape[1:])) for name, part in batch._asdict().items()} == {
+        "states": (byte, (MAX_LEN, *FRAME)),
+        "lengths": (int64, ()),
+        "actions": (byte, FRAME),
+        "rewards": (real, ()),
+        "next_states": (byte, (MAX_LEN + 1, *FRAME)),
+        "next_lengths": (int64, ()),
+        "discounts": (real, ()),
+        "true_frames": (byte, FRAME),
+        "positions": (int64, ()),
+        "terminals": (torch.bool, ()),
+        "ids": (int64, ()),
+        "weights": (real, ()),
+    }
 
 
 def test_one_and_batch_and_every_kind_of_array_are_the_same() -> None:
-    clip_frames = np.arange(5 * np.prod(FRAME), dtype=np.uint64).astype(np.uint8).reshape(5, *FRAME)
+    video = np.arange(5 * np.prod(FRAME), dtype=np.uint64).astype(np.uint8).reshape(5, *FRAME)
     one, batch, tensors = (PrioritizedReplay(10, FRAME, MAX_LEN) for _ in range(3))
     for k in range(3):
-        action = np.asfortranarray(clip_frames[k])  # another layout of the same frame
-        first = one.add(
-            state=clip_frames[k : k + 2], action=action, reward=k, true_frame=clip_frames[k + 2], position=2
-        )
-        assert first == k
-    clip = batch.put_clip(clip_frames)
+        action = np.asfortranarray(video[k])  # another layout of the same frame
+        assert k == one.add(state=video[k : k + 2], action=action, reward=k, true_frame=video[k + 2], position=2)
+    clip = batch.put_clip(video)
     ids = batch.add(
         state=[(clip, k, 2) for k in range(3)],
-        action=[(clip, 0), clip_frames[1], (clip, 2)],
+        action=[(clip, 0), video[1], (clip, 2)],
         reward=[0, 1, 2],
         true_frame=[(clip, k + 2) for k in range(3)],
         position=2,
     )
     assert torch.equal(torch.as_tensor(ids), torch.arange(3))
-    whole = torch.from_numpy(clip_frames)
+    frames_in = torch.from_numpy(video)
     tensors.add(
-        state=torch.stack([whole[k : k + 2] for k in range(3)]),
-        action=whole[:3],
+        state=torch.stack([frames_in[k : k + 2] for k in range(3)]),
+        action=frames_in[:3],
         reward=torch.arange(3.0),
-        true_frame=whole[2:5],
+        true_frame=frames_in[2:5],
         position=torch.full((3,), 2),
         terminal=[False] * 3,
     )
@@ -115,13 +87,13 @@ def test_a_frame_is_stored_once_and_lives_as_long_as_it_is_used() -> None:
     assert (replay.stats["frames"], replay.stats["clips"]) == (5, 0)
     assert (replay.sample(4).true_frames == 9).all()
     for _ in range(2):
-        replay.add(state=frames(1, 1), action=frames(1, 2)[0], reward=0.0, true_frame=frames(1, 3)[0], position=1)
+        replay.add(**row(1))
     assert replay.stats["frames"] == 6
     unused = replay.put_clip(frames(7, 1))
     unused.release()
     unused.release()
     assert replay.stats["frames"] == 6
-    assert replay._native.consistent()
+    assert replay.is_consistent()
 
 
 def test_memory_is_bounded() -> None:
@@ -134,15 +106,15 @@ def test_memory_is_bounded() -> None:
     assert unbounded.bytes_used > 50 * 2 * frame_bytes
     clip = replay.put_clip(frames(18, 0))
     with pytest.raises(ValueError, match="release clips or raise max_bytes"):
-        replay.add(state=frames(1, 0), action=frames(1, 0)[0], reward=0, true_frame=frames(1, 0)[0], position=0)
+        replay.add(**row(0))
     clip.release()
-    replay.add(state=frames(1, 0), action=frames(1, 0)[0], reward=0, true_frame=frames(1, 0)[0], position=0)
+    replay.add(**row(0))
 
 
 def test_new_transitions_get_the_largest_priority_so_far() -> None:
     replay = filled(capacity=8, count=4, alpha=1.0, beta=1.0)
     replay.update_priorities([0, 1, 2, 3], [4.0, 2.0, 2.0, 2.0])
-    new = replay.add(state=frames(1, 4), action=frames(1, 4)[0], reward=4, true_frame=frames(1, 4)[0], position=4)
+    new = replay.add(**row(4))
     weight = dict(zip(*(column.tolist() for column in replay.sample(512)[-2:]), strict=True))
     assert weight == {0: 0.5, 1: 1.0, 2: 1.0, 3: 1.0, new: 0.5}
 
@@ -172,10 +144,8 @@ def test_state_dict_continues_with_the_same_samples(tmp_path: Path) -> None:
         priorities = torch.rand(7, generator=torch.Generator().manual_seed(step))
         for buffer in (replay, other):
             buffer.update_priorities(ours.ids, priorities)
-            buffer.add(
-                state=frames(2, step), action=frames(1, 1)[0], reward=step, true_frame=frames(1, 2)[0], position=2
-            )
-    assert other._native.consistent()
+            buffer.add(**row(step, 2))
+    assert other.is_consistent()
 
 
 def test_a_clip_from_before_a_load_is_refused() -> None:
@@ -184,10 +154,10 @@ def test_a_clip_from_before_a_load_is_refused() -> None:
     replay.load_state_dict(replay.state_dict())
     new = replay.put_clip(frames(2, 1))
     with pytest.raises(ValueError, match="clip that the buffer holds"):
-        replay.add(**{**GOOD, "state": (old, 0, 1)})
+        replay.add(**row(1, 2, state=(old, 0, 1)))
     old.release()
-    replay.add(**{**GOOD, "state": (new, 0, 1)})
-    assert replay._native.consistent()
+    replay.add(**row(1, 2, state=(new, 0, 1)))
+    assert replay.is_consistent()
 
 
 SPOILS: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -222,11 +192,14 @@ def test_a_spoilt_state_is_refused_and_changes_nothing(name: str) -> None:
 def test_a_broken_file_is_refused(tmp_path: Path) -> None:
     replay, path = filled(), tmp_path / "replay.pt"
     replay.save(path)
-    whole = path.read_bytes()
-    for content in (b"", b"junk", whole[: len(whole) // 2], whole[:-1]):
+    complete = path.read_bytes()
+    for content in (b"", b"junk", complete[: len(complete) // 2], complete[:-1]):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"replay\.pt"):
             replay.load(path)
+    save_file({"frames": torch.zeros(1, dtype=torch.bfloat16)}, path, {"state": "[]", "sha256": ""})
+    with pytest.raises(UserError, match="broken or foreign"):
+        replay.load(path)
     torch.save({"code": print}, path)
     with pytest.raises(UserError, match=r"replay\.pt"):
         replay.load(path)
@@ -237,7 +210,6 @@ def test_a_broken_file_is_refused(tmp_path: Path) -> None:
     assert len(replay) == 8
 
 
-GOOD = {"state": frames(2, 1), "action": frames(1, 1)[0], "reward": 1.0, "true_frame": frames(1, 1)[0], "position": 2}
 BAD_ADDS: dict[str, dict[str, Any]] = {
     "state must be uint8": {"state": frames(2, 1).astype(np.float32)},
     r"state must be uint8 \(n, 4, 6, 3\), got uint8 \(2, 4, 6, 1\)": {"state": frames(2, 1)[..., :1]},
@@ -259,24 +231,19 @@ BAD_ADDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("message", BAD_ADDS)
 def test_a_bad_transition_is_refused_and_changes_nothing(message: str) -> None:
     replay = filled()
-    before = replay.stats
+    stats = replay.stats
     with pytest.raises(ValueError, match=message):
-        replay.add(**{**GOOD, **BAD_ADDS[message]})
-    assert replay.stats == before
+        replay.add(**row(1, 2, **BAD_ADDS[message]))
+    assert replay.stats == stats
 
 
-def test_a_batch_is_added_whole_or_not_at_all() -> None:
+def test_a_batch_is_added_completely_or_not_at_all() -> None:
     replay = filled()
-    before = replay.stats
+    stats = replay.stats
     with pytest.raises(ValueError, match="reward must be finite"):
-        replay.add(
-            state=[frames(2, 1)] * 2,
-            action=frames(2, 1),
-            reward=[1.0, float("inf")],
-            true_frame=frames(2, 1),
-            position=2,
-        )
-    assert replay.stats == before
+        rows = {"action": frames(2, 1), "true_frame": frames(2, 1), "reward": [1.0, float("inf")]}
+        replay.add(state=[frames(2, 1)] * 2, position=2, **rows)
+    assert replay.stats == stats
 
 
 def test_bad_clip_references_are_refused() -> None:
@@ -288,32 +255,27 @@ def test_bad_clip_references_are_refused() -> None:
         replay.put_clip(frames(0, 1))
     for state in ((clip, 2, 3), (clip, -1, 2), (clip, 0, 0), (clip, 2**62, 2), (clip, 0, -(2**62))):
         with pytest.raises(IndexError, match="state"):
-            replay.add(**{**GOOD, "state": state})
+            replay.add(**row(1, 2, state=state))
     for frame in ((clip, 4), (clip, -1)):
         with pytest.raises(IndexError, match="true_frame"):
-            replay.add(**{**GOOD, "true_frame": frame})
+            replay.add(**row(1, 2, true_frame=frame))
     for bad in ((foreign, 0, 2), (clip, 0), (clip, 0, 1.5)):
         with pytest.raises(ValueError, match="replay"):
-            replay.add(**{**GOOD, "state": bad})
+            replay.add(**row(1, 2, state=bad))
     clip.release()
     with pytest.raises(ValueError, match="clip that the buffer holds"):
-        replay.add(**{**GOOD, "state": (clip, 0, 2)})
+        replay.add(**row(1, 2, state=(clip, 0, 2)))
     assert replay.stats["added"] == 12
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0, 1e39])
-def test_bad_priorities_are_refused_and_change_nothing(bad: float) -> None:
+def test_bad_priorities_and_unknown_ids_are_refused_and_change_nothing() -> None:
     replay, twin = filled(), filled()
-    with pytest.raises(ValueError, match="priority must be finite"):
-        replay.update_priorities([5, 6], [9.0, bad])
-    assert same(replay.sample(64), twin.sample(64))
-
-
-@pytest.mark.parametrize("bad", [-1, 12, 2**62])
-def test_unknown_ids_are_refused_and_change_nothing(bad: int) -> None:
-    replay, twin = filled(), filled()
-    with pytest.raises(IndexError, match="id must be one that add returned"):
-        replay.update_priorities([5, bad], [9.0, 1.0])
+    for bad in (float("nan"), float("inf"), -1.0, 1e39):
+        with pytest.raises(ValueError, match="priority must be finite"):
+            replay.update_priorities([5, 6], [9.0, bad])
+    for unknown in (-1, 12, 2**62):
+        with pytest.raises(IndexError, match="id must be one that add returned"):
+            replay.update_priorities([5, unknown], [9.0, 1.0])
     for ids, priorities in (([5, 6], [1.0]), ([0.5], [1.0]), ([[5]], [1.0]), ([5], ["high"])):
         with pytest.raises(ValueError, match="replay"):
             replay.update_priorities(ids, priorities)
@@ -334,28 +296,24 @@ def test_sampling_that_cannot_be_is_refused() -> None:
     assert set(replay.sample(16).ids.tolist()) == {7}
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"capacity": 0},
-        {"capacity": -1},
-        {"capacity": 2**40},
-        {"frame_shape": (4, 0, 3)},
-        {"frame_shape": (2**30, 2**30, 3)},
-        {"max_len": 0},
-        {"alpha": -0.1},
-        {"alpha": float("nan")},
-        {"beta": 1.1},
-        {"seed": -1},
-        {"max_bytes": 10},
-    ],
-)
+BAD_SETTINGS: list[dict[str, Any]] = [
+    *({"capacity": bad} for bad in (0, -1, 2**40)),
+    *({"frame_shape": bad} for bad in ((4, 0, 3), (2**30, 2**30, 3))),
+    *({"alpha": bad} for bad in (-0.1, float("nan"))),
+    {"max_len": 0},
+    {"beta": 1.1},
+    {"seed": -1},
+    {"max_bytes": 10},
+]
+
+
+@pytest.mark.parametrize("options", BAD_SETTINGS, ids=str)
 def test_bad_settings_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="replay: "):
         PrioritizedReplay(**{"capacity": 4, "frame_shape": FRAME, "max_len": 3, **options})
 
 
-def test_threads_see_whole_rows() -> None:
+def test_threads_see_rows_of_one_transition() -> None:
     replay = filled(capacity=16, count=1)
     wrong: list[int] = []
     done = threading.Event()
@@ -364,12 +322,13 @@ def test_threads_see_whole_rows() -> None:
         rounds = 0
         while rounds < 200 or not done.is_set():
             batch = replay.sample(16)
-            value = batch.positions.to(torch.uint8)
-            row = value.view(-1, 1, 1, 1)
+            values = batch.positions.to(torch.uint8).view(-1, 1, 1, 1)
             inside = torch.arange(MAX_LEN)[None] < batch.lengths[:, None]
-            states_are_right = batch.states == row[:, None] * inside[:, :, None, None, None]
-            whole = (batch.actions == row).all() and (batch.true_frames == row).all() and states_are_right.all()
-            if not whole or not torch.equal(batch.rewards, batch.positions.float()):
+            states_are_right = batch.states == values[:, None] * inside[:, :, None, None, None]
+            frames_are_right = (batch.actions == values).all() and (batch.true_frames == values).all()
+            if not (
+                frames_are_right and states_are_right.all() and torch.equal(batch.rewards, batch.positions.float())
+            ):
                 wrong.append(rounds)
             replay.update_priorities(batch.ids, batch.weights + 0.5)
             rounds += 1
@@ -380,12 +339,10 @@ def test_threads_see_whole_rows() -> None:
     for k in range(2000):
         value = k % 256
         clip = replay.put_clip(frames(3, value))
-        replay.add(
-            state=(clip, 0, 1 + k % 3), action=(clip, 0), reward=value, true_frame=frames(1, value)[0], position=value
-        )
+        replay.add(**row(value, state=(clip, 0, 1 + k % 3), action=(clip, 0)))
     done.set()
     for thread in watchers:
         thread.join()
     assert not wrong
-    assert replay._native.consistent()
+    assert replay.is_consistent()
     assert (len(replay), replay.stats["clips"], replay.stats["added"]) == (16, 1, 2001)

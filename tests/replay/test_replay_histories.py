@@ -1,17 +1,14 @@
-"""Random histories of the buffer against a model made of a dict and a list.
-
-Each run of the suite takes 150 of them; `RLV2V_HISTORIES=10000 pytest tests/test_replay_model.py` takes ten thousand.
-"""
+"""Test random histories of the buffer against a model made of a dict and a list."""
 
 from __future__ import annotations
 
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -65,20 +62,20 @@ class Histories(RuleBasedStateMachine):
     def item(self, data: st.DataObject) -> tuple[Item, State, Frame, Frame]:
         """A transition whose parts are, each by chance, new frames or references to a clip."""
         state, action, true_frame = self.new_frames(data.draw(st.integers(1, MAX_LEN))), *self.new_frames(2)
-        given: tuple[State, Frame, Frame] = (state, action, true_frame)
+        arguments: tuple[State, Frame, Frame] = (state, action, true_frame)
         if self.clips and data.draw(st.booleans()):
             clip, frames = data.draw(st.sampled_from(self.clips))
             start = data.draw(st.integers(0, len(frames) - 1))
             length = data.draw(st.integers(1, min(MAX_LEN, len(frames) - start)))
-            at = data.draw(st.integers(0, len(frames) - 1))
-            state, true_frame = frames[start : start + length], frames[at]
-            given = ((clip, start, length), action, (clip, at))
+            index = data.draw(st.integers(0, len(frames) - 1))
+            state, true_frame = frames[start : start + length], frames[index]
+            arguments = ((clip, start, length), action, (clip, index))
         reward = data.draw(st.floats(-9, 9, width=32))
         terminal, end = data.draw(st.sampled_from(((False, False), (False, False), (True, False), (False, True))))
         item = Item(state, action, reward, true_frame, data.draw(st.integers(-5, 5)), terminal, end, self.max_priority)
-        return item, *given
+        return item, *arguments
 
-    def remember(self, item: Item) -> None:
+    def store(self, item: Item) -> None:
         self.items[self.num_added] = item
         self.num_added += 1
         if len(self.items) > self.replay.capacity:
@@ -87,33 +84,20 @@ class Histories(RuleBasedStateMachine):
     @rule(data=st.data())
     def add(self, data: st.DataObject) -> None:
         item, state, action, true_frame = self.item(data)
-        added = self.replay.add(
-            state=state,
-            action=action,
-            reward=item.reward,
-            true_frame=true_frame,
-            position=item.position,
-            terminal=item.terminal,
-            end=item.end,
-        )
+        numbers = {name: getattr(item, name) for name in ("reward", "position", "terminal", "end")}
+        added = self.replay.add(state=state, action=action, true_frame=true_frame, **numbers)
         assert added == self.num_added
-        self.remember(item)
+        self.store(item)
 
     @rule(data=st.data(), count=st.integers(0, 12))
     def add_batch(self, data: st.DataObject, count: int) -> None:
         rows = [self.item(data) for _ in range(count)]
-        ids = self.replay.add(
-            state=[row[1] for row in rows],
-            action=[row[2] for row in rows],
-            reward=[row[0].reward for row in rows],
-            true_frame=[row[3] for row in rows],
-            position=[row[0].position for row in rows],
-            terminal=[row[0].terminal for row in rows],
-            end=[row[0].end for row in rows],
-        )
+        parts = {name: [row[k] for row in rows] for k, name in ((1, "state"), (2, "action"), (3, "true_frame"))}
+        numbers = {n: [getattr(row[0], n) for row in rows] for n in ("reward", "position", "terminal", "end")}
+        ids = self.replay.add(**parts, **numbers)
         assert ids.tolist() == list(range(self.num_added, self.num_added + count))  # type: ignore[union-attr]
         for row in rows:
-            self.remember(row[0])
+            self.store(row[0])
 
     @precondition(lambda self: self.clips)
     @rule(data=st.data(), count=st.integers(1, 12), length=st.integers(1, MAX_LEN))
@@ -135,7 +119,7 @@ class Histories(RuleBasedStateMachine):
             start = indices[k]
             state = frames[start : start + lengths[k]] if windows else states[k]
             item = Item(state, actions[k], float(k), frames[start], k, False, False, self.max_priority)
-            self.remember(item)
+            self.store(item)
 
     def steps(self, id_: int) -> list[Item]:
         """The transitions that the n-step return from id_ goes over."""
@@ -220,10 +204,16 @@ class Histories(RuleBasedStateMachine):
         for item in self.items.values():
             held.update(frame.tobytes() for frame in (*item.state, item.action, item.true_frame))
         assert self.replay.stats["frames"] == len(held)
-        assert self.replay._native.consistent()
+        assert self.replay.is_consistent()
 
 
-Histories.TestCase.settings = settings(
-    max_examples=int(os.environ.get("RLV2V_HISTORIES", "150")), stateful_step_count=40, deadline=None, derandomize=True
-)
-TestHistories = Histories.TestCase
+OPTIONS = {"stateful_step_count": 40, "deadline": None, "derandomize": True}
+
+
+class TestHistories(Histories.TestCase):
+    settings = settings(max_examples=50, **OPTIONS)
+
+
+@pytest.mark.thorough
+class TestManyHistories(Histories.TestCase):
+    settings = settings(max_examples=2000, **OPTIONS)

@@ -1,4 +1,4 @@
-"""What users give the replay buffer, as numpy arrays of the right type and shape, or an error that names it."""
+"""Convert what a caller passes to the replay buffer to numpy arrays, or name what is wrong with it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 
 F32, F64, I64, BOOL = (np.dtype(kind) for kind in (np.float32, np.float64, np.int64, np.bool_))
-_KINDS = {"i": "integers", "f": "real numbers", "b": "booleans"}
-_PLAIN: dict[str, tuple[type, ...]] = {
+_KINDS = {"i": ("integers", "iu"), "f": ("real numbers", "fiu"), "b": ("booleans", "b")}
+_SCALARS: dict[str, tuple[type, ...]] = {
     "i": (int, np.int64),
     "f": (float, np.float32, np.float64),
     "b": (bool, np.bool_),
@@ -19,6 +19,7 @@ _PLAIN: dict[str, tuple[type, ...]] = {
 
 
 def integer(name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:
+    """Return value as an int in least..most."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -29,7 +30,7 @@ def integer(name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:
 
 
 def as_array(value: Any) -> npt.NDArray[Any]:
-    """value as numpy sees it: the same memory wherever there is a buffer protocol or DLPack on the CPU."""
+    """Return value as numpy sees it, over the same memory where it has a buffer or DLPack on the CPU."""
     if isinstance(value, np.ndarray):
         return value
     if isinstance(value, torch.Tensor):
@@ -38,25 +39,25 @@ def as_array(value: Any) -> npt.NDArray[Any]:
 
 
 def as_ids(value: Any) -> npt.NDArray[np.int64]:
-    """value as int64 (n,)."""
+    """Return value as ids, int64 (n,)."""
     return as_column("ids", value, I64, None)
 
 
-def as_memory(value: Any) -> npt.NDArray[Any]:
-    """The memory that an output names."""
+def as_output(value: Any) -> npt.NDArray[Any]:
+    """Return the memory of an array or CPU tensor that a sample is to be written to."""
     if isinstance(value, torch.Tensor) and value.device.type != "cpu":
         raise ValueError(f"replay: out must be on the CPU, got a tensor on {value.device}")
     return as_array(value)
 
 
 def as_column(name: str, value: Any, dtype: np.dtype[Any], count: int | None) -> npt.NDArray[Any]:
-    """value as dtype (n,), its kind checked: integers may stand for reals, nothing else is converted."""
+    """Return value as dtype (count,); one number stands for all. Only integers are converted, to reals."""
     array = as_array(value)
     if array.dtype is dtype and array.ndim == 1 and (count is None or len(array) == count):
         return array
-    kind = dtype.kind
-    if array.size and array.dtype.kind not in {"i": "iu", "f": "fiu", "b": "b"}[kind]:
-        raise ValueError(f"replay: {name} must be {_KINDS[kind]}, got {array.dtype}")
+    kind, accepted = _KINDS[dtype.kind]
+    if array.size and array.dtype.kind not in accepted:
+        raise ValueError(f"replay: {name} must be {kind}, got {array.dtype}")
     if array.ndim == 0:
         array = np.full(1 if count is None else count, array)
     if array.ndim != 1 or count not in (None, len(array)):
@@ -66,11 +67,12 @@ def as_column(name: str, value: Any, dtype: np.dtype[Any], count: int | None) ->
 
 
 def as_number(name: str, value: Any, dtype: np.dtype[Any]) -> Any:
-    """value as one number, its kind checked as in a column of dtype."""
-    if type(value) in _PLAIN[dtype.kind] and (dtype is not I64 or -(2**63) <= value < 2**63):
+    """Return value as one number, by the rules of a column of dtype."""
+    if type(value) in _SCALARS[dtype.kind] and (dtype is not I64 or -(2**63) <= value < 2**63):
         return value
     return as_column(name, value, dtype, 1)[0].item()
 
 
 def as_flag(name: str, value: Any, count: int) -> npt.NDArray[np.bool_] | None:
+    """Return value as bool (count,), or None where it is False for all."""
     return None if value is False else as_column(name, value, BOOL, count)
