@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlv2v.kernels.frames import empty_frames
-from rlv2v.kernels.fused_triton import DTYPES, FusedTriton, interpreted
-from rlv2v.kernels.tiles import KIB, SHARED_LIMIT, Tile
+from rlv2v.kernels.layout import empty_frames
+from rlv2v.kernels.triton.recurrence import DTYPES, TritonRecurrence, interpreted
+from rlv2v.kernels.triton.tiles import KIB, SHARED_LIMIT, Tile
 
 CHANNELS = (
     3,
@@ -108,14 +108,14 @@ def recorded(
     def record(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any]) -> None:
         found[config_of(kernel, arguments, arch)] = None
 
-    backend = FusedTriton(record, (arch // 10, arch % 10), tile)
+    backend = TritonRecurrence(record, (arch // 10, arch % 10), tile)
     calls = product((True, False), repeat=5) if every_option else CALLS
     for c, k, dtype, width, call in product(channels, sizes, dtypes, WIDTHS, calls):
         run_on(backend, c, k, dtype, width, *call)
     return list(found)
 
 
-def run_on(backend: FusedTriton, c: int, k: int, dtype: torch.dtype, width: int, *call: bool) -> None:
+def run_on(backend: TritonRecurrence, c: int, k: int, dtype: torch.dtype, width: int, *call: bool) -> None:
     """A sequence of two steps, forward and backward, on tensors without storage."""
     has_h0, has_c0, keep, has_dcs, activated = call
     empty = torch.empty(0, device="meta")
@@ -152,9 +152,9 @@ def compiled(config: Config) -> Row:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from rlv2v.kernels import steps
+    from rlv2v.kernels.triton import kernels
 
-    kernel = getattr(steps, config.kernel)
+    kernel = getattr(kernels, config.kernel)
     signature = dict(config.signature)
     pointers = [index for index, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
     attributes = {(index,): [["tt.divisibility", 16]] for index in pointers}

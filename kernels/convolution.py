@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from rlv2v.kernels.frames import dense, empty_frames
+from rlv2v.kernels.layout import dense, empty_frames
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlv2v import _native
 from rlv2v.kernels.convolution import Inputs, convolver, transposed
-from rlv2v.kernels.frames import dense, empty_frames, gates_dtype
+from rlv2v.kernels.layout import dense, empty_frames, gates_dtype
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CHUNK_BYTES = 4 << 20  # of pre-activations made at once: they are still in the caches when their step comes

@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from rlv2v import _native
-from rlv2v.kernels import driver, fused_triton, persistent
+from rlv2v.kernels import cuda, driver
 from rlv2v.kernels.cpu import CpuRecurrence
 from rlv2v.kernels.driver import Recurrence
-from rlv2v.kernels.frames import dense, state_dtype
-from rlv2v.kernels.plain import PlainRecurrence
+from rlv2v.kernels.eager import EagerRecurrence
+from rlv2v.kernels.layout import dense, state_dtype
 from rlv2v.kernels.reference import LIMITS
+from rlv2v.kernels.triton.recurrence import TritonRecurrence
+from rlv2v.kernels.triton.recurrence import available as triton_available
 
-BACKENDS = ("reference", "plain", "cpu", "triton", "cuda")
+BACKENDS = ("reference", "eager", "cpu", "triton", "cuda")
 
 
 class Problem(NamedTuple):
@@ -74,27 +76,27 @@ def cpu_is_fast(dtype: torch.dtype) -> bool:
 def triton_obstacle(problem: Problem) -> str | None:
     if problem.dtype.itemsize == 8:
         return f"it computes in float32 at most, x is {problem.dtype}"
-    return fused_triton.available(problem.device)
+    return triton_available(problem.device)
 
 
 def cuda_obstacle(problem: Problem) -> str | None:
-    missing = persistent.available(problem.device)
+    missing = cuda.available(problem.device)
     if missing is not None:
         return missing
     properties = torch.cuda.get_device_properties(problem.device)
-    return persistent.fits(problem.channels, problem.kernel, problem.dtype, properties, problem.groups)
+    return cuda.fits(problem.channels, problem.kernel, problem.dtype, properties, problem.groups)
 
 
 RUNNERS = {
-    "plain": Backend(PlainRecurrence(), lambda _: None),
+    "eager": Backend(EagerRecurrence(), lambda _: None),
     "cpu": Backend(CpuRecurrence(), cpu_obstacle),
-    "triton": Backend(fused_triton.FusedTriton(), triton_obstacle),
-    "cuda": Backend(persistent.PersistentRecurrence(), cuda_obstacle),
+    "triton": Backend(TritonRecurrence(), triton_obstacle),
+    "cuda": Backend(cuda.CudaRecurrence(), cuda_obstacle),
 }
 
 # The first line that applies and whose backend can run the problem is chosen; bench/convlstm.py measures what it says.
 TABLE = (
-    Rule("plain", lambda p: p.dtype.itemsize == 8, "float64 is for checking"),
+    Rule("eager", lambda p: p.dtype.itemsize == 8, "float64 is for checking"),
     Rule(
         "cpu",
         lambda p: p.device.type == "cpu" and cpu_is_fast(p.dtype),
@@ -103,7 +105,7 @@ TABLE = (
     Rule(
         "triton", lambda p: p.device.type == "cuda", "one launch a step where eager needs ten; not yet timed on a GPU"
     ),
-    Rule("plain", lambda _: True, "it runs everywhere"),
+    Rule("eager", lambda _: True, "it runs everywhere"),
 )
 
 
@@ -166,7 +168,7 @@ def distrust(backend: str, device: torch.device, dtype: torch.dtype, channels: i
     Compiled kernels meet drivers and cards that no test has seen; wrong numbers in silence would cost a training. Asked
     once a process; it compiles what the layer itself would.
     """
-    if device.type == "cpu" or backend == "plain":
+    if device.type == "cpu" or backend == "eager":
         return None
     try:
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
@@ -218,7 +220,7 @@ def errors(
             )
         return [tensor.double().cpu() for tensor in found if tensor is not None]
 
-    (h, *exact), (h_ours, *ours) = outcome(PlainRecurrence(), torch.Tensor.double), outcome(run, lambda b: b.to(device))
+    (h, *exact), (h_ours, *ours) = outcome(EagerRecurrence(), torch.Tensor.double), outcome(run, lambda b: b.to(device))
     # torch's max, not Python's, which passes over a NaN.
     gradients = torch.stack([(b - e).norm() / e.norm() for b, e in zip(ours, exact, strict=True)])
     return (h - h_ours).abs().max().item(), gradients.max().item()

@@ -4,7 +4,7 @@
     backward   the recurrence backwards, giving da;  dx = w_x^T * da;  dw_x, dbias from da and x;
                dw_h from da_t and h_{t-1}, all t at once
     recompute  the gates are not kept: a = w_x * x + w_h * h + bias for every frame at once, as all h are known by then
-Layout of x, hs, cs, gates and their gradients: `rlv2v.kernels.frames`. A missing h0 or c0 is zero, and costs nothing.
+Layout of x, hs, cs, gates and their gradients: `rlv2v.kernels.layout`. A missing h0 or c0 is zero, and costs nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlv2v.kernels.convolution import Inputs, conv, conv_gradients, joined
-from rlv2v.kernels.frames import dense
+from rlv2v.kernels.layout import dense
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 

@@ -2,7 +2,7 @@
 
     rlv2v::convlstm            x, w_x, w_h, bias, h0, c0 -> hs, cs, gates   (gates: empty unless kept for the backward)
     rlv2v::convlstm_backward   dhs, dcs and what was saved -> gradients       (empty where not wanted)
-All with a group axis, in the layout of `rlv2v.kernels.frames`: x (G,T,B,C_in,H,W), hs, cs (G,T,B,C,H,W), gates
+All with a group axis, in the layout of `rlv2v.kernels.layout`: x (G,T,B,C_in,H,W), hs, cs (G,T,B,C,H,W), gates
 (G,T,B,4C,H,W), weights (G,4C,C_in,k,k), (G,4C,C,k,k), bias (G,4C), states (G,B,C,H,W). The loop over T is inside:
 crossing the boundary costs as much as a frame's arithmetic in a small network. There is no second derivative; the
 reference has one.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlv2v.kernels import driver
 from rlv2v.kernels.dispatch import Problem, recurrence
-from rlv2v.kernels.frames import channels_last, dense, empty_frames, gates_dtype, like_weight, state_dtype
+from rlv2v.kernels.layout import channels_last, dense, empty_frames, gates_dtype, like_weight, state_dtype
 
 LIBRARY = torch.library.Library("rlv2v", "DEF")
 INPUTS = "Tensor x, Tensor w_x, Tensor w_h, Tensor bias, Tensor? h0, Tensor? c0"

@@ -15,7 +15,7 @@ from rlv2v.kernels import BACKENDS, convlstm, dispatch, explain
 from rlv2v.kernels.cpu import CpuRecurrence
 from rlv2v.kernels.dispatch import Backend, Problem
 from rlv2v.kernels.driver import Recurrence
-from rlv2v.kernels.plain import PlainRecurrence
+from rlv2v.kernels.eager import EagerRecurrence
 from rlv2v.kernels.reference import LIMITS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,7 +28,7 @@ SHAPE = Shape(batch=2, steps=3, inputs=2, channels=3, height=4, width=5, kernel=
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 def test_explain_names_the_choice_and_why_not_the_others(dtype: torch.dtype, groups: int) -> None:
     choice = explain(*arguments(SHAPE._replace(groups=groups), dtype))
-    assert choice.backend == ("plain" if dtype == torch.float64 else "cpu")
+    assert choice.backend == ("eager" if dtype == torch.float64 else "cpu")
     assert choice.why
     assert {choice.backend, *choice.others} == set(BACKENDS)
     assert choice.backend not in choice.others
@@ -43,7 +43,7 @@ def test_explain_names_the_choice_and_why_not_the_others(dtype: torch.dtype, gro
 def test_auto_is_what_explain_says(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
 
-    class Noted(PlainRecurrence):
+    class Noted(EagerRecurrence):
         def forward(self, *given: object) -> object:
             ran.append("cpu")
             return super().forward(*given)
@@ -52,15 +52,15 @@ def test_auto_is_what_explain_says(monkeypatch: pytest.MonkeyPatch) -> None:
     convlstm(*arguments(SHAPE, torch.float32))
     assert ran == [explain(*arguments(SHAPE, torch.float32)).backend]
     convlstm(*arguments(SHAPE, torch.float64))
-    convlstm(*arguments(SHAPE, torch.float32), backend="plain")
+    convlstm(*arguments(SHAPE, torch.float32), backend="eager")
     assert len(ran) == 1
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize("recurrence", [PlainRecurrence(), CpuRecurrence()], ids=["plain", "cpu"])
+@pytest.mark.parametrize("recurrence", [EagerRecurrence(), CpuRecurrence()], ids=["eager", "cpu"])
 def test_the_self_check_passes_what_is_right(recurrence: Recurrence, dtype: torch.dtype) -> None:
     if dtype == torch.float64:
-        assert dispatch.errors(PlainRecurrence(), CPU, dtype, 17, 3) == (0, 0)
+        assert dispatch.errors(EagerRecurrence(), CPU, dtype, 17, 3) == (0, 0)
         return
     value, gradient = dispatch.errors(recurrence, CPU, dtype, 17, 3)
     assert 0 < value <= LIMITS[dtype].value
@@ -70,7 +70,7 @@ def test_the_self_check_passes_what_is_right(recurrence: Recurrence, dtype: torc
 Parts = tuple[Tensor, Tensor | None, Tensor | None]
 
 
-class Wrong(PlainRecurrence):
+class Wrong(EagerRecurrence):
     """The plain recurrence with a change to what the forward or the backward returns."""
 
     def __init__(self, forward: Callable[[Parts], Parts] = tuple, backward: Callable[[Parts], Parts] = tuple) -> None:
@@ -83,7 +83,7 @@ class Wrong(PlainRecurrence):
         return self.on_backward(super().backward(*given, **named))
 
 
-class WrongWhenRecomputed(PlainRecurrence):
+class WrongWhenRecomputed(EagerRecurrence):
     """Takes recomputed pre-activations for gates."""
 
     def backward(
@@ -133,7 +133,7 @@ def problem(dtype: torch.dtype, width: int = 5) -> Problem:
 def test_a_gpu_backend_that_is_right_is_used(
     dtype: torch.dtype, on_gpu: Callable[[Recurrence], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    on_gpu(PlainRecurrence())
+    on_gpu(EagerRecurrence())
     assert dispatch.choose(problem(dtype)).backend in ("triton", "cuda")
     assert not caplog.records
 
@@ -147,7 +147,7 @@ def test_a_gpu_backend_that_is_wrong_is_not_used_and_named_once(
     on_gpu(recurrence)
     with caplog.at_level(logging.WARNING, "rlv2v.kernels"):
         choices = [dispatch.choose(problem(dtype, width)) for width in (5, 6, 5)]
-    assert {choice.backend for choice in choices} == {"plain"}
+    assert {choice.backend for choice in choices} == {"eager"}
     tried = [name for name in ("triton", "cuda") if any(rule.backend == name for rule in dispatch.TABLE)]
     messages = [record.getMessage() for record in caplog.records]
     assert tried and len(messages) == len(tried)
@@ -158,7 +158,7 @@ def test_a_gpu_backend_that_is_wrong_is_not_used_and_named_once(
         assert reason in message
 
 
-@pytest.mark.parametrize(("dtype", "backend"), [(torch.float32, "cpu"), (torch.bfloat16, "plain")], ids=str)
+@pytest.mark.parametrize(("dtype", "backend"), [(torch.float32, "cpu"), (torch.bfloat16, "eager")], ids=str)
 def test_portable_gates_are_not_chosen_where_they_are_slower(dtype: torch.dtype, backend: str) -> None:
     before = _native.gates_isa()
     dispatch.choose.cache_clear()

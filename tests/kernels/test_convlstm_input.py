@@ -203,7 +203,7 @@ def laid(values: Tensor, layout: str, axis: int) -> Tensor:
 
 RUNS = [
     (backend, dtype)
-    for backend in ("auto", "plain", "reference", "cpu")
+    for backend in ("auto", "eager", "reference", "cpu")
     for dtype in LIMITS
     if not (backend == "cpu" and dtype == torch.float64)
 ]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from rlv2v.kernels.convolution import Inputs, conv, transposed
-from rlv2v.kernels.frames import empty_frames, gates_dtype, state_dtype
+from rlv2v.kernels.layout import empty_frames, gates_dtype, state_dtype
 
 
-class PlainRecurrence:
+class EagerRecurrence:
     """See the module."""
 
     def forward(

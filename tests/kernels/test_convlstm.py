@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rlv2v import _native
 from rlv2v.kernels import convlstm, convlstm_cells, cpu
-from rlv2v.kernels.fused_triton import available
 from rlv2v.kernels.reference import LIMITS
+from rlv2v.kernels.triton.recurrence import available
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,7 +32,7 @@ SHAPES = [
 ]
 RUNS = [
     (backend, dtype, recompute)
-    for backend in ("auto", "plain", "cpu", "reference")
+    for backend in ("auto", "eager", "cpu", "reference")
     for dtype in DTYPES
     for recompute in (False, True)
     if not (backend == "cpu" and dtype == torch.float64) and not (backend == "reference" and recompute)
@@ -176,7 +176,7 @@ def test_chunks_with_the_state_carried_over_are_the_whole(run: tuple[str, torch.
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", ["plain", "cpu", "reference"])
+@pytest.mark.parametrize("backend", ["eager", "cpu", "reference"])
 def test_the_first_cell_may_have_either_dtype(backend: str, dtype: torch.dtype) -> None:
     *rest, c0 = arguments(SHAPES[0], dtype)
     wide = c0.detach().float().requires_grad_()
@@ -236,7 +236,7 @@ def test_large_results_lie_in_memory_that_is_used_again_but_never_while_it_is_re
 
 
 @pytest.mark.parametrize("groups", [0, 2])
-@pytest.mark.parametrize("backend", ["plain", "cpu", "triton"])
+@pytest.mark.parametrize("backend", ["eager", "cpu", "triton"])
 def test_channels_last_weights_give_the_same_and_such_gradients(backend: str, groups: int) -> None:
     if backend == "triton" and available(torch.device("cpu")) is not None:
         pytest.skip("on a GPU Triton does not interpret")

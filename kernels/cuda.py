@@ -28,7 +28,7 @@ from torch import Tensor
 
 from rlv2v import _native
 from rlv2v.kernels.convolution import Inputs
-from rlv2v.kernels.frames import empty_frames
+from rlv2v.kernels.layout import empty_frames
 
 CAPABILITIES = ((8, 6), (8, 9), (9, 0))
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -71,7 +71,7 @@ def fits(channels: int, kernel: int, dtype: torch.dtype, properties: Any, groups
     return None
 
 
-class PersistentRecurrence:
+class CudaRecurrence:
     """See the module, and `rlv2v.kernels.driver.Recurrence`."""
 
     def forward(
@@ -155,12 +155,12 @@ class PersistentRecurrence:
 def sizes(gates: Tensor, w_h: Tensor) -> tuple[int, int, int, int, int, int, int]:
     """`G, T, B, H, W, C, k` of a tensor (G,T,B,4C,H,W) and the weight; ValueError where the two do not agree."""
     if w_h.dim() != 5 or w_h.shape[1] != 4 * w_h.shape[2] or w_h.shape[3] != w_h.shape[4] or not w_h.is_contiguous():
-        raise ValueError(f"persistent: w_h must be (G,4C,C,k,k) and contiguous, got {tuple(w_h.shape)}")
+        raise ValueError(f"cuda: w_h must be (G,4C,C,k,k) and contiguous, got {tuple(w_h.shape)}")
     if w_h.dtype not in DTYPES:
-        raise ValueError(f"persistent: w_h must be float16 or bfloat16, got {w_h.dtype}")
+        raise ValueError(f"cuda: w_h must be float16 or bfloat16, got {w_h.dtype}")
     if gates.dim() != 6 or gates.shape[0] != w_h.shape[0] or gates.shape[3] != w_h.shape[1]:
         expected = (w_h.shape[0], "T", "B", w_h.shape[1], "H", "W")
-        raise ValueError(f"persistent: the gates' tensor must be {expected}, got {tuple(gates.shape)}")
+        raise ValueError(f"cuda: the gates' tensor must be {expected}, got {tuple(gates.shape)}")
     groups, steps, batch, _, height, width = gates.shape
     return groups, steps, batch, height, width, w_h.shape[2], w_h.shape[3]
 
@@ -171,9 +171,9 @@ def check(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch
         return
     if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device:
         got = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-        raise ValueError(f"persistent: {name} must be {dtype} {shape} on {device}, got {got}")
+        raise ValueError(f"cuda: {name} must be {dtype} {shape} on {device}, got {got}")
     if not tensor.movedim(-3, -1).is_contiguous():
-        raise ValueError(f"persistent: {name} must be dense with C after H, W, got strides {tensor.stride()}")
+        raise ValueError(f"cuda: {name} must be dense with C after H, W, got strides {tensor.stride()}")
 
 
 def launch(gates: Tensor, w_h: Tensor) -> tuple[_native.ConvLstmShape, str, int, int]:

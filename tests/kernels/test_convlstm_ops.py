@@ -13,7 +13,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlv2v.kernels import convlstm, convlstm_cells
-from rlv2v.kernels.frames import dense, empty_frames, state_dtype
+from rlv2v.kernels.layout import dense, empty_frames, state_dtype
 from rlv2v.kernels.reference import LIMITS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -105,7 +105,7 @@ def test_an_exported_program_holds_the_operator() -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("backend", ["auto", "plain", "cpu", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "eager", "cpu", "reference"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_autocast_is_casting_by_hand(dtype: torch.dtype, backend: str) -> None:
     inputs = arguments(SHAPE, torch.float32)
@@ -134,7 +134,7 @@ def test_autocast_leaves_float64_alone() -> None:
 
 
 @pytest.mark.parametrize("keep_gates", [True, False], ids=["keep", "recompute"])
-@pytest.mark.parametrize("backend", ["plain", "cpu"])
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
 def test_autocast_does_not_reach_inside_the_operators(backend: str, keep_gates: bool) -> None:
     inputs = operands(SHAPE._replace(groups=1), torch.float32, "state")
 
@@ -150,7 +150,7 @@ def test_autocast_does_not_reach_inside_the_operators(backend: str, keep_gates: 
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("backend", ["plain", "cpu"])
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
 def test_a_second_derivative_is_refused_by_name(backend: str) -> None:
     inputs = arguments(SHAPE, torch.float32)
     hs = convlstm(*inputs, backend=backend)[0]
@@ -162,8 +162,8 @@ def test_a_second_derivative_is_refused_by_name(backend: str) -> None:
 def test_the_reference_has_a_second_derivative_and_the_plain_backend_a_right_first() -> None:
     shape = Shape(1, 2, 1, 2, 1, 2, 3)
     inputs = given(arguments(shape, torch.float64))
-    assert torch.autograd.gradcheck(lambda *a: convlstm_cells(*a, backend="plain"), inputs)
-    assert torch.autograd.gradcheck(lambda *a: convlstm_cells(*a, backend="plain", recompute=True), inputs)
+    assert torch.autograd.gradcheck(lambda *a: convlstm_cells(*a, backend="eager"), inputs)
+    assert torch.autograd.gradcheck(lambda *a: convlstm_cells(*a, backend="eager", recompute=True), inputs)
     assert torch.autograd.gradgradcheck(lambda *a: convlstm_cells(*a, backend="reference"), inputs)
 
 
@@ -202,7 +202,7 @@ SUBSETS = [*[{name} for name in NAMES], {"w_x", "w_h", "bias"}, {"h0", "c0"}, {"
 
 @pytest.mark.parametrize("wanted", SUBSETS, ids=lambda names: "+".join(sorted(names)))
 @pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
-@pytest.mark.parametrize("backend", ["plain", "cpu", "reference"])
+@pytest.mark.parametrize("backend", ["eager", "cpu", "reference"])
 def test_only_the_gradients_that_are_wanted_are_made(backend: str, recompute: bool, wanted: set[str]) -> None:
     inputs = arguments(SHAPE, torch.float32)
     every = gradients(

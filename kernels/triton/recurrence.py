@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from rlv2v.kernels.convolution import Inputs
-from rlv2v.kernels.frames import empty_frames
-from rlv2v.kernels.tiles import Tile, backward_tile, forward_tile
+from rlv2v.kernels.layout import empty_frames
+from rlv2v.kernels.triton.tiles import Tile, backward_tile, forward_tile
 
 Grid = tuple[int, int, int]
 Launch = Callable[[Any, Grid, dict[str, Any]], None]
@@ -28,7 +28,7 @@ OLDEST = (8, 0)  # bfloat16 tensor cores and cp.async
 
 
 def launch(kernel: Any, grid: Grid, arguments: dict[str, Any]) -> None:
-    """Run a Triton kernel; what `FusedTriton` takes in its place may count, or record, instead."""
+    """Run a Triton kernel; what `TritonRecurrence` takes in its place may count, or record, instead."""
     kernel[grid](**arguments)
 
 
@@ -36,9 +36,9 @@ def interpreted() -> bool:
     """Whether the kernels were made under TRITON_INTERPRET=1, which is read once, when they are."""
     from triton.runtime.interpreter import InterpretedFunction
 
-    from rlv2v.kernels import steps
+    from rlv2v.kernels.triton import kernels
 
-    return isinstance(steps.forward_step, InterpretedFunction)
+    return isinstance(kernels.forward_step, InterpretedFunction)
 
 
 def available(device: torch.device) -> str | None:
@@ -55,7 +55,7 @@ def available(device: torch.device) -> str | None:
     return None
 
 
-class FusedTriton:
+class TritonRecurrence:
     """A backend of the shared driver: the recurrence forward and backward.
 
     Args:
@@ -103,7 +103,7 @@ class FusedTriton:
             hs (G,T,B,C,H,W) in a's dtype; cs the same in float32; gates (G,T,B,4C,H,W), float32 for such an a, else
             float16, or None.
         """
-        from rlv2v.kernels import steps
+        from rlv2v.kernels.triton import kernels
 
         require_dense(a, h0, c0)
         groups, num_steps, batch, _, height, width = a.shape
@@ -122,7 +122,7 @@ class FusedTriton:
             for t in range(num_steps):
                 arguments = {"a": a, "bias": bias, "weight": packed, "hs": hs, "cs": cs, "gates": gates, "t": t} | sizes
                 arguments |= before(t, num_steps, h=(hs, h0), c=(cs, c0))
-                self.launch(steps.forward_step, grid, arguments)
+                self.launch(kernels.forward_step, grid, arguments)
         return hs, cs, gates
 
     def backward(
@@ -152,7 +152,7 @@ class FusedTriton:
         Returns:
             da (G,T,B,4C,H,W) in dhs' dtype; dh0 (G,B,C,H,W) in dhs' dtype and dc0 float32, or None twice.
         """
-        from rlv2v.kernels import steps
+        from rlv2v.kernels.triton import kernels
 
         require_dense(dhs, dcs, gates, cs, c0)
         groups, num_steps, batch, channels, height, width = dhs.shape
@@ -170,14 +170,14 @@ class FusedTriton:
                 arguments = {"dhs": dhs, "dcs": dcs, "gates": gates, "cs": cs, "carry": carry, "da": da, "t": t} | sizes
                 arguments |= {"weight": packed, "ACTIVATED": activated} | before(t, num_steps, c=(cs, c0))
                 arguments |= {"da_next": None if last else da, "carry_before": None if last else carry}
-                self.launch(steps.backward_step, grid, arguments)
+                self.launch(kernels.backward_step, grid, arguments)
             if need_state:
-                self.launch(steps.backward_state, grid, {"da": da, "weight": packed, "dh0": dh0} | sizes)
+                self.launch(kernels.backward_state, grid, {"da": da, "weight": packed, "dh0": dh0} | sizes)
         return da, dh0, carry if need_state else None
 
     def pack(self, w_h: Tensor, tile: Tile, *, transposed: bool) -> Tensor:
-        """The weight in the order in which the programs of one pass read it; see `steps.pack_weight`."""
-        from rlv2v.kernels import steps
+        """The weight in the order in which the programs of one pass read it; see `kernels.pack_weight`."""
+        from rlv2v.kernels.triton import kernels
 
         groups, _, channels, k, _ = w_h.shape
         rows = round_up(4 * channels if transposed else channels, tile.bk)
@@ -187,7 +187,7 @@ class FusedTriton:
         arguments = {"weight": w_h, "packed": packed, "C": channels, "K": k} | strides
         arguments |= {"BC": tile.bc, "BK": tile.bk, "TRANSPOSED": transposed, "BLOCK": PACK_BLOCK}
         grid = (round_up(packed.shape[1], PACK_BLOCK) // PACK_BLOCK, groups, 1)
-        self.launch(steps.pack_weight, grid, arguments | {"num_warps": 4, "enable_fp_fusion": True})
+        self.launch(kernels.pack_weight, grid, arguments | {"num_warps": 4, "enable_fp_fusion": True})
         return packed
 
     def capability_of(self, tensor: Tensor) -> tuple[int, int]:

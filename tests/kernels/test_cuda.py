@@ -13,19 +13,19 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from rlv2v import _native
-from rlv2v.kernels import persistent
-from rlv2v.kernels.frames import empty_frames
+from rlv2v.kernels import cuda
+from rlv2v.kernels.layout import empty_frames
 from rlv2v.kernels.reference import LIMITS
 
 SM86 = SimpleNamespace(multi_processor_count=46, shared_memory_per_multiprocessor=100 * 1024)
 SM90 = SimpleNamespace(multi_processor_count=132, shared_memory_per_multiprocessor=228 * 1024)
 CUDA = torch.device("cuda")
-REASON = persistent.available(CUDA)
-PERSISTENT = persistent.PersistentRecurrence()
+REASON = cuda.available(CUDA)
+PERSISTENT = cuda.CudaRecurrence()
 
 
 def test_says_why_it_cannot_run() -> None:
-    reason = persistent.available(torch.device("cpu"))
+    reason = cuda.available(torch.device("cpu"))
     assert reason is not None
     assert ("built without CUDA" in reason) != _native.has_cuda
 
@@ -35,8 +35,8 @@ def test_says_why_it_cannot_run() -> None:
     [(64, 3, SM86), (160, 3, SM86), (48, 5, SM86), (736, 1, SM86), (128, 3, SM90), (384, 3, SM90), (128, 5, SM90)],
 )
 def test_fits(channels: int, kernel: int, properties: SimpleNamespace) -> None:
-    assert persistent.fits(channels, kernel, torch.float16, properties) is None
-    assert persistent.fits(channels, kernel, torch.bfloat16, properties) is None
+    assert cuda.fits(channels, kernel, torch.float16, properties) is None
+    assert cuda.fits(channels, kernel, torch.bfloat16, properties) is None
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_says_why_a_state_does_not_fit(
     channels: int, kernel: int, dtype: torch.dtype, properties: SimpleNamespace, groups: int, reason: str
 ) -> None:
     with pytest.raises(ValueError, match=reason):
-        raise ValueError(persistent.fits(channels, kernel, dtype, properties, groups))
+        raise ValueError(cuda.fits(channels, kernel, dtype, properties, groups))
 
 
 def test_the_plan_of_a_known_shape() -> None:
@@ -71,7 +71,7 @@ def test_the_plan_of_a_known_shape() -> None:
 def test_what_fits_at_all_fits_at_any_frame_size(kernel: int, size: tuple[int, int, int]) -> None:
     batch, height, width = size
     for channels in (1, 17, 48):
-        assert persistent.fits(channels, kernel, torch.float16, SM86) is None
+        assert cuda.fits(channels, kernel, torch.float16, SM86) is None
         for backward in (False, True):
             shape = _native.ConvLstmShape(1, 2, batch, channels, height, width, kernel)
             assert isinstance(_native.persistent_plan(shape, backward, 46, 99 * 1024), dict)
@@ -122,7 +122,7 @@ def unrolled(a: Tensor, w_h: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tens
 
 
 @pytest.mark.skipif(REASON is not None, reason=f"persistent kernels: {REASON}")
-@pytest.mark.parametrize("dtype", persistent.DTYPES)
+@pytest.mark.parametrize("dtype", cuda.DTYPES)
 @pytest.mark.parametrize("activated", [True, False])
 @pytest.mark.parametrize(
     ("groups", "steps", "batch", "channels", "height", "width", "kernel"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from rlv2v.kernels.frames import state_dtype
+from rlv2v.kernels.layout import state_dtype
 from rlv2v.kernels.reference import LIMITS
 
 NAMES = ("x", "w_x", "w_h", "bias", "h0", "c0")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlv2v.kernels import ops as _ops  # noqa: F401  (registers the operators)
 from rlv2v.kernels.dispatch import BACKENDS, Choice, Problem, check_backend, choose
-from rlv2v.kernels.frames import dense, state_dtype
+from rlv2v.kernels.layout import dense, state_dtype
 from rlv2v.kernels.reference import LIMITS, convlstm_ref
 
 

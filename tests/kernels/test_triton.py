@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from rlv2v.kernels import fused_triton
-from rlv2v.kernels.fused_triton import DTYPES, FusedTriton, available
 from rlv2v.kernels.reference import LIMITS
-from rlv2v.kernels.tiles import SHARED_LIMIT, Tile, architecture, backward_tile, forward_tile
+from rlv2v.kernels.triton import recurrence
+from rlv2v.kernels.triton.recurrence import DTYPES, TritonRecurrence, available
+from rlv2v.kernels.triton.tiles import SHARED_LIMIT, Tile, architecture, backward_tile, forward_tile
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -67,7 +67,7 @@ class Guarded:
 def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guarded]:
     """Also the backend's own allocations."""
     guarded = Guarded()
-    monkeypatch.setattr(fused_triton.torch, "empty", guarded.empty)
+    monkeypatch.setattr(recurrence.torch, "empty", guarded.empty)
     yield guarded
 
 
@@ -108,7 +108,7 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype, *, state: bool, seed: int
 
 
 def run(
-    backend: FusedTriton,
+    backend: TritonRecurrence,
     given: dict[str, Tensor | None],
     dtype: torch.dtype,
     guarded: Guarded,
@@ -143,13 +143,13 @@ def run(
 def test_values_and_gradients_are_those_of_the_textbook(
     shape: tuple[int, ...], dtype: torch.dtype, state: bool, activated: bool, guarded: Guarded
 ) -> None:
-    compare(FusedTriton(), inputs(shape, dtype, state=state), dtype, guarded, with_dcs=state, activated=activated)
+    compare(TritonRecurrence(), inputs(shape, dtype, state=state), dtype, guarded, with_dcs=state, activated=activated)
 
 
 @pytest.mark.parametrize("tile", [Tile(64, 32, 64), Tile(32, 16, 16)], ids=str)
 def test_a_tile_changes_no_number_beyond_rounding(tile: Tile, guarded: Guarded) -> None:
     given = inputs((1, 2, 1, 20, 7, 11, 3), torch.float16, state=True)
-    compare(FusedTriton(tile=tile), given, torch.float16, guarded, with_dcs=False, activated=True)
+    compare(TritonRecurrence(tile=tile), given, torch.float16, guarded, with_dcs=False, activated=True)
 
 
 @pytest.mark.parametrize("alone", ["h0", "c0"])
@@ -157,13 +157,13 @@ def test_one_half_of_the_state_may_be_left_out(alone: str, guarded: Guarded) -> 
     given = inputs(SHAPES[2], torch.float32, state=True)
     given["h0" if alone == "c0" else "c0"] = None
     exact = literal(given["a"], given["w_h"], given["h0"], given["c0"])
-    got = run(FusedTriton(), given, torch.float32, guarded, with_dcs=False, activated=True)
+    got = run(TritonRecurrence(), given, torch.float32, guarded, with_dcs=False, activated=True)
     for name, want in zip(("hs", "cs", "gates"), exact, strict=False):
         torch.testing.assert_close(got[name].double().cpu(), want, rtol=0, atol=2e-6)
 
 
 def compare(
-    backend: FusedTriton,
+    backend: TritonRecurrence,
     given: dict[str, Tensor | None],
     dtype: torch.dtype,
     guarded: Guarded,
@@ -204,10 +204,10 @@ def test_launches_are_one_a_step_and_one_that_packs(steps: int, state: bool, gua
 
     def count(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any]) -> None:
         launches[kernel.__name__] += 1
-        fused_triton.launch(kernel, grid, arguments)
+        recurrence.launch(kernel, grid, arguments)
 
     given = inputs((1, steps, 1, 2, 2, 3, 1), torch.float32, state=state)
-    run(FusedTriton(count), given, torch.float32, guarded, with_dcs=False, activated=True)
+    run(TritonRecurrence(count), given, torch.float32, guarded, with_dcs=False, activated=True)
     packs = 2 if state or steps > 1 else 0
     want = {"forward_step": steps, "backward_step": steps, "backward_state": int(state), "pack_weight": packs}
     assert launches == {name: number for name, number in want.items() if number}
@@ -215,12 +215,12 @@ def test_launches_are_one_a_step_and_one_that_packs(steps: int, state: bool, gua
 
 def test_wide_offsets_give_the_same_bits(guarded: Guarded) -> None:
     def wide(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any]) -> None:
-        fused_triton.launch(kernel, grid, arguments | ({"WIDE": True} if "WIDE" in arguments else {}))
+        recurrence.launch(kernel, grid, arguments | ({"WIDE": True} if "WIDE" in arguments else {}))
 
     given = inputs(SHAPES[2], torch.float32, state=True)
     options: dict[str, Any] = {"with_dcs": True, "activated": True}
-    plain = run(FusedTriton(), given, torch.float32, guarded, **options)
-    for name, tensor in run(FusedTriton(wide), given, torch.float32, guarded, **options).items():
+    plain = run(TritonRecurrence(), given, torch.float32, guarded, **options)
+    for name, tensor in run(TritonRecurrence(wide), given, torch.float32, guarded, **options).items():
         assert torch.equal(tensor, plain[name]), name
 
 
@@ -228,14 +228,14 @@ def test_wide_offsets_give_the_same_bits(guarded: Guarded) -> None:
 def test_extreme_numbers_saturate(guarded: Guarded) -> None:
     given = inputs((1, 2, 1, 2, 2, 3, 1), torch.float32, state=True)
     given["a"] *= 1e4
-    got = run(FusedTriton(), given, torch.float32, guarded, with_dcs=True, activated=True)
+    got = run(TritonRecurrence(), given, torch.float32, guarded, with_dcs=True, activated=True)
     assert all(tensor.isfinite().all() for tensor in got.values())
     for name, want in zip(("hs", "cs"), literal(given["a"], given["w_h"], given["h0"], given["c0"]), strict=False):
         torch.testing.assert_close(got[name].double().cpu(), want, rtol=0, atol=2e-6)
 
 
 def test_tanh_is_good_for_every_number() -> None:
-    from rlv2v.kernels.steps import tanh
+    from rlv2v.kernels.triton.kernels import tanh
 
     @triton.jit
     def apply(x, y, tanh: tl.constexpr, N: tl.constexpr):
@@ -253,11 +253,11 @@ def test_tanh_is_good_for_every_number() -> None:
 
 def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert available(DEVICE) is None
-    monkeypatch.setattr(fused_triton, "interpreted", lambda: False)
+    monkeypatch.setattr(recurrence, "interpreted", lambda: False)
     assert available(torch.device("cpu")) == "a cpu tensor needs TRITON_INTERPRET=1, set before triton is imported"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert available(torch.device("cuda")) == "compute capability 7.5 is below 8.0"
-    monkeypatch.setattr(fused_triton, "find_spec", lambda name: None)
+    monkeypatch.setattr(recurrence, "find_spec", lambda name: None)
     assert available(torch.device("cuda")) == "triton is not installed"
 
 
