@@ -1,15 +1,14 @@
-"""The ConvLSTM recurrence in Triton: one launch a step, forward and backward, and one that packs the weight.
+"""The Triton kernels of the recurrence: one launch a step, forward and backward, and one that packs the weight.
 
-    forward   a += w_h * h_before;  i, f, o = sigmoid;  g = tanh;  c = f c_before + i g;  h = o tanh(c)
+    forward   a += w_h * h_prev;  i, f, o = sigmoid(a);  g = tanh(a);  c = f c_prev + i g;  h = o tanh(c)
     backward  dh = dhs + w_h^T * da_next;  dc = dcs + carry + dh o (1 - tanh(c)^2);  carry = dc f
-              da_i = dc g i(1-i);  da_f = dc c_before f(1-f);  da_o = dh tanh(c) o(1-o);  da_g = dc i (1-g^2)
+              da_i = dc g i(1-i);  da_f = dc c_prev f(1-f);  da_o = dh tanh(c) o(1-o);  da_g = dc i (1-g^2)
 Source: Shi et al. 2015, arXiv:1506.04214, eq. 3 without peepholes. The convolution is an implicit matrix product, as in
 Chetlur et al. 2014, arXiv:1410.0759: rows are the pixels of one step's B frames, the sum runs over taps and channels.
 
 Every tensor is dense in the order G,T,B,H,W,channels; a state has no T. `pixels` is B*H*W. A program takes BM pixels
 and BC channels of one group: grid (ceil(pixels/BM), ceil(C/BC), G). Sums and pointwise maths in fp32. An argument that
-may be None is left out at compile time. UPCAST: sum in fp32, for the interpreter, whose bfloat16 product multiplies bit
-patterns. WIDE: 64-bit offsets inside the frames of one step; those between steps always are.
+may be None is left out at compile time. WIDE: 64-bit offsets within a step; those between steps always are.
 """
 
 # Triton's decorators and the kernels that they take know no Python types.
@@ -20,13 +19,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # whose bfloat16 product multiplies bit patterns
 # A step number of 1, or a size that is divisible by 16, must not compile another kernel.
-SIZES = ["height", "width", "pixels", "steps", "t", "before_steps", "before_t"]
+SIZES = ["height", "width", "pixels", "steps", "t"]
 
 
 @triton.jit
 def tanh(x):
-    """tanh without libdevice: a ratio of exponentials, which cannot overflow, or near 0 the series.
+    """Return tanh without libdevice: a ratio of exponentials, which cannot overflow, or the series near 0.
 
     (1-e)/(1+e) with e = exp(-2|x|) loses x's digits as x goes to 0; at |x| = 1/4 the series is good to 1e-8.
     """
@@ -39,7 +39,7 @@ def tanh(x):
 
 @triton.jit
 def pixel_rows(pixels, BM: tl.constexpr, WIDE: tl.constexpr):
-    """This program's pixels within the B frames of a step, and which of them there are."""
+    """Return this program's pixels within the B frames of a step, and which of them exist."""
     pixel = tl.program_id(0) * BM + tl.arange(0, BM)
     if WIDE:
         pixel = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -48,9 +48,9 @@ def pixel_rows(pixels, BM: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def state_offsets(pixel, inside, C: tl.constexpr, BC: tl.constexpr):
-    """Where this program's pixels and channels lie, as row and channel, and which exist.
+    """Return the row and channel of this program's pixels and channels, and which of them exist.
 
-    What does not exist points at what does: a masked address past the end faults (pytorch #186440). Channels wrap
+    Those that do not exist point at some that do: a masked address past the end faults (pytorch #186440). Channels wrap
     round, since a `where` would hide from the compiler that they lie side by side.
     """
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -62,27 +62,38 @@ def state_offsets(pixel, inside, C: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def convolve(
-    acc,
-    frames,
-    weight,
-    pixel,
-    inside,
-    height,
-    width,
-    CHANNELS: tl.constexpr,
-    K: tl.constexpr,
-    BK: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """`acc` plus the k x k same-padded convolution of `frames` (pixels, CHANNELS) at this program's pixels.
+def load_gates(pointers, ok, C: tl.constexpr):
+    """Return four gates in fp32, which lie C elements apart from `pointers` on; zero where not `ok`."""
+    i = tl.load(pointers, mask=ok, other=0.0).to(tl.float32)
+    f = tl.load(pointers + C, mask=ok, other=0.0).to(tl.float32)
+    o = tl.load(pointers + 2 * C, mask=ok, other=0.0).to(tl.float32)
+    g = tl.load(pointers + 3 * C, mask=ok, other=0.0).to(tl.float32)
+    return i, f, o, g
 
-    `weight` is this program's part of the packed one: (k*k, CHANNELS rounded up to BK, columns of acc), and zero past
-    CHANNELS, where the pixel's channels are read once more. One loop over taps and channels: Triton pipelines only the
-    innermost one, and a tap may be a single chunk.
+
+@triton.jit
+def store_gates(pointers, ok, i, f, o, g, C: tl.constexpr):
+    """Store four gates as `load_gates` reads them, rounded to the dtype of the memory."""
+    tl.store(pointers, i, mask=ok)
+    tl.store(pointers + C, f, mask=ok)
+    tl.store(pointers + 2 * C, o, mask=ok)
+    tl.store(pointers + 3 * C, g, mask=ok)
+
+
+@triton.jit
+def convolve(
+    frames, weight, pixel, ok, height, width, C: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, BK: tl.constexpr
+):
+    """Return the k x k same-padded convolution (pixels, COLUMNS) of `frames` (pixels, C) at this program's pixels.
+
+    `weight` is packed: (groups, channel tiles, k*k, C rounded up to BK, COLUMNS), and zero past C, where
+    the pixel's channels are read once more. One loop over taps and channels: Triton pipelines only the innermost one,
+    and a tap may be a single chunk.
     """
-    CHUNKS: tl.constexpr = (CHANNELS + BK - 1) // BK
-    COLUMNS: tl.constexpr = acc.shape[1]
+    CHUNKS: tl.constexpr = (C + BK - 1) // BK
+    part = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    weight += part * (K * K * CHUNKS * BK * COLUMNS)
+    acc = tl.zeros((pixel.shape[0], COLUMNS), dtype=tl.float32)
     x = pixel % width
     y = pixel // width % height
     lane = tl.arange(0, BK)
@@ -91,26 +102,18 @@ def convolve(
         tap = step // CHUNKS
         dy = tap // K - K // 2
         dx = tap % K - K // 2
-        near = inside & (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width)
+        near = ok & (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width)
         row = tl.where(near, pixel + dy * width + dx, 0)
         channel = step % CHUNKS * BK + lane
-        if CHANNELS % BK:
-            channel %= CHANNELS
-        left = tl.load(frames + row[:, None] * CHANNELS + channel[None, :], mask=near[:, None], other=0.0)
+        if C % BK:
+            channel %= C
+        left = tl.load(frames + row[:, None] * C + channel[None, :], mask=near[:, None], other=0.0)
         right = tl.load(weight + step * (BK * COLUMNS) + tile)
-        if UPCAST:
+        if INTERPRETED and left.dtype == tl.bfloat16:
             left = left.to(tl.float32)
             right = right.to(tl.float32)
         acc = tl.dot(left, right, acc, input_precision="ieee")
     return acc
-
-
-@triton.jit
-def packed_part(weight, CHANNELS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, COLUMNS: tl.constexpr):
-    """Where this program's group and channel tile begin in the packed weight."""
-    SIZE: tl.constexpr = K * K * ((CHANNELS + BK - 1) // BK) * BK * COLUMNS
-    part = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    return weight + part * SIZE
 
 
 @triton.jit(do_not_specialize=["row_stride", "tap_stride"])
@@ -126,10 +129,10 @@ def pack_weight(
     TRANSPOSED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`weight` (G,4C,C,k,k) in the order in which the programs read it: (G, channel tiles, k*k, rows, columns).
+    """Pack `weight` (G,4C,C,k,k) into the order in which programs read it: (G, channel tiles, k*k, rows, columns).
 
-    It is dense with the taps or the input channels last: `row_stride` is from one of these to the next, `tap_stride`
-    from one of those.
+    The weight is dense with the taps or the input channels last; `row_stride` is from one input channel to the next,
+    `tap_stride` from one tap to the next.
 
     Forward: rows are the C input channels, columns (2, BC, 2): the two bits of the gate around the channel, so that the
     tensor cores leave the four sums of a channel in one thread. TRANSPOSED, for the backward: rows are the 4C
@@ -163,8 +166,8 @@ def forward_step(
     a,
     bias,
     weight,
-    h_before,
-    c_before,
+    h_prev,
+    c_prev,
     hs,
     cs,
     gates,
@@ -173,62 +176,51 @@ def forward_step(
     pixels,
     steps,
     t,
-    before_steps,
-    before_t,
     C: tl.constexpr,
     K: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
     BK: tl.constexpr,
-    UPCAST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Step t of the forward: writes h and c of step t, and the activated gates, which may lie where `a` does.
+    """Run step t of the forward: write its h and c, and the activated gates, which may lie in the memory of `a`.
 
     a, gates (G,T,B,4C,H,W), gates or None; bias (G,4C) or None; hs, cs (G,T,B,C,H,W); weight as `pack_weight` leaves
-    it. The state before is step `before_t` of `before_steps`: of hs and cs, or the only one of h0 and c0. h_before
-    None: no product.
+    it. h_prev, c_prev: hs and cs, whose step t-1 is read; at step 0 the state before it (G,B,C,H,W), or None for zero.
     """
     group = tl.program_id(2).to(tl.int64)
-    here = (group * steps + t) * pixels
-    before = (group * before_steps + before_t) * pixels
+    first = (group * steps + t) * pixels
+    first_prev = tl.where(t > 0, group * steps + t - 1, group) * pixels
     pixel, inside = pixel_rows(pixels, BM, WIDE)
     row, channel, ok = state_offsets(pixel, inside, C, BC)
-    at = row * (4 * C) + channel
-    a += here * (4 * C)
+    offset = row * (4 * C) + channel
+    offset_state = row * C + channel
     acc = tl.zeros((BM, 4 * BC), dtype=tl.float32)
-    if h_before is not None:
-        part = packed_part(weight, C, K, BK, 4 * BC)
-        acc = convolve(acc, h_before + before * C, part, pixel, inside, height, width, C, K, BK, UPCAST)
+    if h_prev is not None:
+        h_frames = h_prev + first_prev * C
+        acc = convolve(h_frames, weight, pixel, inside, height, width, C, K, 4 * BC, BK)
     i_and_o, f_and_g = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BC, 2)), (0, 2, 1, 3)))
     i, o = tl.split(i_and_o)
     f, g = tl.split(f_and_g)
-    i += tl.load(a + at, mask=ok, other=0.0).to(tl.float32)
-    f += tl.load(a + at + C, mask=ok, other=0.0).to(tl.float32)
-    o += tl.load(a + at + 2 * C, mask=ok, other=0.0).to(tl.float32)
-    g += tl.load(a + at + 3 * C, mask=ok, other=0.0).to(tl.float32)
+    i_x, f_x, o_x, g_x = load_gates(a + first * (4 * C) + offset, ok, C)
+    i += i_x
+    f += f_x
+    o += o_x
+    g += g_x
     if bias is not None:
         bias += group * (4 * C) + channel  # channels that do not exist wrap round
         i += tl.load(bias).to(tl.float32)
         f += tl.load(bias + C).to(tl.float32)
         o += tl.load(bias + 2 * C).to(tl.float32)
         g += tl.load(bias + 3 * C).to(tl.float32)
-    i = tl.sigmoid(i)
-    f = tl.sigmoid(f)
-    o = tl.sigmoid(o)
-    g = tanh(g)
+    i, f, o, g = tl.sigmoid(i), tl.sigmoid(f), tl.sigmoid(o), tanh(g)
     c = i * g
-    at_state = row * C + channel
-    if c_before is not None:
-        c += f * tl.load(c_before + before * C + at_state, mask=ok, other=0.0)
-    tl.store(cs + here * C + at_state, c, mask=ok)
-    tl.store(hs + here * C + at_state, (o * tanh(c)).to(hs.dtype.element_ty), mask=ok)
+    if c_prev is not None:
+        c += f * tl.load(c_prev + first_prev * C + offset_state, mask=ok, other=0.0)
+    tl.store(cs + first * C + offset_state, c, mask=ok)
+    tl.store(hs + first * C + offset_state, o * tanh(c), mask=ok)
     if gates is not None:
-        gates += here * (4 * C)
-        tl.store(gates + at, i.to(gates.dtype.element_ty), mask=ok)
-        tl.store(gates + at + C, f.to(gates.dtype.element_ty), mask=ok)
-        tl.store(gates + at + 2 * C, o.to(gates.dtype.element_ty), mask=ok)
-        tl.store(gates + at + 3 * C, g.to(gates.dtype.element_ty), mask=ok)
+        store_gates(gates + first * (4 * C) + offset, ok, i, f, o, g, C)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -239,8 +231,8 @@ def backward_step(
     dcs,
     gates,
     cs,
-    c_before,
-    carry_before,
+    c_prev,
+    carry_next,
     carry,
     da,
     height,
@@ -248,62 +240,49 @@ def backward_step(
     pixels,
     steps,
     t,
-    before_steps,
-    before_t,
     C: tl.constexpr,
     K: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
     BK: tl.constexpr,
     ACTIVATED: tl.constexpr,
-    UPCAST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Step t of the backward: writes da of step t and the carry, dc f, which is what step t-1 adds to its dc.
+    """Run step t of the backward: write its da and the carry, dc f, which step t-1 adds to its dc.
 
-    da_next, da, gates (G,T,B,4C,H,W): da_next is da, of which step t+1 is read, or None at the last step. gates are
-    activated, or pre-activations when not ACTIVATED. dhs, dcs, cs (G,T,B,C,H,W), dcs or None. carry (G,B,C,H,W) fp32;
-    carry_before is the same buffer, or None at the last step. c_before as in `forward_step`. weight TRANSPOSED.
+    da_next, da, gates (G,T,B,4C,H,W): da_next is da, whose step t+1 is read, or None at the last step. gates are
+    activated, or pre-activations if not ACTIVATED. dhs, dcs, cs (G,T,B,C,H,W), dcs or None. carry (G,B,C,H,W) fp32;
+    carry_next is the same buffer, or None at the last step. c_prev as in `forward_step`. weight TRANSPOSED.
     """
     group = tl.program_id(2).to(tl.int64)
-    here = (group * steps + t) * pixels
+    first = (group * steps + t) * pixels
     pixel, inside = pixel_rows(pixels, BM, WIDE)
     dh = tl.zeros((BM, BC), dtype=tl.float32)
     if da_next is not None:
-        part = packed_part(weight, 4 * C, K, BK, BC)
-        later = da_next + (here + pixels) * (4 * C)
-        dh = convolve(dh, later, part, pixel, inside, height, width, 4 * C, K, BK, UPCAST)
+        frames_next = da_next + (first + pixels) * (4 * C)
+        dh = convolve(frames_next, weight, pixel, inside, height, width, 4 * C, K, BC, BK)
     row, channel, ok = state_offsets(pixel, inside, C, BC)
-    at = row * (4 * C) + channel
-    at_state = row * C + channel
-    gates += here * (4 * C)
-    i = tl.load(gates + at, mask=ok, other=0.0).to(tl.float32)
-    f = tl.load(gates + at + C, mask=ok, other=0.0).to(tl.float32)
-    o = tl.load(gates + at + 2 * C, mask=ok, other=0.0).to(tl.float32)
-    g = tl.load(gates + at + 3 * C, mask=ok, other=0.0).to(tl.float32)
+    offset = row * (4 * C) + channel
+    offset_state = row * C + channel
+    i, f, o, g = load_gates(gates + first * (4 * C) + offset, ok, C)
     if not ACTIVATED:
-        i = tl.sigmoid(i)
-        f = tl.sigmoid(f)
-        o = tl.sigmoid(o)
-        g = tanh(g)
-    dh += tl.load(dhs + here * C + at_state, mask=ok, other=0.0).to(tl.float32)
-    tanh_c = tanh(tl.load(cs + here * C + at_state, mask=ok, other=0.0))
+        i, f, o, g = tl.sigmoid(i), tl.sigmoid(f), tl.sigmoid(o), tanh(g)
+    dh += tl.load(dhs + first * C + offset_state, mask=ok, other=0.0).to(tl.float32)
+    tanh_c = tanh(tl.load(cs + first * C + offset_state, mask=ok, other=0.0))
     dc = dh * o * (1 - tanh_c * tanh_c)
     if dcs is not None:
-        dc += tl.load(dcs + here * C + at_state, mask=ok, other=0.0)
-    at_carry = group * pixels * C + at_state
-    if carry_before is not None:
-        dc += tl.load(carry_before + at_carry, mask=ok, other=0.0)
-    tl.store(carry + at_carry, dc * f, mask=ok)
+        dc += tl.load(dcs + first * C + offset_state, mask=ok, other=0.0)
+    offset_carry = group * pixels * C + offset_state
+    if carry_next is not None:
+        dc += tl.load(carry_next + offset_carry, mask=ok, other=0.0)
+    tl.store(carry + offset_carry, dc * f, mask=ok)
     da_f = tl.zeros((BM, BC), dtype=tl.float32)
-    if c_before is not None:
-        before = (group * before_steps + before_t) * pixels * C
-        da_f = dc * tl.load(c_before + before + at_state, mask=ok, other=0.0) * f * (1 - f)
-    da += here * (4 * C)
-    tl.store(da + at, (dc * g * i * (1 - i)).to(da.dtype.element_ty), mask=ok)
-    tl.store(da + at + C, da_f.to(da.dtype.element_ty), mask=ok)
-    tl.store(da + at + 2 * C, (dh * tanh_c * o * (1 - o)).to(da.dtype.element_ty), mask=ok)
-    tl.store(da + at + 3 * C, (dc * i * (1 - g * g)).to(da.dtype.element_ty), mask=ok)
+    if c_prev is not None:
+        first_prev = tl.where(t > 0, group * steps + t - 1, group) * pixels
+        da_f = dc * tl.load(c_prev + first_prev * C + offset_state, mask=ok, other=0.0) * f * (1 - f)
+    da_i = dc * g * i * (1 - i)
+    da_o = dh * tanh_c * o * (1 - o)
+    store_gates(da + first * (4 * C) + offset, ok, da_i, da_f, da_o, dc * i * (1 - g * g), C)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -320,15 +299,12 @@ def backward_state(
     BM: tl.constexpr,
     BC: tl.constexpr,
     BK: tl.constexpr,
-    UPCAST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The gradient of the state before the first step: dh0 (G,B,C,H,W) = w_h^T * da_0."""
+    """Write the gradient of the hidden state before the first step: dh0 (G,B,C,H,W) = w_h^T * da_0."""
     group = tl.program_id(2).to(tl.int64)
     pixel, inside = pixel_rows(pixels, BM, WIDE)
-    acc = tl.zeros((BM, BC), dtype=tl.float32)
-    part = packed_part(weight, 4 * C, K, BK, BC)
-    first = da + group * steps * pixels * (4 * C)
-    acc = convolve(acc, first, part, pixel, inside, height, width, 4 * C, K, BK, UPCAST)
+    frames = da + group * steps * pixels * (4 * C)
+    dh = convolve(frames, weight, pixel, inside, height, width, 4 * C, K, BC, BK)
     row, channel, ok = state_offsets(pixel, inside, C, BC)
-    tl.store(dh0 + group * pixels * C + row * C + channel, acc.to(dh0.dtype.element_ty), mask=ok)
+    tl.store(dh0 + group * pixels * C + row * C + channel, dh, mask=ok)
