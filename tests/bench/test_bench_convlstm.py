@@ -17,6 +17,7 @@ from torch import Tensor
 from rlv2v import _native
 from rlv2v.kernels import dispatch
 from rlv2v.kernels.eager import EagerRecurrence
+from rlv2v.kernels.triton.recurrence import TritonRecurrence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = layer.Shape(2, 3, 4, 5, 6, 7)
@@ -181,7 +182,7 @@ def test_launches_are_those_counted_by_hand(monkeypatch: pytest.MonkeyPatch) -> 
     inside, steps = counts.counted(peers.mine("eager", F32, "frame-major")), counts.LAUNCH_SHAPE.steps
     assert inside["sigmoid_"] == steps and inside["convolution"] == 2 + 2 * (steps - 1)
     assert inside["convolution_backward"] == 3 - 1 + 1  # x, w_x; w_h
-    monkeypatch.setattr(fused_triton, "available", lambda device: "no triton today")
+    monkeypatch.setattr(TritonRecurrence, "unsupported_reason", lambda *_: "no triton today")
     kernels, missing = counts.count("cpu")
     assert missing == {"triton": "no triton today"} and list(kernels) == ["eager"]
 

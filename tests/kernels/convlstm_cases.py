@@ -212,8 +212,8 @@ def value_limit(dtype: torch.dtype, terms: int) -> float:
 
     Each addition rounds a partial sum of at most unit size by up to eps/2. In whatever order a library adds, these
     errors walk randomly to eps/2 * sqrt(terms); the largest of 1e5 numbers is four to five times as far off: 2 eps
-    sqrt(terms) (measured over AVX2 and AVX-512 gates of ours, with oneDNN as the CPU has it: 1.3). A pre-activation is stored twice and h once, each rounded by
-    eps/2 of a number up to 4: 2 eps of the storage dtype (measured: 1.5), which is what counts in 16 bits.
+    sqrt(terms) (measured with our AVX2 and AVX-512 gates: 1.3). A pre-activation is stored twice and h once, each
+    rounded by eps/2 of a number up to 4: 2 eps of the storage dtype (measured: 1.5), which is what counts in 16 bits.
     """
     return 2 * torch.finfo(dtype).eps + 2 * sum_eps(dtype) * terms**0.5
 
