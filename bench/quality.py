@@ -30,8 +30,8 @@ from machine import commit, machine
 from rlv2v.cli import run_command
 from rlv2v.data.synth import write_dataset
 from rlv2v.errors import UserError, one_line
-from rlv2v.evaluate import evaluate_run, figure
-from rlv2v.metrics.with_truth import METRIC_KEYS, Metrics
+from rlv2v.metrics import METRICS, Row
+from rlv2v.metrics.evaluation import evaluate_run
 
 Method = Literal["default", "bf16", "paper", "cyclegan", "no-rl", "tiny"]
 FLAGS: dict[Method, list[str]] = {
@@ -141,7 +141,7 @@ def run_job(job: Job, args: Args, data: Path, size: int, budget: float) -> list[
             result = evaluate_run(job.run, data, args.split, device="cpu", progress=False)
         except (RuntimeError, UserError) as error:
             print(f"{job.method} seed {job.seed}: {error}", file=sys.stderr)
-            row |= {"valid": False, "steps": None, "seconds": None, **dict.fromkeys(METRIC_KEYS)}
+            row |= {"valid": False, "steps": None, "seconds": None, **dict.fromkeys(METRICS)}
             break
         row |= {"steps": steps_of(job.run), "seconds": round(seconds, 1), **result["rows"]["model"]}
         (job.run / "evaluation.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
@@ -154,7 +154,7 @@ def identity_row(runs: list[Path], case: str) -> dict[str, Any] | None:
     done = [path for run in runs if (path := run / "evaluation.json").is_file()]
     if not done:
         return None
-    metrics: Metrics = json.loads(done[0].read_text())["rows"]["identity"]
+    metrics: Row = json.loads(done[0].read_text())["rows"]["identity"]
     return {"case": case, "method": "identity", "seed": None, "budget_s": 0.0, "steps": 0, "seconds": 0.0, **metrics}
 
 
@@ -162,7 +162,7 @@ def line(row: dict[str, Any]) -> str:
     """A row of the markdown table."""
     cells = [row["method"], row["seed"], f"{row['budget_s']:g}", row["steps"], row["seconds"]]
     text = ["-" if cell is None else str(cell) for cell in cells]
-    return "| " + " | ".join(text + [figure(row[key], key) for key in METRIC_KEYS]) + " |"
+    return "| " + " | ".join(text + [metric.format(row[key]) for key, metric in METRICS.items()]) + " |"
 
 
 def main(args: Args) -> None:
@@ -185,7 +185,7 @@ def main(args: Args) -> None:
     identity = identity_row([job.run for job in jobs], args.case)
     rows += [identity] if identity else []
 
-    header = ["method", "seed", "budget s", "steps", "seconds", *(key.replace("_", " ") for key in METRIC_KEYS)]
+    header = ["method", "seed", "budget s", "steps", "seconds", *(key.replace("_", " ") for key in METRICS)]
     print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
     print("\n".join(line(row) for row in rows))
     about: dict[str, Any] = {"bench": "quality", "commit": commit(), "machine": machine(args.threads)}

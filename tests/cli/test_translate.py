@@ -19,7 +19,7 @@ from rlv2v.errors import UserError
 from rlv2v.method.translation import translate_chunk, translate_clip, translate_stream
 from rlv2v.model import Translator
 from rlv2v.runtime.device import pick_device
-from rlv2v.translate import Args, beside, check_paths, main
+from rlv2v.translate import Args, check_paths, main, side_by_side
 
 SETTINGS = Config.of(size=16, frames=4)
 PER_FRAME = Config.of(size=16, frames=4, method="cyclegan")
@@ -95,9 +95,9 @@ def test_output_that_is_not_finite_is_refused():
         translate_clip(broken, SETTINGS, noise())
 
 
-def test_beside_has_even_sides():
+def test_side_by_side_has_even_sizes():
     frame = noise(1, 17, 15)[0]
-    both = beside(frame, frame[::-1])
+    both = side_by_side(frame, frame[::-1])
     assert both.shape == (18, 30, 3)
     np.testing.assert_array_equal(both[:17, :15], frame)
     np.testing.assert_array_equal(both[:17, 15:], frame[::-1])
