@@ -31,10 +31,11 @@ def flags_type() -> Any:
         "reward": {name: reward.meaning for name, reward in REWARDS.items()},
     }
     literal, default = cast(Any, Literal), Config()
+    owners = {section: type(getattr(default, section)) if section else Config for section, _ in FLAGS.values()}
+    fields = {section: hints_and_docstrings(owner) for section, owner in owners.items()}
     groups: dict[str, dict[str, Any]] = {}
     for flag, (section, name) in FLAGS.items():
-        owner = type(getattr(default, section)) if section else Config
-        hint, text = get_type_hints(owner)[name], docstrings(owner).get(name, "")
+        hint, text = fields[section][name]
         if name in TERMS:
             text = f"Added term: weight of {TERMS[name].meaning}."
         if flag in choices:
@@ -48,9 +49,9 @@ def flags_type() -> Any:
     return cast(Any, tyro.conf.OmitArgPrefixes)[typed_dict("Flags", {**groups[""], **sections})]
 
 
-def docstrings(section: type) -> dict[str, str]:
-    """Return the docstring after each field that a dataclass, or the one that it extends, writes out, on one line."""
-    written = next(base for base in section.__mro__ if base.__name__ != "LossConfig")
+def hints_and_docstrings(section: type) -> dict[str, tuple[Any, str]]:
+    """Return the type of each field of a dataclass, and its docstring on one line, "" for a field that has none."""
+    written = next(base for base in section.__mro__ if base.__name__ != "LossConfig")  # which is made, not written
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(written))).body
     assert isinstance(definition, ast.ClassDef)
     docs = {}
@@ -58,7 +59,7 @@ def docstrings(section: type) -> dict[str, str]:
         if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
             assert isinstance(statement.target, ast.Name)
             docs[statement.target.id] = " ".join(ast.literal_eval(following.value).split())
-    return docs
+    return {name: (hint, docs.get(name, "")) for name, hint in get_type_hints(section).items()}
 
 
 def typed_dict(name: str, fields: Mapping[str, Any]) -> Any:

@@ -7,7 +7,6 @@ import io
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from fractions import Fraction
 from itertools import islice
@@ -37,19 +36,6 @@ GAP = 8  # pixels of grey between panels
 MAX_SHOWN_FRAMES = 64
 MAX_POINTS = 400  # of a curve
 INK = "#010203"  # stands for the page's text colour, in light and in dark
-
-
-@dataclass(frozen=True)
-class Video:
-    """Hold a side-by-side clip that is ready to embed."""
-
-    name: str
-    panels: Sequence[str]
-    num_frames: int
-    fps: str
-    width: int
-    height: int
-    uri: str
 
 
 def render_page(run: Path, config: Config, data: Path | None, split: Split, *, num_videos: int, device: str) -> str:
@@ -136,8 +122,8 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
-def videos(run: Path, data: Path, split: Split, *, num: int, device: str) -> list[Video]:
-    """Return the first clips of the split: source, translation and, where there is one, the hidden truth."""
+def videos(run: Path, data: Path, split: Split, *, num: int, device: str) -> list[dict[str, Any]]:
+    """Return the first clips of the split, as the template shows them: source, translation and truth, if known."""
     g, config = load_translator(run, "x2y", device=pick_device(device))
     num_clips = math.ceil(MAX_SHOWN_FRAMES / config.data.frames)
     shown = []
@@ -145,11 +131,9 @@ def videos(run: Path, data: Path, split: Split, *, num: int, device: str) -> lis
         names = ("source", "translated", "truth") if pair.truth else ("source", "translated")
         clips = islice(translated_clips(g, config, pair), num_clips)
         panels = [np.concatenate(sequence) for sequence in zip(*(clip[: len(names)] for clip in clips), strict=True)]
-        fps = probe(pair.source.path).fps
-        picture = side_by_side(panels)
-        num_frames, height, width = picture.shape[:3]
-        uri = mp4_uri(picture, fps)
-        shown.append(Video(pair.source.path.name, names, num_frames, f"{float(fps):g}", width, height, uri))
+        picture, fps = side_by_side(panels), probe(pair.source.path).fps
+        text = {"name": pair.source.path.name, "panels": names, "fps": f"{float(fps):g}", "uri": mp4_uri(picture, fps)}
+        shown.append(text | dict(zip(("num_frames", "height", "width"), picture.shape[:3], strict=True)))
     return shown
 
 

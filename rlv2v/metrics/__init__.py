@@ -1,7 +1,7 @@
 """The registry of metrics, and the rows that are made of them.
 
-To add one, write its function and its entry in `with_truth.WITH_TRUTH`, or list another module's entries here: the
-rows of `evaluate --json`, its table and the report follow the registry.
+To add a metric, write a function with the decorator `metric` in `with_truth`, or in a new module that is imported here.
+The rows of `evaluate --json`, its table and the report follow the registry.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rlv2v.metrics.base import ClipTriple, Metric
-from rlv2v.metrics.with_truth import WITH_TRUTH
+from rlv2v.metrics import with_truth as with_truth  # enters its metrics in the registry
+from rlv2v.metrics.base import METRICS, ClipTriple
 
+__all__ = ["METRICS", "Row", "as_unit", "clip_metrics", "mean_metrics", "table"]
 Row = dict[str, float | None]
-METRICS: dict[str, Metric] = {metric.name: metric for metric in WITH_TRUTH}
 
 
 def clip_metrics(output: np.ndarray, source: np.ndarray, truth: np.ndarray | None, *, synthetic: bool) -> Row:

@@ -301,16 +301,16 @@ def test_ctrl_c_saves_and_the_run_goes_on(
 
     def write_and_interrupt(log: RunLog, step: int, *rest: Any) -> None:
         write(log, step, *rest)
-        if step == 10:
+        if step == 1:
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(RunLog, "write", write_and_interrupt)
     code, _, err = command("train", "--preset", "tiny", "--data", data, "--out", run, "--steps", 1000)
     assert code == 0
-    assert err.splitlines()[-1] == f"stopped by SIGINT at step 11; go on with --resume --out {run}"
-    assert newest(run).name == "00000011"
-    assert command("train", "--resume", "--out", run, "--steps", 12)[0] == 0
-    assert newest(run).name == "00000012"
+    assert err.splitlines()[-1] == f"stopped by SIGINT at step 2; go on with --resume --out {run}"
+    assert newest(run).name == "00000002"
+    assert command("train", "--resume", "--out", run, "--steps", 3)[0] == 0
+    assert newest(run).name == "00000003"
 
 
 @pytest.mark.thorough
