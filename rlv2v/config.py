@@ -146,7 +146,7 @@ class RLConfig:
     enabled: bool = True
     """Train with the policy gradient; --no-rl leaves critics, replay and reward out."""
     weight: float = 0.3
-    """Weight of the actor's loss beside L."""
+    """Weight of the actor's loss, which is added to L."""
     transitions: int = 2
     """Transitions m in a mini-batch, per replica."""
     every: int = 2
@@ -194,7 +194,7 @@ class RuntimeConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Say what is kept of a run."""
+    """Say when a run is saved, and what stays of it."""
 
     snapshot_seconds: float = 60.0
     """Seconds between checkpoints; each comes with a grid of samples."""
@@ -314,6 +314,11 @@ class Config:
     def to_json(self) -> str:
         """Return the config as JSON text, an object a section; paths are strings."""
         return json.dumps(dataclasses.asdict(self), indent=2, default=str)
+
+    @classmethod
+    def read(cls, path: Path) -> Config:
+        """Return the config of a run's `config.json`; for the errors see `from_json`."""
+        return cls.from_json(path.read_text(errors="replace"), str(path))
 
     @classmethod
     def from_json(cls, text: str, name: str) -> Config:

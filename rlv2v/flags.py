@@ -1,7 +1,7 @@
 """The command line of training: one flag a setting, grouped by section, each parsed once.
 
-Only the flags that are given come out of the parser: what the others are depends on the preset, the method, or the run
-that is resumed.
+The parser returns only the flags that the user typed. The values of the others depend on the preset, the method, or the
+run that is resumed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DESCRIPTION = "Train a translator from unpaired videos; docs/method.md says whic
 
 
 def flags_type() -> Any:
-    """Return what tyro parses: a dictionary of the flags that are given, with a dictionary for each section."""
+    """Return what tyro parses: a dictionary of the flags that the user typed, with a dictionary for each section."""
     choices: dict[str, Mapping[str, str]] = {
         "preset": dict.fromkeys(PRESETS, ""),
         "method": {name: method.meaning for name, method in METHODS.items()},
@@ -75,20 +75,20 @@ def as_typed(value: Any) -> str:
 
 
 def resolve(flags: Mapping[str, Any]) -> Config:
-    """Return the config that the given flags mean: on top of the preset and method, or of the run that is resumed.
+    """Return the config that the typed flags mean, on top of the preset and method or of the run that is resumed.
 
     Raises:
         UserError: no such preset or method, or a run that this version cannot read.
     """
-    given: dict[str, Any] = {}
+    typed: dict[str, Any] = {}
     for name, value in flags.items():
-        given |= value if isinstance(value, Mapping) else {name: value}
-    saved = given.get("out", Config.out) / "config.json"
-    if given.get("resume") and saved.is_file():
-        start = Config.from_json(saved.read_text(), str(saved))
+        typed |= value if isinstance(value, Mapping) else {name: value}
+    saved = typed.get("out", Config.out) / "config.json"
+    if typed.get("resume") and saved.is_file():
+        start = Config.read(saved)
     else:
-        start = Config.of(given.get("preset", "default"), given.get("method", "rlv2v"))
+        start = Config.of(typed.get("preset", "default"), typed.get("method", "rlv2v"))
     for flag, other in (("budget", "steps"), ("steps", "budget")):
-        if given.get(flag) is not None:
+        if typed.get(flag) is not None:
             start = start.replace(**{other: None})
-    return start.replace(**given)
+    return start.replace(**typed)

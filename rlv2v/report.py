@@ -34,19 +34,14 @@ def main(args: Args) -> None:
     path = args.run / "config.json"
     if not path.is_file():
         raise UserError(f"{args.run}: expected a run folder with config.json, found none")
-    config = Config.from_json(path.read_text(), str(path))
-    data = args.data or trained_on(config, args.split)
+    config = Config.read(path)
+    own = config.data.folder
+    data = args.data or (own if any((own / f"{args.split}{letter}").is_dir() for letter in "XA") else None)
     page = render_page(args.run, config, data, args.split, num_videos=args.clips, device=args.device)
     folder = args.run / "report"
     folder.mkdir(exist_ok=True)
     write_atomically(folder / "index.html", page.encode())
     print(f"{folder / 'index.html'}: open it in a browser")
-
-
-def trained_on(config: Config, split: Split) -> Path | None:
-    """Return the run's own dataset; None if it no longer has the split."""
-    data = config.data.folder
-    return data if any((data / f"{split}{letter}").is_dir() for letter in "XA") else None
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """`python -m rlv2v.translate RUN IN OUT.mp4`: translate a video of any length with a trained run, in constant memory.
 
-The generator runs frame by frame with its recurrent state carried along, so a chunked run equals the whole one. Frames
-are scaled so that the short side is the size that the model was trained at, padded by replication to what the network
-needs, cropped and scaled back: the output has the frame count, rate, size and audio of the input.
+The generator runs frame by frame with its recurrent state carried along, so that chunks give what one pass would. A
+frame is scaled so that its short side is the size that the model was trained at, padded by replication to what the
+network needs, cropped and scaled back. The output has the frame count, rate, size and audio of the input.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pair:
-    """A source video and its hidden truth, None where there is none."""
+    """Hold a source video and the path of its hidden truth, None where it is not known."""
 
     source: Source
     truth: Path | None

@@ -27,7 +27,7 @@ VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 @pytest.fixture(scope="module")
 def page(tiny_run, tmp_path_factory) -> tuple[str, Path]:
-    """The page of a run with a log, a sample strip and a synthetic test set; and the set's folder."""
+    """The page of a run with a log, a sample grid and a synthetic test set; and the set's folder."""
     root = tmp_path_factory.mktemp("report")
     data = root / "data"
     write_dataset(data, size=16, frames=4, counts=Counts(x=4, y=4, z=0, s=0, val=0, test=2))
@@ -76,10 +76,10 @@ def test_page_is_well_formed_and_stands_alone(page):
 
 def test_videos_play_in_a_browser_and_show_source_translation_and_truth(page, tmp_path):
     text, data = page
-    found = re.findall(r"data:video/mp4;base64,([^\"]+)", text)
-    assert len(found) == 2
+    clips = re.findall(r"data:video/mp4;base64,([^\"]+)", text)
+    assert len(clips) == 2
     path = tmp_path / "clip.mp4"
-    path.write_bytes(base64.b64decode(found[0]))
+    path.write_bytes(base64.b64decode(clips[0]))
     with av.open(str(path)) as container:
         context = container.streams.video[0].codec_context
         assert (context.name, context.pix_fmt) == ("h264", "yuv420p")

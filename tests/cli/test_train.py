@@ -100,15 +100,14 @@ def without_times(line: dict[str, float]) -> dict[str, float]:
 
 @pytest.mark.parametrize("alpha", [pytest.param(0.0, marks=pytest.mark.thorough), 0.6])
 def test_a_resumed_run_is_the_uninterrupted_run(data: Path, tmp_path: Path, alpha: float) -> None:
-    config = tiny(data, tmp_path / "whole", steps=9, snapshot_seconds=0.0, replay_alpha=alpha, rl_every=1)
+    run = tmp_path / "run"
+    config = tiny(data, run, steps=9, snapshot_seconds=0.0, replay_alpha=alpha, rl_every=1)
     train(config)
-    expected = weights_of(tmp_path / "whole")
-    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
-    shutil.rmtree(newest(tmp_path / "whole"))  # as if killed right after step 8's checkpoint
+    expected, lines = weights_of(run), read_metrics(run / "metrics.jsonl")
+    shutil.rmtree(newest(run))  # as if killed right after step 8's checkpoint
     train(config.replace(resume=True, loader_threads=3))
-    assert all(torch.equal(value, expected[key]) for key, value in weights_of(tmp_path / "whole").items())
-    resumed = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    for old, new in zip(map(json.loads, lines), resumed, strict=True):
+    assert all(torch.equal(value, expected[key]) for key, value in weights_of(run).items())
+    for old, new in zip(lines, read_metrics(run / "metrics.jsonl"), strict=True):
         assert without_times(old) == without_times(new)
 
 

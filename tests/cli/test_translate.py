@@ -30,23 +30,23 @@ def g() -> Translator:
     return Translator((4, 8), patch=2, head="mask").eval()
 
 
-def test_chunks_with_state_equal_the_whole_clip(g):
+def test_chunks_with_state_equal_one_pass(g):
     clip = noise()
-    whole = translate_clip(g, SETTINGS, clip)
+    at_once = translate_clip(g, SETTINGS, clip)
     first, state = translate_chunk(g, SETTINGS, clip[:1])
     second, state = translate_chunk(g, SETTINGS, clip[1:4], state)
     third, _ = translate_chunk(g, SETTINGS, clip[4:], state)
-    parts = np.concatenate([first, second, third])
-    assert np.abs(parts.astype(int) - whole).max() <= 1  # uint8 rounding of a float difference of about 1e-6
+    chunks = np.concatenate([first, second, third])
+    assert np.abs(chunks.astype(int) - at_once).max() <= 1  # uint8 rounding of a float difference of about 1e-6
     alone, _ = translate_chunk(g, SETTINGS, clip[4:])
     assert np.abs(alone.astype(int) - third).max() > 1, "the state must matter, or this test says nothing"
 
 
 def test_per_frame_model_translates_each_frame_alone(g):
     clip = noise()
-    whole = translate_clip(g, PER_FRAME, clip)
+    at_once = translate_clip(g, PER_FRAME, clip)
     each = np.concatenate([translate_clip(g, PER_FRAME, clip[t : t + 1]) for t in range(len(clip))])
-    assert np.abs(whole.astype(int) - each).max() <= 1
+    assert np.abs(at_once.astype(int) - each).max() <= 1
     assert translate_chunk(g, PER_FRAME, clip)[1] is None
 
 
