@@ -105,9 +105,8 @@ def explain(error: str, usage: str, argv: Sequence[str]) -> str:
     Args:
         error: what tyro printed; a text that no rule fits, as of another version, is joined to one line.
         usage: the command's `--help`.
-        argv: the arguments that it was given.
+        argv: the command's arguments.
     """
-
     words = [word for argument in argv for word in (argument.split("=", 1) if argument[:2] == "--" else [argument])]
     words = [word.replace("_", "-") if word[:2] == "--" else word for word in words]
 
@@ -128,12 +127,10 @@ def explain(error: str, usage: str, argv: Sequence[str]) -> str:
     if choice := re.search(r"invalid choice '(.*?)' for argument '(\S+?)'. Expected one of \((.*?)\)", line):
         names = re.findall(r"'(.*?)'", choice[3])
         return f"{choice[2]}: expected {', '.join(names)}, got {choice[1]!r}{nearest(choice[1], names)}"
-    if missing := re.search(r"Missing value for argument '(--\S+?)'", line):
-        return f"{missing[1]}: expected {expected(missing[1])}, got {got(missing[1])}"
     if "Missing from" in line:
         names = re.findall(r"^ {6}(\S+(?: \S+)*?) *$", error.partition("For full")[0], re.MULTILINE)
         return f"missing {', '.join(names)}; --help describes {'it' if len(names) == 1 else 'them'}"
-    if wrong := re.search(r"Error parsing (--\S+?):", line):
+    if wrong := re.search(r"(?:Missing value for argument '|Error parsing )(--[\w.-]+)", line):
         return f"{wrong[1]}: expected {expected(wrong[1])}, got {got(wrong[1])}"
     if surplus := re.search(r"Unrecognized options: (\S+)", line):
         return f"unexpected argument {surplus[1]!r}"
