@@ -103,8 +103,8 @@ def run(config: Config, world: World, interrupted: Interrupt) -> None:
         samples = pick_samples(config) if world.first else []
         run_log = None
         if world.first:
-            lengths = {name: 1 if name == "s" else config.data.frames for name in loader.plan.batch}
-            frames = world.size * sum(num * lengths[name] for name, num in loader.plan.batch.items())
+            lengths = {name: 1 if name == "s" else config.data.frames for name in loader.sampler.batch}
+            frames = world.size * sum(num * lengths[name] for name, num in loader.sampler.batch.items())
             run_log = RunLog(
                 config.out, step=schedule.step, seconds=schedule.seconds, total=config.length, frames=frames
             )

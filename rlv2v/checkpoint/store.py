@@ -2,7 +2,7 @@
 
     RUN/checkpoints/00000300/state.pt           what all ranks have alike; the first rank writes it
     RUN/checkpoints/00000300/replica-00000.pt   what one replica has of its own: replay buffers, loader
-    RUN/checkpoints/00000300/manifest.json      version, step, num_replicas, metric; of each file its bytes and XXH64
+    RUN/checkpoints/00000300/manifest.json      version, step, num_replicas, metric; of each file its bytes and SHA-256
     RUN/checkpoints/.00000300.part/             while it is being written
 One folder a checkpoint, shared by all ranks. Each file is flushed to the disk, the manifest last; then one rename makes
 the checkpoint, so that a kill at any instant leaves the old set or the new one.
@@ -203,8 +203,8 @@ class Checkpoints:
                 raise ValueError(f"{num!r} replicas and files {', '.join(files)[:100]}")
             if metric is not None and not (type(metric) is float and math.isfinite(metric)):
                 raise ValueError(f"metric {metric!r}")
-            if not all(type(f["bytes"]) is int and type(f["xxh64"]) is str and len(f) == 2 for f in files.values()):
-                raise ValueError("files without their bytes and xxh64")
+            if not all(type(f["bytes"]) is int and type(f["sha256"]) is str and len(f) == 2 for f in files.values()):
+                raise ValueError("files without their bytes and sha256")
         except OSError as error:
             raise UserError(f"{path}: expected the manifest of a checkpoint, got {error.strerror}") from None
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:

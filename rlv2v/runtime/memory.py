@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlv2v.kernels.fused_triton import FusedTriton
 from rlv2v.kernels.ops import backward_by, forward_by
+from rlv2v.kernels.triton.recurrence import TritonRecurrence
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 CAPABILITY = (8, 6)  # whose tiles round the packed weights up
@@ -128,7 +128,7 @@ class Ghosts(Live):
         torch.ops.rlv2v.convlstm.default: forward_by,
         torch.ops.rlv2v.convlstm_backward.default: backward_by,
     }
-    recurrence = FusedTriton(launch=lambda *_: None, capability=CAPABILITY)
+    recurrence = TritonRecurrence(launch=lambda *_: None, capability=CAPABILITY)
     known: ClassVar[dict[Hashable, Outcome]] = {}
     """What was found once; torch's shape functions are slow, and twin networks ask them the same."""
 

@@ -123,7 +123,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(data: Path, tmp_path: Path, alph
                 {"reward": "paper", "rl_every": 1},
                 {"l_v": 0.0, "l_tau": 0.0, "l_rc": 0.0},
                 {"gan": "nonsaturating", "disc_norm": "clip", "chrono": False},
-                {"augment": "dihedral", "disc_frames": 0, "threads": 2},
+                {"augment": "dihedral", "disc_frames": 0},
             )
         ),
     ],
