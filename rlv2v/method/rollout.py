@@ -35,8 +35,8 @@ def rollouts(
     at the same stage. `same`, `back` and `predict` leave out what no loss asks for.
     """
     n, m = len(x), len(yz)
-    to_y, mask_y, _ = nets.g_y.run(torch.cat((x, yz)) if same else x)
-    to_x, mask_x, _ = nets.g_x.run(torch.cat((yz, x)) if same else yz)
+    to_y, mask_y, _ = nets.g_y.forward_with_mask(torch.cat((x, yz)) if same else x)
+    to_x, mask_x, _ = nets.g_x.forward_with_mask(torch.cat((yz, x)) if same else yz)
     fake_y, fake_x = to_y[:n], to_x[:m]
     cycle_x = cycle_yz = predicted_x = predicted_yz = recycled_x = recycled_yz = None
     if back:

@@ -14,7 +14,7 @@ from rlv2v.data import to_model, to_uint8
 from rlv2v.data.video import fit
 from rlv2v.errors import UserError
 from rlv2v.model import Translator
-from rlv2v.model.blocks import limit_memory
+from rlv2v.model.blocks import limit_history
 from rlv2v.model.frames import State
 
 
@@ -24,7 +24,7 @@ def translate_chunk(g: Translator, config: Config, frames: np.ndarray, state: St
 
     Returns frames of the same shape and the state after them. Beyond the first `config.data.frames` frames the
     normalisation
-    forgets (`limit_memory`), frame by frame, so that it is the same however a video is cut into chunks. A `per_frame`
+    forgets (`limit_history`), frame by frame, so that it is the same however a video is cut into chunks. A `per_frame`
     model (the CycleGAN baseline) starts anew on every frame, and its state stays None.
     """
     height, width = frames.shape[1:3]
@@ -38,7 +38,7 @@ def translate_chunk(g: Translator, config: Config, frames: np.ndarray, state: St
         parts = []
         for chunk in (x[:first], *x[first:, None]):
             part, state = g(chunk[None], state)
-            state = limit_memory(state, config.data.frames)
+            state = limit_history(state, config.data.frames)
             parts.append(part[0])
         y = torch.cat(parts)
     if not torch.isfinite(y).all():

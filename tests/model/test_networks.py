@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlv2v.model import RPB, URB, ConvLSTM, Discriminator, Residual, SequenceNorm, Translator, limit_memory
+from rlv2v.model import RPB, URB, ConvLSTM, Discriminator, Residual, SequenceNorm, Translator, limit_history
 from rlv2v.model.frames import map_state
 from rlv2v.model.norm import Moments
 
@@ -199,7 +199,7 @@ def test_a_translator_gives_frames_of_the_size_it_got(head: str, patch: int, fra
     net = translator(head, patch)
     assert net.multiple == patch * 4
     for height, width in ((net.multiple, net.multiple), (2 * net.multiple, 3 * net.multiple)):
-        y, mask, _ = net.run(torch.rand(2, frames, 3, height, width, dtype=torch.float64) * 2 - 1)
+        y, mask, _ = net.forward_with_mask(torch.rand(2, frames, 3, height, width, dtype=torch.float64) * 2 - 1)
         assert y.shape == (2, frames, 3, height, width) and y.abs().max() < 1
         assert (mask is None) == (head == "convlstm")
         if mask is not None:
@@ -214,7 +214,7 @@ def test_the_mask_head_copies_its_input_where_the_mask_says() -> None:
         net.to_rgbm.bias[3] = 40.0
     torch.testing.assert_close(net(x)[0], x, rtol=0, atol=1e-12)
     net.mask_gain.fill_(0.25)
-    quarter, mask, _ = net.run(x)
+    quarter, mask, _ = net.forward_with_mask(x)
     net.mask_gain.fill_(0.0)
     none = net(x)[0]
     assert mask is not None
@@ -326,7 +326,7 @@ def test_limited_memory_changes_nothing_within_a_clip() -> None:
     net, x = translator(), video(1, T)
     state, parts = None, []
     for frame in x.split(1, 1):
-        y, state = net(frame, limit_memory(state, T))
+        y, state = net(frame, limit_history(state, T))
         parts.append(y)
     torch.testing.assert_close(torch.cat(parts, 1), net(x)[0], rtol=0, atol=1e-10)
 
@@ -338,7 +338,7 @@ def test_limited_memory_forgets_the_start_of_a_long_stream() -> None:
     def end(first: Tensor, limited: bool) -> Tensor:
         state = None
         for frame in torch.cat((first, rest), 1).split(1, 1):
-            y, state = norm(frame, limit_memory(state, T) if limited else state)
+            y, state = norm(frame, limit_history(state, T) if limited else state)
         assert isinstance(state, Moments) and (state.frames.item() <= T) == limited
         return y
 
@@ -351,7 +351,7 @@ def test_a_streamed_state_does_not_grow() -> None:
     net = translator("mask", 2)
     state, sizes = None, []
     for frame in video(1, 30).split(1, 1):
-        y, state = net(frame, limit_memory(state, T))
+        y, state = net(frame, limit_history(state, T))
         sizes.append(sum(s.numel() for s in leaves(state)))
         assert torch.isfinite(y).all()
     assert len(set(sizes)) == 1
