@@ -91,7 +91,7 @@ def gc_tensors() -> list[Tensor]:
     """All that a phase may change: weights, buffers, moments, the schedule."""
     algorithm = STATE[-1]
     found: list[Tensor] = []
-    for part in algorithm.parts.values():
+    for part in algorithm.state_parts.values():
         state = part.state_dict()
         found += [t for t in tree_flatten(state)[0] if isinstance(t, Tensor)]
     return found
@@ -132,10 +132,10 @@ def test_a_recorded_run_is_the_plain_run(preset: str, precision: str) -> None:
     recorded, ours = run(config, Tapes(), steps)
     plain, theirs = run(config, None, steps)
     phases = {"critics_x", "critics_y", "generators_x", "generators_y", "discriminators"}
-    assert set(ours.graphs._recorded) == phases
+    assert set(ours.graphs.recorded) == phases
     assert recorded == plain
-    for name, part in ours.parts.items():
-        mine, other = (tree_flatten(p.state_dict())[0] for p in (part, theirs.parts[name]))
+    for name, part in ours.state_parts.items():
+        mine, other = (tree_flatten(p.state_dict())[0] for p in (part, theirs.state_parts[name]))
         for a, b in zip(mine, other, strict=True):
             assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, name
 

@@ -1,4 +1,4 @@
-"""What a method of the registry says of itself."""
+"""The entry of a method in the registry."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Method:
-    """A method: the settings that differ from the preset, by their flag's name, and how it sees a clip."""
+    """A method: the settings that it changes in a preset, by their flags' names, and how it sees a clip."""
 
     name: str
     meaning: str
