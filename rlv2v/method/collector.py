@@ -81,7 +81,7 @@ class Agent:
         drawn: list[tuple[slice, Tensor]] = []
         longest = 1
         for replica, (replay, video, rng) in enumerate(zip(self.replays, videos, rngs, strict=True)):
-            num_stored = int(bernoulli(rng, num, annealed(*eta1, progress)).numpy().sum()) if len(replay) else 0
+            num_stored = int((rng.random(num) < annealed(*eta1, progress)).sum()) if len(replay) else 0
             if num_stored < num:
                 lengths = rng.integers(1, len(video), num - num_stored)  # p uniform in 1..T-1
                 longest = max(longest, int(lengths.max()))
@@ -109,9 +109,10 @@ class Agent:
         states = video[None, : length - 1].expand(num, -1, -1, -1, -1)
         with local_stats(*self.policies, self.d):
             first, second = rl.candidates(self.policies, states, lengths)
-            chosen = rl.choose(first, second, *rl.q_values(self.q, states, lengths, first, second))
+            q_first, q_second = rl.q_values(self.q, states, lengths, first, second)
+            chosen = torch.where((q_first >= q_second)[:, None, None, None], first, second)
             random_frames = video[on_device(rng.integers(0, length, num), device)]
-            is_greedy = on_device(bernoulli(rng, num, eta2), device)
+            is_greedy = on_device(rng.random(num) < eta2, device)
             actions = torch.where(is_greedy[:, None, None, None], chosen, random_frames)
             true_frames, terminals = video[lengths], lengths == length - 1
             video_logits = rl.last_of(self.d(rl.append(states, lengths, actions))[0], lengths + 1)
@@ -121,15 +122,12 @@ class Agent:
 
     def to_batch(self, sample: ReplayBatch, device: torch.device) -> Transitions:
         """Return stored transitions as the networks see them."""
-        states, actions, true_frames = (
-            to_model(on_device(v, device)) for v in (sample.states, sample.actions, sample.true_frames)
-        )
-        lengths, rewards, terminals, weights = (
-            on_device(v, device) for v in (sample.lengths, sample.rewards, sample.terminals, sample.weights)
-        )
+        fields = {name: on_device(getattr(sample, name), device) for name in Transitions._fields}
+        for name in ("states", "actions", "true_frames"):
+            fields[name] = to_model(fields[name])
         if device.type == "cuda":  # the buffer may not reuse the memory while it is copied from
             self.pending.append(Held(sample).wait)
-        return Transitions(states, lengths, actions, rewards, true_frames, terminals, weights)
+        return Transitions(**fields)
 
     def critic_loss(self, batch: Transitions) -> tuple[Tensor, Tensor]:
         """Return mean w (y - Q(s, a))^2, and the errors y - Q(s, a), (n,)."""
@@ -196,8 +194,3 @@ def build_agents(
 def annealed(start: float, end: float, progress: float) -> float:
     """Return a probability that moves linearly from `start` to `end` with the run's progress in [0,1]."""
     return start + (end - start) * min(max(progress, 0.0), 1.0)
-
-
-def bernoulli(rng: np.random.Generator, num: int, eta: float) -> Tensor:
-    """Draw u ~ Bernoulli(eta), (num,) bool."""
-    return torch.from_numpy(rng.random(num) < eta)

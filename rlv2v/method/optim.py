@@ -52,10 +52,8 @@ class OptimizerStep:
     def set_rate(self, factor: float) -> None:
         """Set the learning rate of the next steps, as a share of that at the start."""
         for group in self.optimiser.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(self.lr * factor)
-            else:
-                group["lr"] = self.lr * factor
+            old, new = group["lr"], self.lr * factor
+            group["lr"] = old.fill_(new) if isinstance(old, Tensor) else new
 
     def __call__(self, loss: Tensor, section: str = "", book_time: BookTime = no_timing) -> dict[str, Tensor]:
         """Go one step down a loss; return the logs: it, its gradient's norm before clipping, and fp16's loss scale."""

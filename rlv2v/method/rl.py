@@ -6,8 +6,7 @@ Frames are in [-1,1]. Every network is causal, so a padded prefix is run once an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from rlv2v.model import Discriminator, Translator
 from rlv2v.model.build import Nets
-from rlv2v.model.frames import map_state
+from rlv2v.model.frames import attributes_set, map_state
 
 DOMAINS = ("x", "y")
 
@@ -88,11 +87,6 @@ def q_values(q: Discriminator, states: Tensor, lengths: Tensor, *actions: Tensor
     return q(torch.cat(actions)[:, None], q_states)[0][:, -1, 0].chunk(len(actions))
 
 
-def choose(first: Tensor, second: Tensor, q_first: Tensor, q_second: Tensor) -> Tensor:
-    """Return the argmax of Q(s, a) over two candidates (n,3,H,W)."""
-    return torch.where((q_first >= q_second)[:, None, None, None], first, second)
-
-
 def td_target(rewards: Tensor, next_q: Tensor, terminals: Tensor, gamma: float) -> Tensor:
     """Return y = r + gamma Q'(s', pi'(s')), without the second term where the video ends (reading 5)."""
     return rewards + gamma * torch.where(terminals, torch.zeros_like(next_q), next_q)
@@ -121,16 +115,9 @@ def actor_loss(q: Discriminator, policies: Policies, states: Tensor, lengths: Te
     return -torch.cat(q_values(q, states, lengths, *candidates(policies, states, lengths))).mean()
 
 
-@contextmanager
-def frozen(*nets: nn.Module) -> Iterator[None]:
-    """Keep the weights of `nets` out of the graph that is built meanwhile; gradients pass through to their inputs."""
-    for net in nets:
-        net.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for net in nets:
-            net.requires_grad_(True)
+def frozen(*nets: nn.Module) -> AbstractContextManager[None]:
+    """Return a context that keeps the weights of `nets` out of the graph; gradients pass through to their inputs."""
+    return attributes_set((weight, "requires_grad", False) for net in nets for weight in net.parameters())
 
 
 def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:

@@ -77,10 +77,7 @@ class Schedule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a `state_dict`."""
-        self.step, self.seconds, self.num_measured = (
-            int(state["step"]),
-            float(state["seconds"]),
-            int(state["num_measured"]),
-        )
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        self.num_measured = int(state["num_measured"])
         for name in TENSORS:
             getattr(self, name).copy_(state[name])

@@ -36,11 +36,6 @@ class TermInputs(NamedTuple):
     y: Rollout  # Y and Z -> X -> Y
     directions: Tensor  # of `domain_gap`, (3,K)
 
-    @property
-    def rollouts(self) -> tuple[tuple[str, Rollout], tuple[str, Rollout]]:
-        """Both rollouts with their domains' names."""
-        return ("x", self.x), ("y", self.y)
-
 
 @dataclass(frozen=True)
 class Term:
@@ -136,14 +131,14 @@ def gap_floor(target: Sequence[Tensor], num_other: int, directions: Tensor) -> T
 
 def cycle_loss(inputs: TermInputs) -> Values:
     """Yield |G_X(G_Y(x)) - x| and its mirror (Zhu et al. 2017, eq. 2)."""
-    for domain, rollout in inputs.rollouts:
+    for domain, rollout in (("x", inputs.x), ("y", inputs.y)):
         assert rollout.cycle is not None
         yield domain, l1_loss(rollout.cycle, rollout.video)
 
 
 def identity_loss(inputs: TermInputs) -> Values:
     """Yield |G_X(x) - x|, |G_Y(y) - y| over y and z, and |G_Y(s) - s| on stills (Zhu et al. 2017, section 5.2)."""
-    for domain, rollout in inputs.rollouts:
+    for domain, rollout in (("x", inputs.x), ("y", inputs.y)):
         assert rollout.same is not None
         yield domain, l1_loss(rollout.same, rollout.video)
     stills = inputs.clips.s
@@ -159,7 +154,7 @@ def contrast_terms(inputs: TermInputs) -> Values:
 
 def mask_terms(inputs: TermInputs) -> Values:
     """Yield `mask_prior` of both directions, where the generators have a copy mask."""
-    for domain, rollout in inputs.rollouts:
+    for domain, rollout in (("x", inputs.x), ("y", inputs.y)):
         if rollout.mask is not None:
             yield domain, mask_prior(rollout.mask)
 

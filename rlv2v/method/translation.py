@@ -64,8 +64,8 @@ def translate_stream(
         height, width = frame.shape[:2]
         clip = fit(frame[None], size or min(height, width))
         translated, state = translate_chunk(g, config, clip, state)
-        if clip.shape[1:3] == (height, width):
-            yield frame, translated[0]
-        else:
-            method = cv2.INTER_AREA if clip.shape[1] > height else cv2.INTER_CUBIC
-            yield frame, cv2.resize(translated[0], (width, height), interpolation=method)
+        output = translated[0]
+        if output.shape != frame.shape:
+            method = cv2.INTER_AREA if len(output) > height else cv2.INTER_CUBIC
+            output = cv2.resize(output, (width, height), interpolation=method)
+        yield frame, output

@@ -9,10 +9,9 @@ Outputs, gradients and running averages are the same, to rounding. Without gradi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 from rlv2v.model.blocks import RPB, URB
 from rlv2v.model.conv_lstm import ConvLSTM
-from rlv2v.model.frames import State, frame_major, map_state
+from rlv2v.model.frames import RunMode, State, attributes_set, frame_major, map_state
 from rlv2v.model.norm import SequenceNorm
 
 MEMORY = ("store", "recompute", "frames")
 CHUNK = 8  # frames that are run again at once; docs/memory.md has the figures
-Attribute = tuple[Any, str, Any]  # object, name, value
 Forward = TypeVar("Forward", bound=Callable[..., tuple[Any, ...]])
 
 
@@ -47,35 +45,24 @@ def in_chunks(forward: Forward) -> Forward:
     """
 
     @wraps(forward)
-    def wrapped(net: nn.Module, x: Tensor, state: State = None, **mode: bool) -> tuple[Any, ...]:
+    def wrapped(net: nn.Module, x: Tensor, state: State = None, **mode: Unpack[RunMode]) -> tuple[Any, ...]:
         if net.memory == "frames" and torch.is_grad_enabled():
-            return run_in_chunks(forward, net, x, state, **mode)
+            return run_in_chunks(forward, net, x, state, mode)
         return forward(net, x, state, **mode)
 
     return cast(Forward, wrapped)
 
 
 def run_in_chunks(
-    forward: Callable[..., tuple[Any, ...]],
-    net: nn.Module,
-    x: Tensor,
-    state: State,
-    *,
-    all_states: bool = False,
-    one_step_from_each: bool = False,
+    forward: Callable[..., tuple[Any, ...]], net: nn.Module, x: Tensor, state: State, mode: RunMode
 ) -> tuple[Any, ...]:
-    """Return `forward(net, x, state, ...)`, run under `checkpoint` in chunks of `CHUNK` frames."""
+    """Return `forward(net, x, state, **mode)`, run under `checkpoint` in chunks of `CHUNK` frames."""
+    all_states, one_step_from_each = mode.get("all_states"), mode.get("one_step_from_each")
     attributes = forward_attributes(net)
 
     def run_chunk(frames: Tensor, spec: Any, *tensors: Any) -> tuple[Any, ...]:
         with attributes_set(attributes):
-            *videos, states = forward(
-                net,
-                frames,
-                tree_unflatten(tensors, spec),
-                all_states=all_states,
-                one_step_from_each=one_step_from_each,
-            )
+            *videos, states = forward(net, frames, tree_unflatten(tensors, spec), **mode)
         # Cloned: a view would hold on to the states after all frames of the chunk.
         last = map_state(lambda s: (s[:, -1] if all_states else s).clone(), states)
         return *videos, states if all_states else None, last
@@ -84,7 +71,8 @@ def run_in_chunks(
     for start in range(0, x.shape[1], CHUNK):
         chunk = slice(start, start + CHUNK)
         first = map_state(lambda s, chunk=chunk: s[:, chunk], state) if one_step_from_each else state
-        tensors, spec = tree_flatten(first)  # `checkpoint` saves tensors that are arguments of their own
+        # `checkpoint` saves tensors that are arguments of their own, as autograd saves tensors.
+        tensors, spec = tree_flatten(first)
         *output, last = checkpoint(
             run_chunk, x[:, chunk], spec, *tensors, use_reentrant=False, preserve_rng_state=False
         )
@@ -108,27 +96,16 @@ def cat_time(*chunks: Tensor | None) -> Tensor | None:
     return frames.unflatten(0, (-1, len(present[0]))).transpose(0, 1)
 
 
-def forward_attributes(net: nn.Module) -> list[Attribute]:
-    """Return what a run of `net` depends on besides inputs and weights, with today's values.
+def forward_attributes(net: nn.Module) -> list[tuple[Any, str, Any]]:
+    """Return the attributes that a run of `net` depends on, with the values for a run of a chunk.
 
     The backward pass runs a chunk again. By then a frozen critic may be trainable and `local_stats` may be over. And
     the running averages may not move with every run: that is done once, after the last chunk.
     """
-    attributes: list[Attribute] = [(weight, "requires_grad", weight.requires_grad) for weight in net.parameters()]
+    attributes: list[tuple[Any, str, Any]] = [
+        (weight, "requires_grad", weight.requires_grad) for weight in net.parameters()
+    ]
     for norm in net.modules():
         if isinstance(norm, SequenceNorm):
             attributes += [(norm, "uses_local_stats", norm.uses_local_stats), (norm, "tracks_running_stats", False)]
     return attributes
-
-
-@contextmanager
-def attributes_set(attributes: list[Attribute]) -> Iterator[None]:
-    """Give the attributes their values, and the old ones back at the end."""
-    old = [(owner, name, getattr(owner, name)) for owner, name, _ in attributes]
-    try:
-        for owner, name, value in attributes:
-            setattr(owner, name, value)
-        yield
-    finally:
-        for owner, name, value in old:
-            setattr(owner, name, value)

@@ -1,7 +1,9 @@
-"""Helpers for frames (B,T,C,H,W) and for the states of networks."""
+"""Helpers for frames (B,T,C,H,W), for the states of networks, and for their attributes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypedDict
 
 import torch
@@ -52,3 +54,17 @@ def space_to_depth(x: Tensor, patch: int) -> Tensor:
 def map_state(fn: Any, state: State) -> State:
     """Apply `fn` to every tensor of a state and keep the state's structure."""
     return tree_map_only(Tensor, fn, state)
+
+
+@contextmanager
+def attributes_set(attributes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Give attributes (object, name, value) their values, and the old ones back at the end."""
+    new = list(attributes)
+    old = [(owner, name, getattr(owner, name)) for owner, name, _ in new]
+    try:
+        for owner, name, value in new:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in old:
+            setattr(owner, name, value)

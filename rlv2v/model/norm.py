@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from rlv2v.model.frames import RunMode, State
+from rlv2v.model.frames import RunMode, State, attributes_set
 from rlv2v.runtime.distributed import mean as mean_over_ranks
 
 
@@ -114,17 +113,10 @@ class SequenceNorm(nn.Module):
         return torch.addcmul(shift, x, scale).to(x.dtype)
 
 
-@contextmanager
-def local_stats(*nets: nn.Module) -> Iterator[None]:
-    """Make `kind="batch"` normalise over this rank's clips alone, and leave its running averages as they are.
+def local_stats(*nets: nn.Module) -> AbstractContextManager[None]:
+    """Return a context in which `kind="batch"` normalises over this rank's clips and tracks no running averages.
 
     This is for runs that not every rank makes, or not over as many clips.
     """
-    norms = [m for net in nets for m in net.modules() if isinstance(m, SequenceNorm) and m.kind == "batch"]
-    for norm in norms:
-        norm.uses_local_stats = True
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.uses_local_stats = False
+    norms = (m for net in nets for m in net.modules() if isinstance(m, SequenceNorm))
+    return attributes_set((norm, "uses_local_stats", True) for norm in norms)
