@@ -29,7 +29,7 @@ class ReplayRows(NamedTuple):
 
 
 class Agent:
-    """Algorithm 1's inner loop in one domain: it collects the mini-batch M, and has the critic's and actor's losses.
+    """Algorithm 1's inner loop in one domain: it acts, and collects the mini-batch M of new and stored transitions.
 
     Args:
         domain: "x" or "y"; transitions of Z belong to "y" (reading 5).
@@ -129,24 +129,18 @@ class Agent:
             self.pending.append(Held(sample).wait)
         return Transitions(**fields)
 
-    def critic_loss(self, batch: Transitions) -> tuple[Tensor, Tensor]:
-        """Return mean w (y - Q(s, a))^2, and the errors y - Q(s, a), (n,)."""
-        targets = rl.critic_targets(self.q_target, self.policies_target, batch, self.config.rl.gamma)
-        return rl.critic_loss(self.q, batch, targets)
-
-    def actor_loss(self, batch: Transitions) -> Tensor:
-        """Return -J on M's states; the critic's weights get no gradient from it."""
-        with rl.frozen(self.q):
-            return rl.actor_loss(self.q, self.policies, batch.states, batch.lengths)
-
     def prioritise(self, rows: ReplayRows, errors: Tensor) -> None:
         """Make the errors (n,) of M the priorities of its stored transitions."""
         if not self.config.rl.replay_alpha:
             return
-        copies = HostCopy(errors.abs() + 1e-6)
-        for in_batch, ids in rows.drawn:
-            replay = self.replays[in_batch.start // self.config.rl.transitions]
-            self.pending.append(partial(prioritise, replay, ids, copies, in_batch))
+        copies, num = HostCopy(errors.abs() + 1e-6), self.config.rl.transitions
+
+        def write() -> None:
+            (priorities,) = copies.read()
+            for in_batch, ids in rows.drawn:
+                self.replays[in_batch.start // num].update_priorities(ids, priorities[in_batch])
+
+        self.pending.append(write)
 
 
 def store(replay: PrioritizedReplay, copies: HostCopy, lengths: Sequence[int]) -> None:
@@ -162,11 +156,6 @@ def store(replay: PrioritizedReplay, copies: HostCopy, lengths: Sequence[int]) -
         terminal=[p == len(frames) - 1 for p in lengths],
     )
     clip.release()
-
-
-def prioritise(replay: PrioritizedReplay, ids: Tensor, errors: HostCopy, in_batch: slice) -> None:
-    """Give transitions the priorities in the rows `in_batch` of what has been copied."""
-    replay.update_priorities(ids, errors.read()[0][in_batch])
 
 
 def build_agents(

@@ -27,17 +27,9 @@ def warm_up(nets: Nets, dataset: Dataset, config: Config, world: World, stop: Ca
     Returns:
         False if `stop` asked for the end on some rank.
     """
-    if config.optim.warmup_steps and not train_g_and_p(nets, dataset, config, world, stop):
-        return False
-    world.broadcast_parameters(nets)
-    if config.optim.warmup_steps:
-        nets.g_x.load_state_dict(nets.g_y.state_dict())
-        nets.p_x.load_state_dict(nets.p_y.state_dict())
-    return True
-
-
-def train_g_and_p(nets: Nets, dataset: Dataset, config: Config, world: World, stop: Callable[[], bool]) -> bool:
-    """Train g_y and p_y as `warm_up` says; return False if `stop` asked for the end on some rank."""
+    if not config.optim.warmup_steps:
+        world.broadcast_parameters(nets)
+        return True
     weights = [*nets.g_y.parameters(), *nets.p_y.parameters()]
     optimizer_step = OptimizerStep(torch.optim.Adam(weights, config.optim.warmup_lr, fused=True), 0.0, config)
     nets.g_y.mask_gain.zero_()
@@ -56,4 +48,9 @@ def train_g_and_p(nets: Nets, dataset: Dataset, config: Config, world: World, st
             if stopped := world.all_agree(StepControl(stop(), 0.0, False)).stop:
                 break
     nets.p_y.mask_gain.fill_(1.0)
-    return not (world.flush().stop or stopped)
+    if world.flush().stop or stopped:
+        return False
+    world.broadcast_parameters(nets)
+    nets.g_x.load_state_dict(nets.g_y.state_dict())
+    nets.p_x.load_state_dict(nets.p_y.state_dict())
+    return True

@@ -58,7 +58,5 @@ def rollouts(
 def discriminate(d: Discriminator, *videos: Frames | None) -> list[Logits]:
     """Return D's logits (B,T,heads) of each group of clips, all prefixes, in one run over the groups together."""
     present = [v for v in videos if v is not None]
-    if not present:
-        return [None] * len(videos)
     logits = iter(d(torch.cat(present))[0].split([len(v) for v in present]))
     return [None if v is None else next(logits) for v in videos]

@@ -22,7 +22,7 @@ from rlv2v.method.clips import Clips
 from rlv2v.method.collector import Agent, build_agents
 from rlv2v.method.objective import discriminator_losses, generator_losses
 from rlv2v.method.optim import BookTime, OptimizerStep, autocast, no_timing
-from rlv2v.method.rl import Transitions, frozen, polyak
+from rlv2v.method.rl import Transitions, actor_loss, critic_loss, critic_targets, frozen, polyak
 from rlv2v.method.schedule import Schedule
 from rlv2v.method.terms import domain_gap, gap_floor
 from rlv2v.model.build import build_nets
@@ -133,7 +133,8 @@ class Algorithm:
     def critic_phase(self, agent: Agent, batch: Transitions, book_time: BookTime) -> tuple[Logs, Tensor]:
         """Take the critic's step on M; return its logs and the errors y - Q(s, a), (n,)."""
         with autocast(self.config, self.device):
-            loss, errors = agent.critic_loss(batch)
+            targets = critic_targets(agent.q_target, agent.policies_target, batch, self.config.rl.gamma)
+            loss, errors = critic_loss(agent.q, batch, targets)
         optimizer_step = self.optimizer_steps[f"critic_{agent.domain}"]
         return optimizer_step(loss, "critics", book_time) | {"reward": batch.rewards.mean()}, errors
 
@@ -150,10 +151,11 @@ class Algorithm:
         config, nets, ramp = self.config, self.nets, self.schedule.ramp
         for g in (nets.g_x, nets.g_y):
             g.mask_gain.copy_(ramp if config.loss.term("mask_prior") else torch.zeros_like(ramp))
-        with frozen(nets.d_x, nets.d_y), autocast(config, self.device):
+        with frozen(nets.d_x, nets.d_y, nets.q_x, nets.q_y), autocast(config, self.device):
             terms, of_x, of_yz = generator_losses(nets, clips, config, self.schedule.gains, indices, directions)
             if agent and batch:
-                terms["actor"] = config.rl.weight * agent.actor_loss(batch)
+                loss_a = actor_loss(agent.q, agent.policies, batch.states, batch.lengths)
+                terms["actor"] = config.rl.weight * loss_a
         loss = torch.stack(list(terms.values())).sum()
         logs = terms | self.optimizer_steps["generators"](loss, "generators", book_time)
 
@@ -196,8 +198,7 @@ class Algorithm:
     @property
     def state_parts(self) -> Mapping[str, Any]:
         """The parts of the state that are the same on every rank, by name; each has a `state_dict`."""
-        parts: dict[str, Any] = {"nets": self.nets, "targets": self.targets, "average": self.average}
-        parts["schedule"] = self.schedule
+        parts = {name: getattr(self, name) for name in ("nets", "targets", "average", "schedule")}
         for name, optimizer_step in self.optimizer_steps.items():
             parts |= {f"adam_{name}": optimizer_step.optimiser, f"scaler_{name}": optimizer_step.scaler}
         return parts

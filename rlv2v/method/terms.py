@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -37,8 +36,7 @@ class TermInputs(NamedTuple):
     directions: Tensor  # of `domain_gap`, (3,K)
 
 
-@dataclass(frozen=True)
-class Term:
+class Term(NamedTuple):
     """An added loss term; its name is the flag of its weight.
 
     `compute` yields (suffix, value ()) pairs, one a domain. The log calls them `<name>_<suffix>`.
@@ -46,15 +44,11 @@ class Term:
 
     name: str
     meaning: str
-    default: float
-    """Weight in the preset `default`."""
+    default: float  # weight in the preset `default`
     compute: Callable[[TermInputs], Values]
-    paper: float = 0.0
-    """Weight in the preset `paper`."""
-    needs: frozenset[Literal["same", "back"]] = frozenset()
-    """Which optional parts of a rollout it looks at."""
-    ramped: bool = False
-    """Whether the schedule's content gain scales it."""
+    paper: float = 0.0  # weight in the preset `paper`
+    needs: frozenset[Literal["same", "back"]] = frozenset()  # optional parts of a rollout that it looks at
+    ramped: bool = False  # whether the schedule's content gain scales it
 
 
 def local_contrast(frames: Tensor) -> Tensor:

@@ -29,8 +29,7 @@ def translate_chunk(g: Translator, config: Config, frames: np.ndarray, state: St
         UserError: the output is NaN or infinite.
     """
     height, width = frames.shape[1:3]
-    device = next(g.parameters()).device
-    x = to_model(torch.from_numpy(np.ascontiguousarray(frames)).to(device))  # (T,3,H,W)
+    x = to_model(torch.from_numpy(np.ascontiguousarray(frames)).to(next(g.parameters()).device))  # (T,3,H,W)
     x = pad(x, (0, -width % g.multiple, 0, -height % g.multiple), mode="replicate")
     if config.per_frame:
         y = g(x[:, None])[0][:, 0]

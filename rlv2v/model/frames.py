@@ -37,10 +37,7 @@ def per_frame(op: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def cat_channels(*inputs: Tensor) -> Tensor:
-    """Concatenate frames (B,T,C_n,H,W) to (B,T,sum of C_n,H,W).
-
-    Channels-last frames stay channels-last, which `torch.cat` does not do for five axes.
-    """
+    """Concatenate (B,T,C_n,H,W) along C; unlike `torch.cat` of five axes, this keeps channels-last frames so."""
     return batch_major(torch.cat([frame_major(x) for x in inputs], 1), inputs[0])
 
 

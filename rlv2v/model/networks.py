@@ -59,8 +59,7 @@ class Translator(nn.Module):
         self.patch, self.multiple = patch, patch * 2 ** len(widths)
         ins = [3 * patch**2, *widths[:-1]]
         self.encoder = nn.ModuleList(RPB(c_in, c_out, norm, horizon) for c_in, c_out in zip(ins, widths, strict=True))
-        outs = [*reversed(widths[:-1]), widths[0]]
-        skips = list(reversed(widths))
+        skips, outs = widths[::-1], [*widths[-2::-1], widths[0]]
         self.decoder = nn.ModuleList(
             URB(c_in, c_skip, c_out, norm, horizon)
             for c_in, c_skip, c_out in zip([widths[-1], *outs], skips, outs, strict=False)
