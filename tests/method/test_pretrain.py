@@ -64,7 +64,7 @@ def errors(nets: Nets, clips: Clips) -> tuple[float, float]:
 def test_the_warm_up_makes_g_reconstruct_and_p_predict_in_both_domains(data: Path) -> None:
     ratios = []
     for seed in range(3):
-        config = config_of(data, warmup_steps=25, seed=seed)
+        config = config_of(data, warmup_steps=15, warmup_lr=1e-2, seed=seed)
         cold, warm, done = warmed_up(config)
         clips = clips_of(config)
         ratios.append([w / c for w, c in zip(errors(warm, clips), errors(cold, clips), strict=True)])
@@ -73,7 +73,8 @@ def test_the_warm_up_makes_g_reconstruct_and_p_predict_in_both_domains(data: Pat
             mine, other = ours.state_dict(), theirs.state_dict()
             mine.pop("mask_gain"), other.pop("mask_gain")
             assert all(torch.equal(mine[key], other[key]) for key in mine)
-    assert [statistics.median(ratio) < 0.8 for ratio in zip(*ratios, strict=True)] == [True, True], ratios
+    reconstruction, prediction = (statistics.median(ratio) for ratio in zip(*ratios, strict=True))
+    assert reconstruction < 0.3 and prediction < 0.75, ratios
 
 
 def test_the_warm_up_shows_cyclegan_single_frames_so_that_its_predictor_learns_nothing(data: Path) -> None:
