@@ -98,7 +98,7 @@ def save(
     metric, run_files: see `Checkpoints.save`.
     """
     algorithm.flush()
-    state = {name: part.state_dict() for name, part in algorithm.parts.items()}
+    state = {name: part.state_dict() for name, part in algorithm.state_parts.items()}
     state |= {"rng": random_states(world.device), "num_ranks": world.size}
     replicas = {
         replica: {name: part.state_dict() for name, part in replays.items()} | {"loader": loader.state_dict()}
@@ -118,7 +118,7 @@ def restore(store: Checkpoints, algorithm: Algorithm, loader: Loader, world: Wor
         return False
     where = f"{store.run}: checkpoint {step}"
     saved = store.load(step, "state", world.device)
-    load_parts(algorithm.parts, saved, where)
+    load_parts(algorithm.state_parts, saved, where)
     set_random_states(saved["rng"], world.device)
     before = store.replicas(step)
     num_replicas = algorithm.config.runtime.replicas

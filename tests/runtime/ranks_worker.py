@@ -53,7 +53,7 @@ def main(data: Path, out: Path, preset: str) -> None:
         algorithm.advance(0.0, told["distance"])
     loader.close()
     if world.first:
-        torch.save({name: algorithm.parts[name].state_dict() for name in ("nets", "targets", "average")}, out)
+        torch.save({name: algorithm.state_parts[name].state_dict() for name in ("nets", "targets", "average")}, out)
     world.close()
 
 
