@@ -30,7 +30,6 @@ from rlv2v.method.memory import (
     FRAGMENTATION,
     GB,
     RUN,
-    altered,
     count,
     estimate,
     largest,
@@ -43,7 +42,6 @@ from rlv2v.model.activation_memory import MEMORY
 from rlv2v.model.build import build_nets
 from rlv2v.runtime.cuda_graphs import NUM_PLAIN
 from rlv2v.runtime.device import grow_segments
-from rlv2v.runtime.memory import CPU
 
 SIZES = (64, 128, 256)
 ROUNDS = 5  # the first warms up
@@ -153,7 +151,7 @@ def timed(config: Config) -> list[Row]:
     for _ in range(ROUNDS):
         for memory, step in steps.items():
             began = time.process_time()
-            with autocast(config, CPU):
+            with autocast(config, torch.device("cpu")):
                 loss = step()
             loss.backward()
             times[memory].append(time.process_time() - began)
@@ -172,7 +170,7 @@ def timed(config: Config) -> list[Row]:
 
 
 def of(config: Config, memory: str) -> Config:
-    return altered(config, memory=memory)
+    return config.replace(memory=memory)
 
 
 def fitting(args: Args, share: int) -> list[Row]:
@@ -184,8 +182,8 @@ def fitting(args: Args, share: int) -> list[Row]:
         for memory in MEMORY:
             config = replace(of(args, memory), size=size)
             longest, widest = config.replace(frames=64), config.replace(frames=16)
-            frames = largest(longest, card, over="frames", num_replicas=share, confirm=False)
-            batch = largest(widest, card, over="batch", num_replicas=share, confirm=False)
+            frames = largest(longest, card, over="frames", num_replicas=share)
+            batch = largest(widest, card, over="batch", num_replicas=share)
             found = {"card": card, "frames": frames, "batch_factor": batch}
             if args.confirm:
                 tried = {"frames": scaled(longest, "frames", frames), "batch_factor": scaled(widest, "batch", batch)}

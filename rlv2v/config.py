@@ -318,6 +318,8 @@ class Config:
         """
         try:
             values: dict[str, Any] = json.loads(text)
+            if not isinstance(values["data"], dict):
+                raise KeyError("the sections of settings")
             settings = {flag: _from_json(flag, values) for flag in FLAGS}
             if len(settings) != sum(len(v) if isinstance(v, dict) else 1 for v in values.values()):
                 raise KeyError("a setting that this version does not know")

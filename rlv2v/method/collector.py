@@ -30,7 +30,7 @@ from rlv2v.model import Discriminator
 from rlv2v.model.build import Nets
 from rlv2v.model.norm import local_stats
 from rlv2v.replay import PrioritizedReplay, ReplayBatch
-from rlv2v.runtime.device import Held, HostCopy, on_device
+from rlv2v.runtime.device import HostCopy, KeepAlive, on_device
 
 
 class ReplayRows(NamedTuple):
@@ -135,7 +135,7 @@ class Agent:
             on_device(v, device) for v in (drawn.lengths, drawn.rewards, drawn.terminals, drawn.weights)
         )
         if device.type == "cuda":  # the buffer may not use the memory again while it is copied from
-            self.pending.append(Held(drawn).wait)
+            self.pending.append(KeepAlive(drawn).wait)
         return Transitions(states, lengths, actions, rewards, true_frames, terminals, weights)
 
     def critic_loss(self, batch: Transitions) -> tuple[Tensor, Tensor]:

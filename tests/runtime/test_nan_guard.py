@@ -13,7 +13,7 @@ from rlv2v.config import Config
 from rlv2v.data.synth import Counts, write_dataset
 from rlv2v.errors import UserError
 from rlv2v.model.build import Nets, build_nets
-from rlv2v.runtime.nan_guard import LAG, NanGuard, check_numbers, check_weights
+from rlv2v.runtime.nan_guard import LAG, NanGuard, check_values, check_weights
 from rlv2v.train import train
 
 NAN, INF = float("nan"), float("inf")
@@ -40,11 +40,11 @@ def test_numbers_come_back_and_the_first_that_is_none_stops_the_run() -> None:
 )
 def test_what_stops_a_run(values: dict[str, float], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        check_numbers(values, 7)
+        check_values(values, 7)
 
 
 def test_a_gradient_beyond_fp16_is_part_of_the_search_for_the_scale() -> None:
-    check_numbers({"scale": 32768.0, "grad": INF, "loss": 1.0}, 7)
+    check_values({"scale": 32768.0, "grad": INF, "loss": 1.0}, 7)
 
 
 @pytest.mark.parametrize("bad", [NAN, -INF])
