@@ -1,4 +1,4 @@
-"""One rank of tests/test_ranks.py in float64: some steps of a run's algorithm, its weights left in `OUT`.
+"""One rank of test_ranks.py in float64: it makes some steps of a run's algorithm and leaves its weights in `OUT`.
 
 python ranks_worker.py DATA OUT FLAGS...
 """
@@ -36,7 +36,7 @@ def main(data: Path, out: Path, preset: str) -> None:
     share = 2 // world.size
     loader = Loader(
         open_dataset(data, frames=4),
-        batch={name: share * getattr(config, f"batch_{name}") for name in "xyzs"},
+        batch={name: share * getattr(config.data, f"batch_{name}") for name in "xyzs"},
         frames=4,
         size=16,
         seed=0,
@@ -49,8 +49,8 @@ def main(data: Path, out: Path, preset: str) -> None:
     algorithm.start()
     for _ in range(STEPS):
         sets = [getattr(clips, name) for clips in [Clips.of(next(loader), world.device, False)] for name in "xyzs"]
-        told = algorithm.step(Clips(*(s.double() for s in sets)))
-        algorithm.advance(0.0, told["distance"])
+        logs = algorithm.step(Clips(*(s.double() for s in sets)))
+        algorithm.advance(0.0, logs["distance"])
     loader.close()
     if world.first:
         torch.save({name: algorithm.parts[name].state_dict() for name in ("nets", "targets", "average")}, out)
