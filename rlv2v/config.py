@@ -111,6 +111,7 @@ else:  # a weight for each term of the registry
         "LossConfig",
         [(name, float, term.default) for name, term in TERMS.items()],
         bases=(EquationConfig,),
+        namespace={"__module__": __name__},  # by which pickle finds it: ranks send each other the config
         frozen=True,
     )
 

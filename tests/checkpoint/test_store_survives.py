@@ -5,16 +5,13 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
-import random
 import re
 import resource
 import shutil
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -26,7 +23,6 @@ from rlv2v.checkpoint.store import Checkpoints
 from rlv2v.errors import UserError
 from rlv2v.files import write_atomically
 
-NUM_KILLS = 10
 # Children of a server that has imported torch once, and has no threads that a fork would cut off.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["rlv2v.checkpoint.store"])
@@ -158,42 +154,6 @@ def test_a_rank_that_does_not_come_is_named(tmp_path: Path, monkeypatch: pytest.
 
 
 # kills
-
-
-def save_for_ever(run: Path, messages: Connection) -> None:
-    store = Checkpoints(run, keep=2, num_replicas=2)
-    store.tidy()
-    step = store.newest() or 0
-    while True:
-        step += 1
-        store.save(step, state_of(step, 100_000), {n: {"seen": torch.full((50_000,), step)} for n in (0, 1)})
-        messages.send(step - 1)  # which `save` has waited for
-
-
-@pytest.mark.thorough
-def test_a_kill_at_a_random_moment_leaves_a_whole_set(tmp_path: Path) -> None:
-    moments, store, committed = random.Random(6), one_rank(tmp_path), 0
-    for _ in range(NUM_KILLS):
-        listen, tell = processes.Pipe(duplex=False)
-        process = processes.Process(target=save_for_ever, args=(tmp_path, tell))
-        process.start()
-        tell.close()
-        assert listen.recv() >= committed
-        time.sleep(moments.uniform(0.0, 0.15))
-        process.kill()
-        process.join()
-        while listen.poll():
-            try:
-                committed = listen.recv()
-            except EOFError:
-                break
-        newest = store.newest()
-        assert newest is not None
-        assert newest >= committed
-        assert_all_whole(store)
-        assert_holds(store, newest)
-    store.tidy()
-    assert not hidden_files(tmp_path)
 
 
 def die_at(run: Path, number: int) -> None:

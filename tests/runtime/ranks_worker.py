@@ -15,7 +15,7 @@ from rlv2v.config import Config
 from rlv2v.data import to_model
 from rlv2v.data.index import open_dataset
 from rlv2v.data.loader import Loader
-from rlv2v.method import rl as ddpg
+from rlv2v.method import collector
 from rlv2v.method.clips import Clips
 from rlv2v.method.step import Algorithm
 from rlv2v.runtime import distributed as dist
@@ -29,7 +29,7 @@ def double(frames: Tensor) -> Tensor:
 
 def main(data: Path, out: Path, preset: str) -> None:
     torch.set_num_threads(1)
-    ddpg.to_model = double  # type: ignore[attr-defined]
+    collector.to_model = double  # type: ignore[attr-defined]
     world = dist.connect("cpu")
     small = {"size": 16, "frames": 4, "rl_every": 1, "steps": 2 * STEPS, "replicas": 2, "replay_alpha": 0.6}
     config = Config.of(preset, widths=(4, 8), disc_widths=(4, 8, 8), **small).check()
