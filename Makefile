@@ -1,4 +1,4 @@
-# make env | train | test | test-native | bench | lint | clean        (each sets up .venv first; see CONTRIBUTING.md)
+# make env | train | test | test-thorough | test-native | lint | docs | bench | clean   (each sets up .venv first; see CONTRIBUTING.md)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -12,13 +12,13 @@ BIN := $(CURDIR)/.venv/bin
 ENV := .venv/.up-to-date
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # Microbenchmarks: bench/ without what they share, the makers of data and pictures, and the trainings of an hour.
-BENCHES := $(filter-out bench/machine.py bench/picture.py bench/quality.py bench/real_pair.py $(wildcard bench/replay_*.py bench/data_*.py bench/convlstm_*.py bench/train_step_*.py bench/scaling_*.py),\
-  $(wildcard bench/*.py))
+BENCHES := $(filter-out bench/harness.py bench/picture.py bench/quality.py bench/real_pair.py \
+  $(wildcard bench/replay_*.py bench/data_*.py bench/convlstm_*.py),$(wildcard bench/*.py))
 # One set of versions for the environment and for the isolated builds inside it (two names: old and new pip).
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
-.PHONY: help env train test test-native bench lint clean
+.PHONY: help env train test test-thorough test-native lint docs bench clean
 
 help:
 	@sed -n 1p Makefile
@@ -27,7 +27,7 @@ env: $(ENV)
 
 $(ENV): constraints.txt pyproject.toml $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[test,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,dev,docs]'
 	touch $@
 
 train: $(ENV)
@@ -37,8 +37,17 @@ train: $(ENV)
 	$(BIN)/python -m rlv2v.evaluate $(RUN) --data $(DATA) --split test --json $(RUN)/evaluation.json
 	$(BIN)/python -m rlv2v.report $(RUN)
 
+# One process a core, and one thread each: small tensors gain nothing from more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(shell nproc) --dist worksteal
+
 test: $(ENV)
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not thorough"
+
+# What takes long, with oneDNN and torch held to AVX2; the layers' own tests once more as the CPU is.
+test-thorough: $(ENV) test-native
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m thorough
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m "not thorough" tests/kernels tests/model tests/method
+	$(PYTEST) -m thorough tests/kernels tests/model
 
 # The C++ core under AddressSanitizer and UBSan, then under ThreadSanitizer.
 test-native: $(ENV)
@@ -57,6 +66,11 @@ lint: $(ENV)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/check.py
+	$(BIN)/python docs/figures.py
+
+docs: $(ENV)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf build dist .venv rlv2v/*.so *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

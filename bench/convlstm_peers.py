@@ -1,4 +1,4 @@
-"""A ConvLSTM layer as users write it, and as ours: the forms that bench/convlstm.py times.
+"""The forms that bench/convlstm.py times: a ConvLSTM layer as users write it, and ours.
 
     eager             cat x and h, one convolution, chunk, a step: what public ConvLSTM repositories do
     eager batched     the convolution of x once over all T, a smaller one of h a step, none for the zero state
@@ -6,9 +6,9 @@
     ... fused cell    the same with aten's `_thnn_fused_lstm_cell` for the gates (GPU)
     compile           torch.compile of a form, T unrolled, static shapes; `max-autotune` with CUDA graphs
     autocast          bfloat16 autocast around a form with float32 weights; compiled together with it
-All take x (B,T,C_in,H,W) without a state and give all hidden states. Without `autocast` in its name, a form in 16 bits
-has inputs and weights of 16 bits. `frame-major`: x and the result's gradient are dense in the order T,B,H,W,C and
-weights channels-last, as in our layers; else they are contiguous.
+All take x (B,T,C_in,H,W) without a state and return all hidden states. Without `autocast` in its name, a form in 16
+bits has inputs and weights of 16 bits. `frame-major`: x and the result's gradient are dense in the order T,B,H,W,C and
+weights channels-last, as in our layers; otherwise they are contiguous.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
-from convlstm_layer import Form, Run
-from convlstm_rows import frame_major
+from convlstm_layer import Form, Run, frame_major
 from torch import Tensor
 from torch.nn.functional import conv2d
 
@@ -30,7 +29,7 @@ Cell = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
 
 
 def pointwise(a: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`h, c` of the next step from pre-activations (N,4C,H,W)."""
+    """Return `h, c` of the next step from pre-activations (N,4C,H,W)."""
     i, f, o, g = a.chunk(4, 1)
     new = torch.sigmoid(i) * torch.tanh(g)
     c = new if c is None else torch.sigmoid(f) * c + new
@@ -38,23 +37,23 @@ def pointwise(a: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def cell(a: Tensor, a_h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`pointwise` of pre-activations from x and, where there is an h, from h."""
+    """Return `pointwise` of the pre-activations from x and, if there is an h, from h."""
     return pointwise(a if a_h is None else a + a_h, c)
 
 
 def aten_cell(a: Tensor, a_h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The same by aten's LSTM cell, pixels as rows: channels-last frames, gates i, f, g, o."""
+    """Return the same by aten's LSTM cell, pixels as rows: channels-last frames, gates i, f, g, o."""
     batch, width4, *size = a.shape
     rows = a.permute(0, 2, 3, 1).reshape(-1, width4)
     hidden = torch.zeros_like(rows) if a_h is None else a_h.permute(0, 2, 3, 1).reshape(-1, width4)
-    before = rows.new_zeros(len(rows), width4 // 4) if c is None else c.permute(0, 2, 3, 1).reshape(len(rows), -1)
-    outcome = torch.ops.aten._thnn_fused_lstm_cell(rows, hidden, before)
+    c_prev = rows.new_zeros(len(rows), width4 // 4) if c is None else c.permute(0, 2, 3, 1).reshape(len(rows), -1)
+    outcome = torch.ops.aten._thnn_fused_lstm_cell(rows, hidden, c_prev)
     h, c_next = (state.view(batch, *size, width4 // 4).permute(0, 3, 1, 2) for state in outcome[:2])
     return h, c_next
 
 
 def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Shi et al. 2015, eq. 3 without peepholes, from a zero state."""
+    """Return all h of Shi et al. 2015, eq. 3 without peepholes, from a zero state."""
     channels, padding = weight.shape[0] // 4, weight.shape[-1] // 2
     h = c = x.new_zeros(x.shape[0], channels, *x.shape[-2:])
     hs = []
@@ -65,7 +64,7 @@ def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def steps_of(a: Tensor, w_h: Tensor, cell: Cell = cell) -> list[Tensor]:
-    """All hidden states (B,C,H,W) from the pre-activations of x (T,B,4C,H,W)."""
+    """Return all hidden states (B,C,H,W) from the pre-activations of x (T,B,4C,H,W)."""
     h = c = None
     hs: list[Tensor] = []
     for a_t in a.unbind(0):
@@ -75,25 +74,25 @@ def steps_of(a: Tensor, w_h: Tensor, cell: Cell = cell) -> list[Tensor]:
 
 
 def batched(x: Tensor, w_x: Tensor, w_h: Tensor, bias: Tensor) -> Tensor:
-    """The convolution of x once over all T; frames in torch's own layout."""
+    """Convolve x once over all T; frames in torch's own layout."""
     a = conv2d(x.transpose(0, 1).flatten(0, 1), w_x, bias, padding=w_x.shape[-1] // 2)
     return torch.stack(steps_of(a.unflatten(0, (x.shape[1], x.shape[0])), w_h), 1)
 
 
 def channels_last(x: Tensor, w_x: Tensor, w_h: Tensor, bias: Tensor, cell: Cell = cell) -> Tensor:
-    """`batched` in memory T,B,H,W,C: x comes in with one copy, or none, and hs is a view of such memory."""
+    """Run `batched` in memory T,B,H,W,C: at most one copy of x, and hs is a view of such memory."""
     a = conv2d(frame_major(x).transpose(0, 1).flatten(0, 1), w_x, bias, padding=w_x.shape[-1] // 2)
     hs = steps_of(a.unflatten(0, (x.shape[1], x.shape[0])), w_h, cell)
     return torch.stack([h.permute(0, 2, 3, 1) for h in hs]).permute(1, 0, 4, 2, 3)
 
 
 def fused_cell(x: Tensor, w_x: Tensor, w_h: Tensor, bias: Tensor) -> Tensor:
-    """`channels_last` with `aten_cell`."""
+    """Run `channels_last` with `aten_cell`."""
     return channels_last(x, w_x, w_h, bias, aten_cell)
 
 
 def autocast(run: Run) -> Run:
-    """`run` under bfloat16 autocast on the CPU."""
+    """Return `run` under bfloat16 autocast on the CPU."""
 
     def under_autocast(*leaves: Tensor) -> Tensor:
         with torch.autocast("cpu", BF16):
@@ -103,12 +102,12 @@ def autocast(run: Run) -> Run:
 
 
 def compiled(run: Function, mode: str | None = None) -> Function:
-    """`run` compiled for the shape it meets; raises where part of it would run uncompiled."""
+    """Return `run` compiled for the shape that it meets; it raises if a part would run uncompiled."""
     return cast(Function, torch.compile(run, dynamic=False, fullgraph=True, mode=mode))
 
 
 def mine(backend: str, dtype: torch.dtype, kind: str = "") -> Form:
-    """A form of ours; kind: any of "frame-major", "recompute" and "autocast"."""
+    """Return a form of ours; kind: any of "frame-major", "recompute" and "autocast"."""
 
     def run(*leaves: Tensor) -> Tensor:
         return convlstm(*leaves, backend=backend, recompute="recompute" in kind)[0]
@@ -125,34 +124,42 @@ def mine(backend: str, dtype: torch.dtype, kind: str = "") -> Form:
 
 
 def cpu_forms(*, quick: bool) -> list[Form]:
-    """All for the CPU; quick: without what is compiled, which takes minutes, and without our plain backend."""
-    forms = [
-        Form("eager", F32, eager, joined=True),
-        Form("eager batched", F32, batched),
-        Form("eager channels-last", F32, channels_last, channels_last=True),
-        Form("autocast", BF16, autocast(eager), leaves=F32, joined=True),
-        Form("autocast channels-last", BF16, autocast(channels_last), leaves=F32, channels_last=True),
-        Form("eager bfloat16", BF16, eager, joined=True),
-        *(mine("cpu", dtype, kind) for dtype in (F32, BF16) for kind in ("", "frame-major", "recompute")),
+    """Return all forms for the CPU, each dtype with its own eager and compiled peers.
+
+    quick: without the compiled ones, which take minutes, and without our eager backend.
+    """
+    forms = list[Form]()
+    for dtype in (F32, BF16):
+        forms += [
+            Form("eager", dtype, eager, joined=True),
+            Form("eager batched", dtype, batched),
+            Form("eager channels-last", dtype, channels_last, channels_last=True),
+            *(mine("cpu", dtype, kind) for kind in ("", "frame-major", "recompute")),
+        ]
+        if not quick:
+            group = "compiled"
+            forms += [
+                Form("compile", dtype, compiled(eager), joined=True, group=group),
+                Form("compile batched", dtype, compiled(batched), group=group),
+                Form("compile channels-last", dtype, compiled(channels_last), channels_last=True, group=group),
+                mine("plain", dtype),
+            ]
+    forms += [
+        Form("autocast", BF16, autocast(eager), joined=True, leaves=F32),
+        Form("autocast channels-last", BF16, autocast(channels_last), channels_last=True, leaves=F32),
         mine("cpu", BF16, "autocast"),
     ]
-    if quick:
-        return forms
-    both = (compiled(autocast(run)) for run in (eager, channels_last))
-    name = "autocast+compile"
-    return [
-        *forms,
-        Form("compile", F32, compiled(eager), joined=True, group="compiled"),
-        Form("compile batched", F32, compiled(batched), group="compiled"),
-        Form("compile channels-last", F32, compiled(channels_last), channels_last=True, group="compiled"),
-        Form(name, BF16, next(both), leaves=F32, joined=True, group=name),
-        Form(f"{name} channels-last", BF16, next(both), leaves=F32, channels_last=True, group=name),
-        *(mine("plain", dtype) for dtype in (F32, BF16)),
-    ]
+    if not quick:
+        name, faster = "autocast+compile", compiled(autocast(channels_last))
+        forms += [
+            Form(name, BF16, compiled(autocast(eager)), joined=True, leaves=F32, group=name),
+            Form(f"{name} channels-last", BF16, faster, channels_last=True, leaves=F32, group=name),
+        ]
+    return forms
 
 
 def cuda_forms(dtype: torch.dtype, *, quick: bool) -> list[Form]:
-    """All of one dtype for a GPU; quick: without what is compiled."""
+    """Return all forms of one dtype for a GPU; quick: without the compiled ones."""
     forms = [
         Form("eager", dtype, eager, joined=True),
         Form("eager batched", dtype, batched),

@@ -1,42 +1,48 @@
-"""The video path beside its peers: clips a second and CPU ms a clip on one core, the index, and what training waits.
+"""Time the video path beside its peers: clips a second on one core, the index, and how long training waits for data.
 
     python bench/data.py [--json F] [--quick]
 
-Clips of 16 frames to 64x64 at random (file, start), the same draws for all, from real street footage that is written
-here in four forms, each frame stamped with its file and number. Every way of reading runs in a process of its own, all
-on the same core, and must first return the right frames; the ways take turns, a block of clips each. `Loader` is
-`next(loader)` end to end, `rlv2v` what one of its threads does for a clip, cache off. Peers come with
-`pip install -e '.[bench]'`. A ratio is of medians of clips/s, to the best peer that returns the right frames on the
-same files; for prepared raw, on either of the original 256x256 files.
+Clips of 16 frames to 64x64 at random (file, start), the same draws for all, from real street footage that is written in
+four forms, each frame stamped with its file and number. Every way of reading runs in a process of its own, all on the
+same core, and must first return the right frames; the ways take turns, a block of clips each, and a time is a block's
+mean per clip. `Loader` is `next(loader)` end to end, `rlv2v` the work of one of its threads for a clip, cache off.
+Peers come with `pip install -e '.[bench]'`. Prepared raw is compared with the peers on the original 256x256 files.
 """
 
 from __future__ import annotations
 
+import gc
+import itertools
 import json
 import logging
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
 import tempfile
-import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median, quantiles
-from typing import Any
+from typing import Any, TypeVar
 
 import av
 import numpy as np
+import torch
 from av.video.reformatter import Colorspace
-from data_loader import alone, memory, waits
-from data_peers import FRAMES, PEERS, SIZE, WAYS, Worker, stamp
-from machine import commit, machine, version
+from data_peers import FRAMES, PEERS, SIZE, WAYS, Worker, rss_mib, stamp
+from harness import Bench, Contender, Row, TimedArgs, rows_of, version, wall_us
 from real_pair import street_clip
 
 from rlv2v.cli import run_command
+from rlv2v.config import Config
 from rlv2v.data.index import MANIFEST, index_folder, open_dataset
+from rlv2v.data.loader import Loader
 from rlv2v.data.synth import Counts, write_dataset
 from rlv2v.data.video import read_frames, resize
 from rlv2v.data.workers import cores
-from rlv2v.errors import UserError
 
 NUM_FILES, LENGTH = 4, 120
 VP9 = {"deadline": "realtime", "cpu-used": "8", "lag-in-frames": "0", "auto-alt-ref": "0"}
@@ -47,21 +53,21 @@ FORMS: dict[str, tuple[str, int, dict[str, str]]] = {
     "unprepared H.264 256": ("libx264", 256, {"crf": "23"}),
 }
 RAW, PREPARED, VP9_256, H264_256 = FORMS
-Row = dict[str, Any]
+PACKAGES = {"PyAV": "av", "OpenCV": "opencv-python-headless", "decord": "decord", "torchcodec": "torchcodec"}
+Files = dict[str, list[Path]]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(TimedArgs):
     """Time our ways of reading clips against others."""
 
-    json: Path | None = None
-    """File for the JSON too, in a folder that exists."""
-    quick: bool = False
-    """A few turns, 6 training steps and 300 loader steps instead of 30 and 2,000."""
+    rounds: int = 30
+    """Blocks of clips of each way."""
 
 
 def footage() -> list[np.ndarray]:
-    """Stamped clips of 120 frames, uint8 (256,256,3) each: windows of a street scene, moved in place and time."""
+    """Return stamped clips of 120 frames, uint8 (256,256,3): windows of a street scene, moved in place and time."""
     scene = np.stack(list(read_frames(street_clip())))
     clips = []
     for file in range(NUM_FILES):
@@ -72,7 +78,7 @@ def footage() -> list[np.ndarray]:
 
 
 def write_video(path: Path, clip: np.ndarray, codec: str, options: dict[str, str]) -> None:
-    """uint8 (T,H,W,3) as yuv420p, BT.601 limited range, constant quality, 30 frames a second."""
+    """Write uint8 (T,H,W,3) as yuv420p, BT.601 limited range, constant quality, 30 frames a second."""
     with av.open(str(path), "w") as output:
         stream: Any = output.add_stream(codec, rate=30, options=options)
         stream.height, stream.width, stream.pix_fmt = *clip.shape[1:3], "yuv420p"
@@ -83,8 +89,8 @@ def write_video(path: Path, clip: np.ndarray, codec: str, options: dict[str, str
         output.mux(stream.encode(None))
 
 
-def write_forms(root: Path) -> dict[str, list[Path]]:
-    """The files of each form."""
+def write_forms(root: Path) -> Files:
+    """Write the footage in each form; return the files."""
     clips, files = footage(), {}
     for form, (codec, size, options) in FORMS.items():
         folder = root / form
@@ -100,13 +106,14 @@ def write_forms(root: Path) -> dict[str, list[Path]]:
 
 
 def random_draws(count: int, seed: int) -> list[tuple[int, int]]:
+    """Return (file, start) of random clips."""
     rng = np.random.default_rng(seed)
     return [(int(rng.integers(NUM_FILES)), int(rng.integers(LENGTH - FRAMES + 1))) for _ in range(count)]
 
 
-def start(stack: ExitStack, libraries: Path) -> tuple[dict[str, Worker], dict[str, str]]:
-    """The processes that could import their library, and why the others could not."""
-    workers, missing = {}, {}
+def start_workers(bench: Bench, stack: ExitStack, libraries: Path) -> dict[str, Worker]:
+    """Return the processes that could import their library."""
+    workers = {}
     for name in WAYS:
         worker = stack.enter_context(Worker(name, libraries))
         try:
@@ -115,74 +122,55 @@ def start(stack: ExitStack, libraries: Path) -> tuple[dict[str, Worker], dict[st
         except RuntimeError as error:
             if name not in PEERS:
                 raise
-            missing[name] = str(error).removeprefix(f"{name}: ")
-    return workers, missing
+            bench.skip(name, str(error).removeprefix(f"{name}: "))
+    return workers
 
 
-def case_rows(form: str, files: list[Path], workers: dict[str, Worker], blocks: int) -> list[Row]:
-    """One row for each way that reads the form."""
+def reading_rows(form: str, files: list[Path], workers: dict[str, Worker], blocks: int) -> list[Row]:
+    """Check and time every way that reads a form."""
     names = [name for name in workers if form != RAW or name not in PEERS]
-    faults: dict[str, str] = {}
+    faults, answers, draws = dict[str, str](), dict[str, list[dict[str, float]]](), random_draws(24, 0)
     for name in names:
         try:
-            asked = random_draws(24, 0)
-            wrong = workers[name].ask("open", files, asked)["wrong"]
+            wrong = workers[name].ask("open", files, draws)["wrong"]
             if wrong:
-                faults[name] = f"{wrong} of {len(asked) * FRAMES} frames"
+                faults[name] = f"{wrong} of {len(draws) * FRAMES} frames"
         except RuntimeError as error:
             faults[name] = str(error).removeprefix(f"{name}: ")
+        if name not in faults:
+            answers[name] = []
     size = 400 if form == RAW else 12
-    answers: dict[str, list[dict[str, float]]] = {name: [] for name in names if name not in faults}
     for block in range(blocks):
         for name, found in answers.items():
             found.append(workers[name].ask("run", (), random_draws(size, 1 + block)))
-    rows = []
+    contenders, times = list[Contender](), dict[tuple[str, str], list[float]]()
     for name in names:
-        row: Row = {"case": form, "backend": name, "pass": "read", "dtype": "uint8", "valid": name not in faults}
-        row["wrong_data"] = faults.get(name)
+        ours, fields = name not in PEERS, dict[str, Any](wrong_data=faults.get(name))
         if name in answers:
-            p20, p50, p80 = quantiles([size / a["seconds"] for a in answers[name]], n=10)[1::3]
-            row |= {"clips_per_s": round(p50, 1), "p20": round(p20, 1), "p80": round(p80, 1)}
-            row["cpu_ms"] = round(median(1e3 * a["cpu"] / size for a in answers[name]), 3)
-            row["rss_mib"] = round(answers[name][-1]["rss_mib"])
-        rows.append(row)
-    return rows
+            seconds = [answer["seconds"] for answer in answers[name]]
+            fields["clips_per_s"] = round(size / statistics.median(seconds), 1)
+            fields["cpu_ms"] = round(statistics.median(1e3 * answer["cpu"] / size for answer in answers[name]), 3)
+            fields["rss_mib"] = round(answers[name][-1]["rss_mib"])
+            times[name, "uint8"] = [1e6 * each / size for each in seconds]
+        group, valid = "" if ours else "peer", name not in faults
+        contenders.append(Contender(name, dtype="uint8", ours=ours, group=group, valid=valid, fields=fields))
+    return rows_of(form, "read", contenders, times)
 
 
-def compare(rows: list[Row]) -> None:
-    """Add to each valid row its ratio to the best valid peer, by clips/s and by CPU time."""
-    valid = [row for row in rows if row["valid"]]
-    for row in valid:
-        forms = (VP9_256, H264_256) if row["case"] == RAW else (row["case"],)
-        peers = [p for p in valid if p["backend"] in PEERS and p["backend"] != row["backend"] and p["case"] in forms]
-        if peers:
-            best = max(peers, key=lambda p: p["clips_per_s"])
-            row |= {"best_peer": best["backend"], "ratio": round(row["clips_per_s"] / best["clips_per_s"], 3)}
-            row["cpu_ratio"] = round(min(p["cpu_ms"] for p in peers) / row["cpu_ms"], 3)
-
-
-def print_rows(rows: list[Row]) -> None:
-    print("case | way | clips/s p50 p20 p80 | CPU ms | x best peer, by CPU | RSS MiB | wrong frames")
+def compare_raw(rows: list[Row]) -> None:
+    """Set the ratios of prepared raw to the peers on the original files."""
+    peers = [row for row in rows if row["case"] in (VP9_256, H264_256) and not row["ours"] and row["valid"]]
     for row in rows:
-        head = f"{row['case']:22} | {row['backend']:10}"
-        if not row["valid"]:
-            print(f"{head} | not counted: {row['wrong_data']}")
-            continue
-        rate = f"{row['clips_per_s']:8.1f} {row['p20']:8.1f} {row['p80']:8.1f} | {row['cpu_ms']:7.2f}"
-        ratio = f"{row['ratio']:6.2f} {row['cpu_ratio']:6.2f} {row['best_peer']}" if "ratio" in row else ""
-        print(f"{head} | {rate} | {ratio:24} | {row['rss_mib']:4} |", flush=True)
+        if row["case"] == RAW and row["valid"]:
+            ratios = {f"{peer['backend']}, {peer['case']}": peer["median_us"] / row["median_us"] for peer in peers}
+            ratios |= {"best peer": min(ratios.values())} if ratios else {}
+            row["speedup_over"] = {name: round(ratio, 3) for name, ratio in ratios.items()}
 
 
-def took(call: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
+def index_rows(root: Path, files: Files, repeats: int) -> list[Row]:
+    """Time the index of 16 files, first and second time, against one plain decode of them, in turns.
 
-
-def index_rows(root: Path, files: dict[str, list[Path]], repeats: int) -> list[Row]:
-    """Indexing of 16 files, first and second time, against one plain decode of them, in turns.
-
-    The first time with one file at a time, as the plain decode has it, and as it is by default, one a core.
+    The first time with one file at a time, as the plain decode has it, and by default, one file a core.
     """
     for name in ("trainX", "trainY"):
         (root / name).mkdir(parents=True)
@@ -206,81 +194,99 @@ def index_rows(root: Path, files: dict[str, list[Path]], repeats: int) -> list[R
         for name in ("trainX", "trainY"):
             index_folder(root / name, frames=FRAMES, workers=1)
 
-    times: dict[str, list[float]] = {"plain decode": [], "one at a time": [], "first run": [], "second run": []}
+    def index() -> None:
+        open_dataset(root, frames=FRAMES)
+
+    names = ("plain decode", "one at a time", "first time", "second time")
+    times: dict[tuple[str, str], list[float]] = {(name, "uint8"): [] for name in names}
     for _ in range(repeats):
-        times["plain decode"].append(took(decode))
-        forget()
-        times["one at a time"].append(took(one_at_a_time))
-        forget()
-        times["first run"].append(took(lambda: open_dataset(root, frames=FRAMES)))
-        times["second run"] += [took(lambda: open_dataset(root, frames=FRAMES)) for _ in range(3)]
-    plain, one, first, second = (median(found) for found in times.values())
-    row: Row = {"case": f"index of {len(paths)} files of {LENGTH} frames", "backend": "rlv2v", "repeats": repeats}
-    row |= {"plain_decode_ms": round(1e3 * plain), "one_at_a_time_ms": round(1e3 * one), "first_ms": round(1e3 * first)}
-    row |= {"second_ms": round(1e3 * second, 2), "cores": cores(), "one_at_a_time_over_plain": round(one / plain, 3)}
-    row |= {"first_over_plain": round(first / plain, 3), "first_over_second": round(first / second, 1)}
-    print(
-        f"{row['case']}: plain decode {1e3 * plain:.0f} ms, one at a time {1e3 * one:.0f} ms ({one / plain:.2f} x), "
-        f"on {cores()} cores {1e3 * first:.0f} ms ({first / plain:.2f} x), again {1e3 * second:.1f} ms "
-        f"({first / second:.0f} x faster)",
-        flush=True,
-    )
-    return [row]
+        for name, call in zip(names, (decode, one_at_a_time, index, index), strict=True):
+            if name in names[1:3]:
+                forget()
+            times[name, "uint8"].append(wall_us(call))
+    contenders = [Contender(name, dtype="uint8", ours=name != "plain decode") for name in names]
+    return rows_of(f"index of {len(paths)} files of {LENGTH} frames, {cores()} cores", "index", contenders, times)
 
 
-def loader_rows(root: Path, unprepared: Path, quick: bool) -> list[Row]:
-    """What a training step waits, and the loader's memory."""
-    write_dataset(root / "synth", size=32, frames=8, seed=0, counts=Counts(val=2, test=2))
-    wait = alone(waits, root / "synth", root / "run", 6 if quick else 30)
-    rows: list[Row] = [{"case": "wait in training, default preset", "backend": "Loader", **wait}]
-    print(
-        f"wait in training, default preset: {wait['wait_percent']:.3f}% of a step of {wait['step_ms']:.0f} ms "
-        f"({wait['steps']} steps; the first waits {wait['first_wait_ms']:.0f} ms)"
-    )
-    marks = (100, 300) if quick else (200, 2000)
-    for case, folder, plain in (
-        ("default preset, synthetic set", root / "synth", False),
-        ("256x256 files, no cache", unprepared, True),
-    ):
-        early, late = alone(memory, folder, plain, marks)
-        rows.append({"case": f"loader memory, {case}", "backend": "Loader", "steps": marks})
-        rows[-1] |= {"rss_mib": [round(early, 1), round(late, 1)], "growth_percent": round(100 * (late / early - 1), 2)}
-        print(f"{rows[-1]['case']}: {early:.0f} MiB at step {marks[0]}, {late:.0f} MiB at {marks[1]}", flush=True)
-    return rows
+def wait_row(data: Path, out: Path, steps: int) -> Row:
+    """Return the share of a training's time that it waits for clips, by its own log, without the first log line."""
+    command = [sys.executable, "-m", "rlv2v.train", "--data", str(data), "--out", str(out), "--steps", str(steps)]
+    command += ["--warmup-steps", "2", "--no-warmup-cache", "--snapshot-seconds", "1e9"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"training failed: {done.stderr[-2000:]}")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    counted, seconds = lines[-1]["step"] - lines[0]["step"], lines[-1]["seconds"] - lines[0]["seconds"]
+    pairs = itertools.pairwise(lines)
+    waited = sum(line["time_data"] * (line["step"] - previous["step"]) for previous, line in pairs)
+    row: Row = {"case": "wait in training, default preset", "backend": "Loader", "ours": True, "steps": counted}
+    row |= {"wait_percent": round(100 * waited / seconds, 3), "wait_ms": round(1e3 * waited / counted, 3)}
+    row |= {"step_ms": round(1e3 * seconds / counted, 1), "first_wait_ms": round(1e3 * lines[0]["time_data"], 1)}
+    print(f"{row['case']}: {row['wait_percent']:.3f} % of a step of {row['step_ms']:.0f} ms ({counted} steps)")
+    return row
+
+
+def alone(function: Callable[..., Result], *args: object) -> Result:
+    """Return `function(*args)` of a new process, whose memory is its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def loader_memory(root: Path, unprepared: bool, marks: tuple[int, int]) -> list[float]:
+    """Return the resident MiB after each of two numbers of steps.
+
+    unprepared: one clip of 16 frames a step, no cache; otherwise the default preset's batches.
+    """
+    config = Config.of("default")
+    torch.set_num_threads(1)
+    if unprepared:
+        dataset = open_dataset(root, frames=FRAMES)
+        loader = Loader(dataset, batch={"x": 1}, frames=FRAMES, size=SIZE, seed=0, cache_mib=0)
+    else:
+        dataset = open_dataset(root, frames=config.data.frames)
+        batch = {"x": config.data.batch_x, "y": config.data.batch_y, "z": config.data.batch_z, "s": config.data.batch_s}
+        loader = Loader(dataset, batch=batch, frames=config.data.frames, size=config.data.size, seed=0)
+    resident = []
+    for step in range(1, marks[1] + 1):
+        next(loader)
+        if step in marks:
+            gc.collect()
+            resident.append(rss_mib())
+    loader.close()
+    return resident
+
+
+def memory_row(case: str, root: Path, unprepared: bool, marks: tuple[int, int]) -> Row:
+    """Return and print the growth of the loader's memory between two numbers of steps."""
+    early, late = alone(loader_memory, root, unprepared, marks)
+    print(f"loader memory, {case}: {early:.0f} MiB at step {marks[0]}, {late:.0f} MiB at {marks[1]}", flush=True)
+    row: Row = {"case": f"loader memory, {case}", "backend": "Loader", "ours": True, "steps": list(marks)}
+    return row | {"rss_mib": [round(early, 1), round(late, 1)], "growth_percent": round(100 * (late / early - 1), 2)}
 
 
 def main(args: Args) -> None:
-    """Check, time, print the tables and the JSON line; exit code 1 when a way of ours returned wrong frames."""
-    if args.json is not None and not args.json.parent.is_dir():
-        raise UserError(f"--json {args.json}: its folder does not exist; create it first")
+    """Check, time, print the tables and the JSON line; exit code 1 if a way of ours returned wrong frames."""
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
     logging.getLogger("libav").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+    quick = args.quick
+    with Bench("data", args) as bench, tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         (root / "libraries").mkdir()
         files = write_forms(root)
-        workers, missing = start(stack, root / "libraries")
-        for name, why in missing.items():
-            print(f"{name}: not measured, {why}")
-        rows: list[Row] = []
-        for form, paths in files.items():
-            rows += case_rows(form, paths, workers, 3 if args.quick else 30)
-        compare(rows)
-        print_rows(rows)
-        stack.close()  # before anything else is timed
-        rows += index_rows(root / "index", files, 2 if args.quick else 5)
-        rows += loader_rows(root, root / "index", args.quick)
+        with ExitStack() as stack:  # its processes end before anything else is timed
+            workers = start_workers(bench, stack, root / "libraries")
+            versions = {name: version(package) for name, package in PACKAGES.items() if name in workers}
+            bench.add([], versions=versions)
+            for form, paths in files.items():
+                bench.add(reading_rows(form, paths, workers, 3 if quick else args.rounds))
+            compare_raw(bench.rows)
+        bench.add(index_rows(root / "index", files, 2 if quick else 5))
+        write_dataset(root / "synth", size=32, frames=8, seed=0, counts=Counts(val=2, test=2))
+        bench.add([wait_row(root / "synth", root / "run", 11 if quick else 31)])
+        marks = (100, 300) if quick else (200, 2000)
+        bench.add([memory_row("default preset, synthetic set", root / "synth", False, marks)])
+        bench.add([memory_row("256x256 files, no cache", root / "index", True, marks)])
 
-    versions = {name: version(package) for name, package in PACKAGES.items() if name not in missing}
-    told = {"bench": "data", "commit": commit(), "machine": machine(1), "versions": versions, "missing": missing}
-    text = json.dumps(told | {"rows": rows})
-    if args.json is not None:
-        args.json.write_text(text + "\n")
-    print(text)
-    if any(not row.get("valid", True) and row["backend"] not in PEERS for row in rows):
-        raise SystemExit(1)
-
-
-PACKAGES = {"PyAV": "av", "OpenCV": "opencv-python-headless", "decord": "decord", "torchcodec": "torchcodec"}
 
 if __name__ == "__main__":
     run_command(main, Args)

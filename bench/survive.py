@@ -1,35 +1,33 @@
-"""Runs that are killed at random moments, against one that is not: what is lost, and whether the folder can be used.
+"""Kill runs at random moments and compare them with one that is not: what is lost, and can the folder be used.
 
     python bench/survive.py [--kills 30] [--rank-kills 5] [--json F]
 
 Each of `--kills` runs of the tiny preset is killed once (SIGKILL) at a moment drawn uniformly over the length of an
-undisturbed run, start-up and warm-up included, and resumed; its final weights, targets, averages, optimisers and
-replay buffers are compared bit by bit with the undisturbed run's. Each of `--rank-kills` jobs of two ranks under
-torchrun loses a random rank once and has to end by itself. Checkpoints are written several times a second, so that
-kills meet them.
-Exit code 1 when a folder could not be used, a bit differed, or a job did not end.
+undisturbed run, start-up and warm-up included, and resumed; its final weights, targets, averages, optimisers and replay
+buffers are compared bit by bit with the undisturbed run's. Each of `--rank-kills` jobs of two ranks under torchrun
+loses a random rank once and has to end by itself. Checkpoints are written several times a second, so that kills meet
+them. Exit code 1 if a folder could not be used, a bit differed, or a job did not end.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import commit, machine
+from harness import Args as SharedArgs
+from harness import Bench, Row
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_leaves
 
 from rlv2v.checkpoint.store import Checkpoints, replica_name
 from rlv2v.cli import run_command
@@ -41,99 +39,88 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
 
 
 @dataclass(frozen=True)
-class Args:
-    """Kill runs, bring them back, compare."""
+class Args(SharedArgs):
+    """Kill runs, resume them, compare."""
 
     kills: int = 30
-    """Runs that are killed once each."""
+    """Runs that are killed once each; with --quick 2."""
     rank_kills: int = 5
-    """Jobs of two ranks that lose one of them."""
+    """Jobs of two ranks that lose one of them; with --quick 1."""
     steps: int = 40
     """Steps of a run."""
     seed: int = 0
     """Of the moments and the victims."""
-    json: Path | None = None
-    """File for the JSON too, in a folder that exists."""
 
 
 def flags(data: Path, out: Path, steps: int) -> list[str]:
-    """Of a run whose every step is the same whenever it is made."""
+    """Return the flags of a run whose every step is the same whenever it is made."""
     shape = ["--preset", "tiny", "--rl-every", "1", "--replay-alpha", "0.6", "--snapshot-seconds", "0.2"]
     return [*shape, "--data", str(data), "--out", str(out), "--steps", str(steps)]
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}
+def start(command: list[str]) -> subprocess.Popen[str]:
+    """Start a command in a session of its own, so that all its processes can be killed."""
+    pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True, **pipes)
 
 
-def start(line: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        line, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
-    )
-
-
-def finish(line: list[str]) -> str | None:
-    """Run to the end; what went wrong, or None."""
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True, check=False)
-    return (
-        None if done.returncode == 0 else f"exit code {done.returncode}: {done.stderr.strip().splitlines()[-1][:300]}"
-    )
+def finish(command: list[str]) -> str | None:
+    """Run a command to its end; return what went wrong, or None."""
+    process = start(command)
+    _, errors = process.communicate()
+    last = (errors.strip().splitlines() or [""])[-1]
+    return f"exit code {process.returncode}: {last[:300]}" if process.returncode else None
 
 
 def contents(run: Path, steps: int) -> list[Any]:
-    """All that the last checkpoint holds, but the clock's reading."""
+    """Return all that the last checkpoint holds, but the clock's reading."""
     store = Checkpoints(run, keep=1, num_replicas=1)
     state, replica = store.load(steps), store.load(steps, replica_name(0))
     state["schedule"].pop("seconds")
-    return tree_flatten([state, replica])[0]
+    return tree_leaves([state, replica])
 
 
 def same(ours: list[Any], theirs: list[Any]) -> bool:
+    """Return whether two checkpoints are equal bit by bit."""
     return len(ours) == len(theirs) and all(
         torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(ours, theirs, strict=True)
     )
 
 
-def kill_and_resume(data: Path, run: Path, steps: int, after: float) -> dict[str, Any]:
-    """Kill a run `after` seconds, go on with it to its end; says where it was and what came of it."""
+def kill_and_resume(data: Path, run: Path, steps: int, delay: float) -> Row:
+    """Kill a run after `delay` seconds and resume it to its end; return where it was and what went wrong."""
     process = start(TRAIN + flags(data, run, steps))
     try:
-        process.wait(after)
+        process.wait(delay)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    done = Checkpoints(run, keep=1, num_replicas=1).steps
+    saved = Checkpoints(run, keep=1, num_replicas=1).steps
     begun = (run / "config.json").is_file()
-    line = [*TRAIN, "--resume", "--out", str(run)] if begun else TRAIN + flags(data, run, steps)
-    return {"after_s": round(after, 2), "at": done[-1] if done else None, "fault": finish(line)}
+    command = [*TRAIN, "--resume", "--out", str(run)] if begun else TRAIN + flags(data, run, steps)
+    return {"after_s": round(delay, 2), "at": saved[-1] if saved else None, "fault": finish(command)}
 
 
-def kill_rank(data: Path, run: Path, steps: int, after: float, victim: int) -> dict[str, Any]:
-    """Kill one rank of a job `after` seconds after its first checkpoint; the job has to end by itself."""
-    process = start([*TORCHRUN, f"--master-port={free_port()}", "-m", "rlv2v.train", *flags(data, run, steps)])
+def kill_rank(data: Path, run: Path, steps: int, delay: float, victim: int) -> Row:
+    """Kill one rank of a job `delay` seconds after its first checkpoint; the job has to end by itself."""
+    process = start([*TORCHRUN, "--standalone", "-m", "rlv2v.train", *flags(data, run, steps)])
     store = Checkpoints(run, keep=1, num_replicas=2)
     while not store.steps and process.poll() is None:
         time.sleep(0.05)
-    time.sleep(after)
-    pid, at = rank_pid(process.pid, victim), store.steps[-1]
+    time.sleep(delay)
+    pid, step = rank_pid(process.pid, victim), store.steps[-1]
     if pid is not None:
         os.kill(pid, signal.SIGKILL)
-    _, said = process.communicate()
-    fault = None if process.returncode == 0 else f"exit code {process.returncode}: {said[-300:]}"
+    _, errors = process.communicate()
+    fault = f"exit code {process.returncode}: {errors[-300:]}" if process.returncode else None
     newest = store.newest()
     if fault is None and newest != steps:
         fault = f"ended at step {newest}"
-    return {"after_s": round(after, 2), "at": at, "victim": victim, "killed": pid is not None, "fault": fault}
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    return {"after_s": round(delay, 2), "at": step, "victim": victim, "killed": pid is not None, "fault": fault}
 
 
 def rank_pid(agent: int, rank: int) -> int | None:
-    """The process of a rank among the children of a torchrun (Linux)."""
+    """Return the process of a rank among the children of a torchrun (Linux)."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
@@ -147,53 +134,48 @@ def rank_pid(agent: int, rank: int) -> int | None:
 
 def main(args: Args) -> None:
     """Kill, compare, print a table and the JSON line."""
-    if args.json is not None and not args.json.parent.is_dir():
-        raise UserError(f"--json {args.json}: its folder does not exist; create it first")
     if args.steps < 2 or min(args.kills, args.rank_kills) < 0:
         raise UserError("--steps, --kills, --rank-kills: expected at least 2, 0, 0")
-    rng, rows = random.Random(args.seed), []
-    with tempfile.TemporaryDirectory() as folder:
+    kills, rank_kills = args.kills, args.rank_kills
+    if args.quick:
+        args = replace(args, steps=min(args.steps, 12))
+        kills, rank_kills = min(kills, 2), min(rank_kills, 1)
+    rng = random.Random(args.seed)
+    with Bench("survive", args, steps=args.steps) as bench, tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
+        os.environ["XDG_CACHE_HOME"] = str(root / "cache")
         data = root / "data"
         write_dataset(data, size=16, frames=4, counts=Counts(x=24, y=12, z=12, s=6, val=2, test=2))
         finish(TRAIN + flags(data, root / "first", args.steps))  # fills the caches: later runs take alike long
-        began = time.monotonic()
-        if fault := finish(TRAIN + flags(data, root / "whole", args.steps)):
+        begun = time.monotonic()
+        if fault := finish(TRAIN + flags(data, root / "undisturbed", args.steps)):
             raise UserError(f"the undisturbed run failed: {fault}")
-        length, wanted = time.monotonic() - began, contents(root / "whole", args.steps)
+        length, expected = time.monotonic() - begun, contents(root / "undisturbed", args.steps)
         print(f"undisturbed: {length:.1f} s\ncase | after s | at step | result")
-        for number in range(args.kills):
+
+        def add(case: str, row: Row, passed: bool, result: str) -> None:
+            bench.add([{"case": case, "backend": "rlv2v", "ours": True, "valid": passed, **row}])
+            print(f"{case} | {row['after_s']} | {row['at']} | {row['fault'] or result}", flush=True)
+
+        for number in range(kills):
             run = root / f"kill-{number}"
             row = kill_and_resume(data, run, args.steps, rng.uniform(0.0, length))
-            row |= {"case": "kill", "identical": row["fault"] is None and same(contents(run, args.steps), wanted)}
-            rows.append(row)
+            row["identical"] = row["fault"] is None and same(contents(run, args.steps), expected)
+            add("kill", row, row["identical"], "same" if row["identical"] else "DIFFERS")
             shutil.rmtree(run)
-            result = row["fault"] or ("same" if row["identical"] else "DIFFERS")
-            print(f"kill | {row['after_s']} | {row['at']} | {result}", flush=True)
-        for number in range(args.rank_kills):
+        for number in range(rank_kills):
             row = kill_rank(data, root / f"rank-{number}", args.steps, rng.uniform(0.0, 3.0), rng.randrange(2))
-            rows.append(row | {"case": "rank kill"})
-            print(
-                f"rank {row['victim']} of 2 | {row['after_s']} | {row['at']} | {row['fault'] or 'ended by itself'}",
-                flush=True,
-            )
-    kills = [row for row in rows if row["case"] == "kill"]
-    ranks = [row for row in rows if row["case"] == "rank kill"]
-    summary = {
-        "kills": len(kills),
-        "unusable_folders": sum(row["fault"] is not None for row in kills),
-        "identical": sum(row["identical"] for row in kills),
-        "rank_kills": len(ranks),
-        "ended_by_themselves": sum(row["fault"] is None and row["killed"] for row in ranks),
-    }
-    print(summary)
-    about: dict[str, Any] = {"bench": "survive", "commit": commit(), "machine": machine(1)}
-    text = json.dumps(about | {"steps": args.steps, "summary": summary, "rows": rows})
-    if args.json is not None:
-        args.json.write_text(text + "\n")
-    print(text)
-    if summary["identical"] < len(kills) or summary["ended_by_themselves"] < len(ranks):
-        raise SystemExit(1)
+            add("rank kill", row, row["fault"] is None and row["killed"], "ended by itself")
+        rows = {case: [row for row in bench.rows if row["case"] == case] for case in ("kill", "rank kill")}
+        summary = {
+            "kills": kills,
+            "unusable_folders": sum(row["fault"] is not None for row in rows["kill"]),
+            "identical": sum(row["valid"] for row in rows["kill"]),
+            "rank_kills": rank_kills,
+            "ended_by_themselves": sum(row["valid"] for row in rows["rank kill"]),
+        }
+        bench.add([], summary=summary)
+        print(summary)
 
 
 if __name__ == "__main__":

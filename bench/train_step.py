@@ -1,60 +1,64 @@
-"""One whole train step beside the same algorithm written plainly: eager, every loss prefix by prefix, replay in Python.
+"""Time one whole train step beside the same algorithm written plainly: eager, prefix by prefix, replay in Python.
 
-    python bench/train_step.py [--json F] [--frames 8 16] [--paper-frames 8] [--device auto]
+    python bench/train_step.py [--json F] [--frames 8 16] [--paper-frames 8] [--device cuda]
 
-Both take the same clips and draws. Before anything is timed, every loss and gradient norm that they tell is compared,
-over one round of steps in float64 and `--check` rounds in float32, each step from the same weights; where they differ
-nothing is timed and the exit code is 1. (Adam divides a gradient by its own size, so rounding alone soon parts two runs
-in float32; tests/test_bench_train_step.py lets them run on in float64 and compares all weights in the end.)
+Both take the same clips and draws. First every loss and gradient norm that they log is compared, over one round of
+steps in float64 and `--check` rounds in float32, each step from the same weights; if they differ, nothing is timed and
+the exit code is 1. (Adam divides a gradient by its own size, so rounding alone soon parts two runs in float32;
+tests/bench lets them run on in float64 and compares all weights in the end.)
 
 A round is the steps in which each domain has one mini-batch of transitions: 4 in the default preset, 2 of them with.
 Each form runs in a process of its own, with the memory and caches that its own steps leave, and waits while the other
 has its `--stretch` rounds: in one process the twin's many shapes slowed ours by 15 %, and oneDNN, which may keep more
 primitives than by default in both, drove out ours. A time is the mean of a round's steps, so that steps with and
-without transitions count alike; the first `--warm` rounds are not counted. What the twin is: `train_step_plain`. The
-`paper` rows have its losses and networks but for `norm="clip"`: statistics over a mini-batch depend on what is run
-together, which is where the two differ.
+without transitions count alike; the first `--warm` rounds do not count. `plain_step` is the twin. The `paper`
+rows have its losses and networks but for `norm="clip"`: statistics over a mini-batch depend on what is run together,
+which is where the two differ.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")  # read once, by the first convolution
 
+import numpy as np
 import torch
-from machine import commit, machine
-from train_step_nets import plain_weights
-from train_step_pair import Pair, Timed, hold, steps_of_round, time_fast, time_plain
-from train_step_plain import Plain
+from harness import Bench, Contender, DeviceArgs, Row, rows_of
+from oracle.plain_nets import plain_weights
+from oracle.plain_step import Plain
+from torch import Tensor
 
 from rlv2v.cli import run_command
 from rlv2v.config import Config
+from rlv2v.data import to_model
+from rlv2v.data.synth import clip_of
 from rlv2v.errors import UserError
+from rlv2v.method.clips import Clips
+from rlv2v.method.collector import Agent, ReplayRows
+from rlv2v.method.rl import Transitions
 from rlv2v.method.step import Algorithm
 from rlv2v.runtime.cuda_graphs import NUM_PLAIN
-from rlv2v.runtime.device import pick_device
 
-# Relative, of every step that is compared. Float64 tells that both are one algorithm. What float32 adds is rounding:
+# Relative, of every step that is compared. Float64 shows that both are one algorithm. What float32 adds is rounding:
 # the twin's normalisation divides by the root of mean(x^2) - mean(x)^2, which on even frames is small beside either,
 # so that norms of gradients differ more than losses do.
 LIMITS = {"losses": 1e-5, "gradients": 2e-3, "float64": 1e-9}
-SMALL = 1e-3  # of what G and P descend in all: a term below it is measured by that
+SMALL = 1e-3  # a term below this share of the whole generators' loss is measured by that
 COMPARABLE: dict[str, dict[str, Any]] = {"default": {}, "paper": {"norm": "clip", "disc_norm": "clip"}}
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(DeviceArgs):
     """Time the train step against its plain twin."""
 
     frames: tuple[int, ...] = (8, 16)
@@ -66,33 +70,147 @@ class Args:
     rounds: int = 6
     """Timed rounds of each form."""
     stretch: int = 3
-    """Rounds of one form before the other's turn."""
+    """Rounds of one form until the other's turn."""
     warm: int = 2
-    """Rounds of each before; at least 4 with graphs, after which every phase is recorded."""
+    """Rounds of each that do not count; at least 4 with graphs, after which every phase is recorded."""
     check: int = 2
-    """Rounds in which they are compared, before; from the second on they draw stored transitions too."""
-    device: str = "auto"
-    """Torch device; auto: cuda where there is one."""
+    """Rounds in which they are compared; from the second on they draw stored transitions too."""
     graphs: bool = True
     """On a GPU record our step as CUDA graphs."""
-    threads: int = 1
-    """CPU threads."""
-    json: Path | None = None
-    """File for the JSON too, in a folder that exists."""
+
+
+class Logs(NamedTuple):
+    """Hold what one step of each logged."""
+
+    fast: dict[str, float]
+    plain: dict[str, float]
+
+
+class Timed(NamedTuple):
+    """Hold a step of ours: its seconds, and the stored transitions that it drew."""
+
+    seconds: float
+    ids: list[int]
+
+
+def steps_of_round(config: Config) -> int:
+    """Return the steps in which each domain has a mini-batch."""
+    return 2 * config.rl.every if config.rl.enabled else 1
+
+
+class Pair:
+    """Run `Algorithm` and `Plain`, one step of each in turn, on the same clips and draws.
+
+    dtype: of the networks and of all their inputs; float64 for comparisons.
+    """
+
+    def __init__(self, config: Config, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.config, self.device, self.dtype = config, device, dtype
+        self.fast = Algorithm(config, device)
+        for nets in (self.fast.nets, self.fast.targets, self.fast.average):
+            nets.to(dtype)
+        self.fast.start()
+        self.ids: list[int] = []
+        for agent in self.fast.agents.values():
+            self.record_draws(agent)
+        self.plain = Plain(self.fast)
+
+    def record_draws(self, agent: Agent) -> None:
+        """Record for the twin which stored transitions an agent draws, and cast the mini-batch to the nets' dtype."""
+        gather = agent.collect
+
+        def recorded(*args: Any) -> tuple[Transitions, ReplayRows]:
+            batch, recall = gather(*args)
+            self.ids = [number for _, ids in recall.drawn for number in ids.tolist()]
+            return Transitions(*(f.to(self.dtype) if f.is_floating_point() else f for f in batch)), recall
+
+        agent.collect = recorded  # type: ignore[method-assign,assignment]
+
+    def clips(self, step: int) -> Clips:
+        """Return the synthetic set's clips of a step, each seen once, as a loader yields them."""
+        config = self.config
+
+        def clips(name: str, num: int) -> Tensor:
+            made = [
+                clip_of(name, step * num + n, seed=config.seed, frames=config.data.frames, size=config.data.size)[0]
+                for n in range(num)
+            ]
+            return to_model(torch.from_numpy(np.stack(made))).to(self.device, self.dtype)
+
+        sets = {
+            "trainX": config.data.batch_x,
+            "trainY": config.data.batch_y,
+            "trainZ": config.data.batch_z,
+            "trainS": config.data.batch_s,
+        }
+        return Clips(*(clips(name, num) for name, num in sets.items()))
+
+    def step(self) -> Logs:
+        """Take one step of each."""
+        assert self.fast.schedule.step == self.plain.schedule.step
+        clips = self.clips(self.fast.schedule.step)
+        logs = self.fast_step(clips)
+        return Logs({name: value.item() for name, value in logs.items()}, self.plain_step(clips, self.ids))
+
+    def fast_step(self, clips: Clips) -> dict[str, Tensor]:
+        """Take one step of ours."""
+        self.ids = []
+        logs = self.fast.step(clips)
+        self.fast.advance(0.0, logs["distance"])
+        return logs
+
+    def plain_step(self, clips: Clips, ids: list[int]) -> dict[str, float]:
+        """Take one step of the twin."""
+        logs = self.plain.step(clips, ids)
+        self.plain.advance(0.0, logs["distance"])
+        return logs
+
+    def seconds(self, step: Callable[..., object], *args: object) -> float:
+        """Return the seconds of a step."""
+        start = time.perf_counter()
+        step(*args)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - start
+
+
+_pairs: list[Pair] = []  # of a process that times one form; both are made, alike in every process, and one is used
+
+
+def make_pair(config: Config, device: torch.device, threads: int) -> None:
+    """Prepare a process that times one form."""
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = False
+    _pairs[:] = [Pair(config, device)]
+
+
+def time_fast(num: int) -> list[Timed]:
+    """Time the next steps of ours."""
+    (pair,), timed = _pairs, []
+    for _ in range(num):
+        seconds = pair.seconds(pair.fast_step, pair.clips(pair.fast.schedule.step))
+        timed.append(Timed(seconds, pair.ids))
+    return timed
+
+
+def time_plain(ids: list[list[int]]) -> list[float]:
+    """Time the next steps of the twin, with the draws of ours in each."""
+    (pair,) = _pairs
+    return [pair.seconds(pair.plain_step, pair.clips(pair.plain.schedule.step), drawn) for drawn in ids]
 
 
 def difference(ours: Mapping[str, float], theirs: Mapping[str, float], gradients: bool) -> float:
-    """Largest relative difference of gradient norms or of losses; infinite where one is NaN or not told by both."""
+    """Return the largest relative difference of gradient norms or of losses; infinity if one is NaN or missing."""
     if ours.keys() != theirs.keys():
         return float("inf")
     names = [name for name in theirs if name.startswith("grad") == gradients]
     least = 0.0 if gradients else SMALL * abs(theirs.get("loss", 0.0))
-    found = [abs(ours[name] - theirs[name]) / (max(abs(theirs[name]), least) or 1.0) for name in names]
-    return float("inf") if any(map(math.isnan, found)) else max(found)
+    ratios = [abs(ours[name] - theirs[name]) / (max(abs(theirs[name]), least) or 1.0) for name in names]
+    return float("inf") if any(map(math.isnan, ratios)) else max(ratios)
 
 
 def weights_difference(fast: Algorithm, plain: Plain) -> float:
-    """Relative difference of all weights: of networks, targets and averages."""
+    """Return the relative difference of all weights: of networks, targets and averages."""
     pairs = ((fast.nets, plain.nets), (fast.targets, plain.targets), (fast.average, plain.average))
     differences, sizes = [], []
     for ours, theirs in pairs:
@@ -102,15 +220,15 @@ def weights_difference(fast: Algorithm, plain: Plain) -> float:
     return (torch.stack(differences).norm() / torch.stack(sizes).norm()).item()
 
 
-def compare(pair: Pair, rounds: int) -> dict[str, float]:
-    """Largest difference of losses and of norms of gradients in steps that start from the same weights."""
-    found = {"losses": 0.0, "gradients": 0.0}
+def compare_steps(pair: Pair, rounds: int) -> dict[str, float]:
+    """Return the largest differences of losses and gradient norms in steps that start from the same weights."""
+    largest = {"losses": 0.0, "gradients": 0.0}
     for _ in range(rounds * steps_of_round(pair.config)):
         pair.plain.load(pair.fast)
-        told = pair.step()
-        for kind in found:
-            found[kind] = max(found[kind], difference(told.fast, told.plain, kind == "gradients"))
-    return found
+        logs = pair.step()
+        for kind in largest:
+            largest[kind] = max(largest[kind], difference(logs.fast, logs.plain, kind == "gradients"))
+    return largest
 
 
 def time_rounds(
@@ -120,23 +238,21 @@ def time_rounds(
     rounds: int,
     stretch: int,
 ) -> dict[str, list[float]]:
-    """Microseconds a step of each form, the mean of each round; `fast`, `plain`: see `train_step_pair`."""
+    """Return the microseconds a step of each form, the mean of each round; fast, plain: see `time_fast`."""
     times: dict[str, list[float]] = {"rlv2v": [], "plain": []}
     for first in range(0, rounds, stretch):
         taken = fast(min(stretch, rounds - first) * round_steps)
         seconds = {"rlv2v": [each.seconds for each in taken], "plain": plain([each.ids for each in taken])}
-        for form, of_steps in seconds.items():
-            times[form] += [
-                1e6 * statistics.mean(of_steps[k : k + round_steps]) for k in range(0, len(of_steps), round_steps)
-            ]
+        for form, steps in seconds.items():
+            means = [statistics.mean(steps[k : k + round_steps]) for k in range(0, len(steps), round_steps)]
+            times[form] += [1e6 * mean for mean in means]
     return times
 
 
-def timed(config: Config, args: Args, device: torch.device) -> dict[str, list[float]]:
-    """`time_rounds`, each form in a process of its own."""
-    alone = partial(
-        ProcessPoolExecutor, 1, get_context("spawn"), initializer=hold, initargs=(config, device, args.threads)
-    )
+def time_forms(config: Config, args: Args, device: torch.device) -> dict[str, list[float]]:
+    """Run `time_rounds`, each form in a process of its own."""
+    arguments = (config, device, args.threads)
+    alone = partial(ProcessPoolExecutor, 1, get_context("spawn"), initializer=make_pair, initargs=arguments)
     with alone() as ours, alone() as theirs:
 
         def fast(num: int) -> list[Timed]:
@@ -148,60 +264,35 @@ def timed(config: Config, args: Args, device: torch.device) -> dict[str, list[fl
         round_steps = steps_of_round(config)
         warm = max(args.warm, NUM_PLAIN + 1) if config.runtime.graphs else args.warm
         time_rounds(fast, plain, round_steps, warm, args.stretch)
-        return time_rounds(fast, plain, round_steps, args.rounds, args.stretch)
+        return time_rounds(fast, plain, round_steps, args.num_rounds, args.stretch)
 
 
-def case(preset: str, frames: int, args: Args, device: torch.device) -> list[dict[str, Any]]:
-    """The two rows of one case; prints their lines of the table."""
-    graphs = args.graphs and device.type == "cuda"
+def case_rows(preset: str, frames: int, args: Args) -> list[Row]:
+    """Check and time the two forms of one case."""
+    device, graphs = torch.device(args.device), args.graphs and args.device == "cuda"
     changes = {"size": args.size, "frames": frames, "steps": 10000, "replicas": 1, "graphs": graphs}
     config = Config.of(preset, **(COMPARABLE[preset] | changes)).check()
-    exact = compare(Pair(config.replace(graphs=False), device, torch.float64), 1)
-    pair = Pair(config, device)
-    found = compare(pair, args.check) | {"float64": max(exact.values())}
-    valid = all(found[name] <= limit for name, limit in LIMITS.items())
-    name = f"{preset} T={frames} {args.size}x{args.size}"
-    print(f"{name}: relative differences " + ", ".join(f"{what} {value:.1e}" for what, value in found.items()))
-    del pair
-    times = timed(config, args, device) if valid else {}
-    rows = []
-    for backend, peer in (("rlv2v", "plain"), ("plain", "rlv2v")):
-        row: dict[str, Any] = {"case": name, "backend": backend, "pass": "train step", "dtype": "float32"}
-        row |= {"median_us": None, "p20_us": None, "p80_us": None, "percent_of_limit": None, "speedup_over": {}}
-        if valid:
-            p20, p50, p80 = statistics.quantiles(times[backend], n=10)[1::3]
-            ratio = statistics.median(times[peer]) / p50
-            row |= {"median_us": round(p50), "p20_us": round(p20), "p80_us": round(p80)}
-            row["speedup_over"] = {peer: round(ratio, 3)}
-            print(f"{name} | {backend:5} | {p50:9.0f} {p20:9.0f} {p80:9.0f} | {ratio:5.2f}", flush=True)
-        rows.append(row | {"valid": valid, "difference": found})
-    return rows
+    exact = compare_steps(Pair(config.replace(graphs=False), device, torch.float64), 1)
+    largest = compare_steps(Pair(config, device), args.check) | {"float64": max(exact.values())}
+    valid = all(largest[name] <= limit for name, limit in LIMITS.items())
+    times, fields = time_forms(config, args, device) if valid else {}, {"difference": largest}
+    contenders = [Contender(name, ours=name == "rlv2v", valid=valid, fields=fields) for name in ("rlv2v", "plain")]
+    by_key = {(name, "float32"): us for name, us in times.items()}
+    return rows_of(f"{preset} T={frames} {args.size}x{args.size}", "train step", contenders, by_key)
 
 
 def main(args: Args) -> None:
-    """Compare, print the table and the JSON line; exit code 1 when the two forms differ."""
-    if args.json is not None and not args.json.parent.is_dir():
-        raise UserError(f"--json {args.json}: its folder does not exist; create it first")
-    if (
-        args.rounds < 2
-        or min(args.check, args.threads, args.stretch, args.warm) < 1
-        or min((*args.frames, *args.paper_frames), default=0) < 2
-    ):
-        raise UserError("--rounds, --frames: expected at least 2; --check, --warm, --threads, --stretch: at least 1")
-    device = pick_device(args.device)
-    torch.set_num_threads(args.threads)
+    """Compare, print the table and the JSON line; exit code 1 if the two forms differ."""
+    if min(args.check, args.stretch, args.warm) < 1 or min((*args.frames, *args.paper_frames), default=0) < 2:
+        raise UserError("--frames: expected at least 2; --check, --warm, --stretch: at least 1")
     torch.backends.cudnn.allow_tf32 = False  # float32 in both: the comparison asks for more digits than tf32 has
-    print("case | form | us a step p50 p20 p80 | x other form")
     cases = [("default", frames) for frames in args.frames] + [("paper", frames) for frames in args.paper_frames]
-    rows: list[dict[str, Any]] = []
-    for preset, frames in cases:
-        rows += case(preset, frames, args, device)
-        text = json.dumps({"bench": "train_step", "commit": commit(), "machine": machine(args.threads), "rows": rows})
-        if args.json is not None:  # after each case: a large T takes long
-            args.json.write_text(text + "\n")
-    print(text)
-    if not all(row["valid"] for row in rows):
-        raise SystemExit(1)
+    if args.quick:
+        args = replace(args, rounds=2, stretch=1, warm=1, check=1, size=16)
+        cases = [("default", 3)]
+    with Bench("train_step", args) as bench:
+        for preset, frames in cases:
+            bench.add(case_rows(preset, frames, args))
 
 
 if __name__ == "__main__":

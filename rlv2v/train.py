@@ -103,7 +103,7 @@ def run(config: Config, world: World, interrupted: Interrupt) -> None:
         run_log = None
         if world.first:
             frames = world.size * sum(
-                num * (1 if name == "s" else config.data.frames) for name, num in loader.plan.batch.items()
+                num * (1 if name == "s" else config.data.frames) for name, num in loader.sampler.batch.items()
             )
             run_log = RunLog(
                 config.out, step=schedule.step, seconds=schedule.seconds, total=config.length, frames=frames

@@ -1,0 +1,74 @@
+"""bench/real_pair.py: clips of a street video, its night grade as hidden truth, and no test frame in training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import real_pair
+
+from rlv2v.data.index import open_dataset
+from rlv2v.data.loader import evaluation_clips
+from rlv2v.data.video import read_frames
+from rlv2v.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pair") / "set"
+    real_pair.main(real_pair.Args(out=out, size=32))
+    return out
+
+
+def clips(folder: Path) -> list[np.ndarray]:
+    return [clip for _, clip in evaluation_clips(folder, frames=8, size=32)]
+
+
+def test_layout(written: Path) -> None:
+    dataset = open_dataset(written, frames=8)
+    assert [len(dataset.sets[k]) for k in "xyzs"] == [15, 30, 0, 0]
+    assert all(s.num_frames == 8 and s.height == 32 and s.dali for s in dataset.sets["x"] + dataset.sets["y"])
+    assert [len(clips(written / name)) for name in ("testX", "testTruth", "valX", "valTruth")] == [3] * 4
+    assert json.loads((written / "dataset.json").read_text())["kind"] == "real-pair"
+
+
+@pytest.mark.parametrize("part", ["test", "val"])
+def test_truth_is_the_graded_source_and_far_from_it(written: Path, part: str) -> None:
+    for source, truth in zip(clips(written / f"{part}X"), clips(written / f"{part}Truth"), strict=True):
+        np.testing.assert_array_equal(truth, real_pair.night(source))
+        assert 10 * np.log10(255**2 / np.mean((source.astype(float) - truth) ** 2)) < 16, "the task must not be trivial"
+        light = truth.mean((1, 2, 3)) / source.mean((1, 2, 3))
+        assert (np.diff(light) < 0).all(), "the night must darken over the clip"
+
+
+def test_no_frame_of_test_or_val_is_trained_on(written: Path) -> None:
+    def frames(name: str) -> set[bytes]:
+        return {frame.tobytes() for path in (written / name).glob("*.mp4") for frame in read_frames(path)}
+
+    trained = frames("trainX")
+    assert len(trained) == 72
+    assert not trained & (frames("testX") | frames("valX")) and not frames("testX") & frames("valX")
+
+
+def test_grade_by_hand() -> None:
+    grey = np.full((3, 1, 1, 3), 128, np.uint8)
+    x = (128 / 255) ** 1.1
+    expected = [
+        [round(255 * g * c * x + 255 * b) for c, b in ((0.55, 0), (0.65, 0), (1.0, 0.04))] for g in (0.9, 0.625, 0.35)
+    ]
+    assert real_pair.night(grey)[:, 0, 0].tolist() == expected
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    for changes, message in (
+        ({"frames": 1}, "--frames: expected 2 to 25"),
+        ({"size": 999}, "--size: expected 16 to 272"),
+    ):
+        with pytest.raises(UserError, match=message):
+            real_pair.main(real_pair.Args(out=tmp_path / "out", **changes))
+    (tmp_path / "mine").write_text("keep")
+    with pytest.raises(UserError, match="not an empty folder"):
+        real_pair.main(real_pair.Args(out=tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]

@@ -1,0 +1,1 @@
+"""Literal twins of what the package does fast: they define what is right."""
