@@ -244,16 +244,15 @@ def test_too_little_memory_ends_with_what_would_fit(data: Path, tmp_path: Path) 
 
 
 def age(run: Path) -> None:
-    """Rewrite a run as version 1 wrote it: a flat config and version 1 in the model."""
-    path = run / "config.json"
+    """Rewrite a run as version 1 wrote it: a flat config, and version 1 in the model."""
+    path, model = run / "config.json", run / "model.safetensors"
     config = json.loads(path.read_text())
-    flat = {name: value for part in config.values() if isinstance(part, dict) for name, value in part.items()}
-    text = json.dumps({**{k: v for k, v in config.items() if not isinstance(v, dict)}, **flat, "data": "data"})
-    path.write_text(text)
-    model = run / "model.safetensors"
     with safe_open(model, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    save_file(tensors, model, {"config": text, "version": "1"})
+    save_file(tensors, model, {"config": path.read_text(), "version": "1"})
+    sections = [section for section in config.values() if isinstance(section, dict)]
+    flat = {name: value for section in [config, *sections] for name, value in section.items()}
+    path.write_text(json.dumps(flat | {"data": "data"}))
 
 
 @pytest.mark.parametrize("command", ["train", "translate", "evaluate", "report"])
