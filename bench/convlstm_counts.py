@@ -30,7 +30,8 @@ from torch._C._autograd import DeviceType
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlv2v.kernels import convolution, dispatch, fused_triton, ops
+from rlv2v.kernels import convolution, dispatch, ops
+from rlv2v.kernels.triton.recurrence import TritonRecurrence, launch
 
 LAUNCH_SHAPE = Shape(1, 8, 16, 16, 4, 4)
 """The number of launches depends on T alone."""
@@ -104,11 +105,11 @@ class Counting(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def launch(self, kernel: Any, grid: Any, arguments: dict[str, Any]) -> None:
-        """Launch in place of `fused_triton.launch`; what the interpreter does with torch meanwhile does not count."""
+        """Launch in place of `launch`; what the interpreter does with torch meanwhile does not count."""
         self.counts["triton"] += 1
         self.launching = True
         try:
-            fused_triton.launch(kernel, grid, arguments)
+            launch(kernel, grid, arguments)
         finally:
             self.launching = False
 
@@ -125,10 +126,10 @@ def kernels_of(func: Any, args: tuple[Any, ...]) -> int:
 
 def counted(form: Form) -> Counter[str]:
     """Return the kernels of one forward and backward by name, counted without a GPU."""
-    layer, counting, runners = Layer(form, noise(LAUNCH_SHAPE)), Counting(), dispatch.RUNNERS
+    layer, counting, runners = Layer(form, noise(LAUNCH_SHAPE)), Counting(), dispatch.TABLE
     hooked = {}
     if form.backend == "triton":
-        hooked["triton"] = runners["triton"]._replace(recurrence=fused_triton.FusedTriton(launch=counting.launch))
+        hooked["triton"] = runners["triton"]._replace(recurrence=TritonRecurrence(launch=counting.launch))
     with patch.dict(runners, hooked), counting:
         layer.train()
     return +counting.counts
@@ -189,6 +190,6 @@ def launch_rows(bench: Bench, device: str) -> list[Row]:
 
 
 if __name__ == "__main__":
-    convolution.through_float = lambda x: False  # a GPU convolves in 16 bits
+    convolution.needs_float32 = lambda x: False  # a GPU convolves in 16 bits
     torch.set_num_threads(1)
     print(json.dumps(count("cpu")))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rlv2v import _native
 from rlv2v.kernels.cpu import CODES
-from rlv2v.kernels.frames import gates_dtype
+from rlv2v.kernels.layout import gates_dtype
 
 Step = Callable[[], tuple[Tensor, ...]]
 Function = Callable[..., tuple[Tensor, ...]]

@@ -11,8 +11,9 @@ from harness import Bench, Clock, Contender, Row, compare, copy_limit, cuda_us, 
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from rlv2v.kernels.dispatch import RUNNERS, Problem
-from rlv2v.kernels.frames import gates_dtype, state_dtype
+from rlv2v.kernels.dispatch import TABLE
+from rlv2v.kernels.driver import Problem
+from rlv2v.kernels.layout import gates_dtype, state_dtype
 from rlv2v.kernels.reference import LIMITS, convlstm_ref
 
 Run = Callable[..., Tensor]
@@ -210,7 +211,7 @@ def obstacle(form: Form, shape: Shape, device: str, groups: int = 1) -> str | No
         return None
     b, t, _, c, h, w, k = shape
     problem = Problem(torch.device(device), form.dtype, groups, t, b, c, h, w, k)
-    return RUNNERS[form.backend].obstacle(problem)
+    return TABLE[form.backend].recurrence.unsupported_reason(problem)
 
 
 def limits_of(shape: Shape, passes: str, dtypes: Iterable[torch.dtype], device: str) -> list[Contender]:

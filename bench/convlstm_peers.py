@@ -113,7 +113,7 @@ def mine(backend: str, dtype: torch.dtype, kind: str = "") -> Form:
         return convlstm(*leaves, backend=backend, recompute="recompute" in kind)[0]
 
     return Form(
-        f"{backend} {kind}".strip(),
+        f"{'eager backend' if backend == 'eager' else backend} {kind}".strip(),
         dtype,
         autocast(run) if "autocast" in kind else run,
         leaves=F32 if "autocast" in kind else None,
@@ -142,7 +142,7 @@ def cpu_forms(*, quick: bool) -> list[Form]:
                 Form("compile", dtype, compiled(eager), joined=True, group=group),
                 Form("compile batched", dtype, compiled(batched), group=group),
                 Form("compile channels-last", dtype, compiled(channels_last), channels_last=True, group=group),
-                mine("plain", dtype),
+                mine("eager", dtype),
             ]
     forms += [
         Form("autocast", BF16, autocast(eager), joined=True, leaves=F32),
@@ -167,7 +167,7 @@ def cuda_forms(dtype: torch.dtype, *, quick: bool) -> list[Form]:
         Form("eager fused cell", dtype, fused_cell, channels_last=True, cell_order=True),
         *(mine("triton", dtype, kind) for kind in ("", "frame-major", "recompute")),
         *(mine("cuda", dtype, kind) for kind in ("", "frame-major")),
-        mine("plain", dtype),
+        mine("eager", dtype),
     ]
     if quick:
         return forms

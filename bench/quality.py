@@ -29,8 +29,8 @@ from harness import Bench, Row
 from rlv2v.cli import run_command
 from rlv2v.data.synth import write_dataset
 from rlv2v.errors import UserError, one_line
-from rlv2v.evaluate import evaluate_run, figure
-from rlv2v.metrics.with_truth import METRIC_KEYS
+from rlv2v.metrics import METRICS
+from rlv2v.metrics.evaluation import evaluate_run
 
 Method = Literal["default", "bf16", "paper", "cyclegan", "no-rl", "tiny"]
 FLAGS: dict[Method, list[str]] = {
@@ -131,7 +131,7 @@ def run_job(job: Job, args: Args, data: Path, size: int, budget: float) -> list[
             result = evaluate_run(job.run, data, args.split, device="cpu", progress=False)
         except (RuntimeError, UserError) as error:
             print(f"{job.method} seed {job.seed}: {error}", file=sys.stderr)
-            row |= {"valid": False, "steps": None, "seconds": None, **dict.fromkeys(METRIC_KEYS)}
+            row |= {"valid": False, "steps": None, "seconds": None, **dict.fromkeys(METRICS)}
             break
         last = json.loads((job.run / "metrics.jsonl").read_text().splitlines()[-1])
         row |= {"steps": int(last["step"]), "seconds": round(seconds, 1), **result["rows"]["model"]}
@@ -154,7 +154,7 @@ def table_line(row: Row) -> str:
     """Return a row of the markdown table."""
     cells = [row["method"], row["seed"], f"{row['budget_s']:g}", row["steps"], row["seconds"]]
     text = ["-" if cell is None else str(cell) for cell in cells]
-    return "| " + " | ".join(text + [figure(row[key], key) for key in METRIC_KEYS]) + " |"
+    return "| " + " | ".join(text + [metric.format(row[key]) for key, metric in METRICS.items()]) + " |"
 
 
 def main(args: Args) -> None:
@@ -175,7 +175,7 @@ def main(args: Args) -> None:
             for rows in pool.map(lambda job: run_job(job, args, data, size, budget), jobs):
                 bench.add(rows)
         bench.add(identity_rows([job.run for job in jobs], args.case))
-        header = ["method", "seed", "budget s", "steps", "seconds", *(key.replace("_", " ") for key in METRIC_KEYS)]
+        header = ["method", "seed", "budget s", "steps", "seconds", *(key.replace("_", " ") for key in METRICS)]
         print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
         print("\n".join(table_line(row) for row in bench.rows))
 

@@ -6,6 +6,7 @@ A state is nested dicts (keys str or int), lists and tuples of tensors, None, bo
 
 from __future__ import annotations
 
+import hashlib
 import io
 import mmap
 import os
@@ -13,11 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from rlv2v import _native
 from rlv2v.errors import UserError, first_line
 
 PLAIN = (type(None), bool, int, float, str)
@@ -128,8 +127,8 @@ def write_state(path: Path, state: dict[Any, Any]) -> dict[str, Any]:
 
 
 def describe(data: bytes | mmap.mmap) -> dict[str, Any]:
-    """The length and the XXH64 (16 hex digits, seed 0) of a file's bytes, as a manifest has them."""
-    return {"bytes": len(data), "xxh64": f"{_native.checksum(np.frombuffer(data, np.uint8)):016x}"}
+    """Return the length and the SHA-256 of a file's bytes, as a manifest records them."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def read_file(path: Path, expected: Mapping[str, Any]) -> bytes:
@@ -145,8 +144,9 @@ def read_file(path: Path, expected: Mapping[str, Any]) -> bytes:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: expected a file of a checkpoint, got {error.strerror}") from None
-    if describe(data) != expected:
-        raise UserError(f"{path}: expected the XXH64 {expected['xxh64']}, got {describe(data)['xxh64']}: it is damaged")
+    got = describe(data)
+    if got != expected:
+        raise UserError(f"{path}: expected the SHA-256 {expected['sha256']}, got {got['sha256']}: it is damaged")
     return data
 
 

@@ -202,8 +202,8 @@ class Checkpoints:
                 raise ValueError(f"{num!r} replicas and files {', '.join(files)[:100]}")
             if metric is not None and not (type(metric) is float and math.isfinite(metric)):
                 raise ValueError(f"metric {metric!r}")
-            if not all(type(f["bytes"]) is int and type(f["xxh64"]) is str and len(f) == 2 for f in files.values()):
-                raise ValueError("files without their bytes and xxh64")
+            if not all(type(f["bytes"]) is int and type(f["sha256"]) is str and len(f) == 2 for f in files.values()):
+                raise ValueError("files without their bytes and sha256")
         except OSError as error:
             raise UserError(f"{path}: expected the manifest of a checkpoint, got {error.strerror}") from None
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlv2v.kernels.fused_triton import FusedTriton
 from rlv2v.kernels.ops import backward_by, forward_by
+from rlv2v.kernels.triton.recurrence import TritonRecurrence
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 CAPABILITY = (8, 6)  # an RTX 30 card: its tiles round the packed weights up
-TRITON = FusedTriton(launch=lambda *_: None, capability=CAPABILITY)
+TRITON = TritonRecurrence(launch=lambda *_: None, capability=CAPABILITY)
 CONVLSTM: dict[Any, Callable[..., Any]] = {
     torch.ops.rlv2v.convlstm.default: forward_by,
     torch.ops.rlv2v.convlstm_backward.default: backward_by,

@@ -15,8 +15,9 @@ from harness import Args, Bench, Contender
 from torch import Tensor
 
 from rlv2v import _native
-from rlv2v.kernels import dispatch, fused_triton
-from rlv2v.kernels.plain import PlainRecurrence
+from rlv2v.kernels import dispatch
+from rlv2v.kernels.eager import EagerRecurrence
+from rlv2v.kernels.triton.recurrence import TritonRecurrence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = layer.Shape(2, 3, 4, 5, 6, 7)
@@ -45,7 +46,7 @@ def test_every_form_returns_the_references_numbers(device: str, monkeypatch: pyt
     monkeypatch.setattr(torch.ops.aten, "_thnn_fused_lstm_cell", aten_cell, raising=False)
     data = layer.solved(layer.noise(SHAPE))
     forms = peers.cpu_forms(quick=True) if device == "cpu" else peers.cuda_forms(F32, quick=True)
-    forms = [one for one in forms if one.backend in ("", "cpu", "plain")]
+    forms = [one for one in forms if one.backend in ("", "cpu", "eager")]
     assert len(forms) == (15 if device == "cpu" else 5)
     for one in forms:
         difference = layer.Layer(one, data).check()
@@ -104,7 +105,7 @@ def test_ratios_are_like_for_like(bench: Bench) -> None:
     assert ("compile", F32, "compiled") in names
 
 
-class Wrong(PlainRecurrence):
+class Wrong(EagerRecurrence):
     """A backend that is a little off in the gradient alone."""
 
     def backward(self, *args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -113,8 +114,8 @@ class Wrong(PlainRecurrence):
 
 
 def test_a_wrong_backend_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = dispatch.RUNNERS["cpu"]
-    monkeypatch.setitem(dispatch.RUNNERS, "cpu", right._replace(recurrence=Wrong()))
+    right = dispatch.TABLE["cpu"]
+    monkeypatch.setitem(dispatch.TABLE, "cpu", right._replace(recurrence=Wrong()))
     bench.add(layer.layer_rows(bench, SHAPE, [form("eager"), form("cpu")], 2, ["forward+backward"]))
     eager, ours = bench.rows[:2]
     assert eager["valid"] and not ours["valid"] and ours["median_us"] is None
@@ -178,10 +179,10 @@ def test_launches_are_those_counted_by_hand(monkeypatch: pytest.MonkeyPatch) -> 
     with counts.Counting() as counting:
         torch.autograd.grad(out.sum(), (w, bias))
     assert counting.counts["convolution_backward"] == 2 and counting.counts["sum"] == 1
-    inside, steps = counts.counted(peers.mine("plain", F32, "frame-major")), counts.LAUNCH_SHAPE.steps
+    inside, steps = counts.counted(peers.mine("eager", F32, "frame-major")), counts.LAUNCH_SHAPE.steps
     assert inside["sigmoid_"] == steps and inside["convolution"] == 2 + 2 * (steps - 1)
     assert inside["convolution_backward"] == 3 - 1 + 1  # x, w_x; w_h
-    monkeypatch.setattr(fused_triton, "available", lambda device: "no triton today")
+    monkeypatch.setattr(TritonRecurrence, "unsupported_reason", lambda *_: "no triton today")
     kernels, missing = counts.count("cpu")
     assert missing == {"triton": "no triton today"} and list(kernels) == ["eager"]
 

@@ -57,9 +57,9 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     assert not hidden_files(tmp_path)
 
 
-def test_the_checksum_is_xxh64() -> None:
-    assert describe(b"") == {"bytes": 0, "xxh64": "ef46db3751d8e999"}
-    assert describe(b"abc")["xxh64"] == "44bc2cf5ad770999"
+def test_a_manifest_records_the_sha_256_of_a_file() -> None:
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
+    assert describe(b"abc") == {"bytes": 3, "sha256": digest}
 
 
 def test_training_in_place_does_not_reach_what_is_saved(tmp_path: Path) -> None:
