@@ -68,7 +68,7 @@ def saved_config(config: Config) -> Config:
         raise UserError(
             f"{config.out}: expected the folder of a run to resume, found no config.json; leave out --resume"
         )
-    saved = Config.from_json(path.read_text(), str(path))
+    saved = Config.read(path)
     for flag in FLAGS:
         if flag not in FREE_ON_RESUME and saved.get(flag) != config.get(flag):
             raise UserError(
