@@ -192,8 +192,8 @@ def fitting_rows(args: Args, size: int, num_replicas: int) -> list[Row]:
     for memory in MEMORY:
         config = args.config.replace(memory=memory, size=size)
         longest, widest = config.replace(frames=64), config.replace(frames=16)
-        frames = largest(longest, card, over="frames", num_replicas=num_replicas, confirm=False)
-        batch = largest(widest, card, over="batch", num_replicas=num_replicas, confirm=False)
+        frames = largest(longest, card, over="frames", num_replicas=num_replicas)
+        batch = largest(widest, card, over="batch", num_replicas=num_replicas)
         fields = {"frames": frames, "batch_factor": batch}
         if args.confirm:
             trials = {"frames": scaled(longest, "frames", frames), "batch_factor": scaled(widest, "batch", batch)}

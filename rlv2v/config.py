@@ -113,6 +113,7 @@ else:  # eq. 10 and a weight for each term of the registry
         "LossConfig",
         [(name, float, term.default) for name, term in TERMS.items()],
         bases=(EquationConfig,),
+        namespace={"__module__": __name__},  # by which pickle finds it: ranks send each other the config
         frozen=True,
     )
 
@@ -329,6 +330,8 @@ class Config:
         """
         try:
             values: dict[str, Any] = json.loads(text)
+            if not isinstance(values["data"], dict):
+                raise KeyError("the sections of settings")
             settings = {flag: _from_json(flag, values) for flag in FLAGS}
             if len(settings) != sum(len(v) if isinstance(v, dict) else 1 for v in values.values()):
                 raise TypeError("a setting more than it has")

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from rlv2v.checkpoint.export import pack_translators
-from rlv2v.checkpoint.resume import restore, save
-from rlv2v.checkpoint.run_folder import create_run_folder, settle
+from rlv2v.checkpoint.resume import create_run_folder, restore, save, settle
 from rlv2v.checkpoint.store import Checkpoints
 from rlv2v.cli import run_command
 from rlv2v.config import Config
@@ -25,10 +24,11 @@ from rlv2v.data.index import open_dataset
 from rlv2v.errors import UserError
 from rlv2v.flags import DESCRIPTION, flags_type, resolve
 from rlv2v.method.clips import Clips, make_loader
-from rlv2v.method.memory import advise, out_of_memory
+from rlv2v.method.memory import advise
 from rlv2v.method.pretrain import warm_up
 from rlv2v.method.samples import Samples, pick_samples, render_samples
 from rlv2v.method.step import Algorithm
+from rlv2v.runtime.device import out_of_memory
 from rlv2v.runtime.distributed import StepControl, World, connect, restarts
 from rlv2v.runtime.interrupt import Interrupt
 from rlv2v.runtime.log import RunLog

@@ -19,7 +19,7 @@ from rlv2v.model import Discriminator
 from rlv2v.model.build import Nets
 from rlv2v.model.norm import local_stats
 from rlv2v.replay import PrioritizedReplay, ReplayBatch
-from rlv2v.runtime.device import Held, HostCopy, on_device
+from rlv2v.runtime.device import HostCopy, KeepAlive, on_device
 
 
 class ReplayRows(NamedTuple):
@@ -126,7 +126,7 @@ class Agent:
         for name in ("states", "actions", "true_frames"):
             fields[name] = to_model(fields[name])
         if device.type == "cuda":  # the buffer may not reuse the memory while it is copied from
-            self.pending.append(Held(sample).wait)
+            self.pending.append(KeepAlive(sample).wait)
         return Transitions(**fields)
 
     def prioritise(self, rows: ReplayRows, errors: Tensor) -> None:
