@@ -23,10 +23,9 @@ from data_clips import (
     write_frames,
 )
 
-from rlv2v.data import video
+from rlv2v.data import prepare, video
 from rlv2v.data.dali import has_dali
 from rlv2v.data.index import examine, index_folder, open_dataset
-from rlv2v.data.prepare import plan
 from rlv2v.data.prepare.convert import frame_times
 from rlv2v.data.writer import write_image
 from rlv2v.errors import UserError
@@ -182,8 +181,8 @@ def test_a_second_run_makes_and_reads_nothing(
 ) -> None:
     _, out = prepared
     files, seen = prepared_files(out), []
-    survey = plan.survey_source
-    monkeypatch.setattr(plan, "survey_source", lambda path, fps: (seen.append(path.name), survey(path, fps))[1])
+    survey = prepare.survey_source
+    monkeypatch.setattr(prepare, "survey_source", lambda path, fps: (seen.append(path.name), survey(path, fps))[1])
     main(Args(src, out, size=32, store="auto", frames=4, jobs=1))
     lines = capsys.readouterr().out.splitlines()
     assert prepared_files(out) == files and f"{out}: 0 made, {len(files)} already there, 4 left out" in lines

@@ -29,9 +29,9 @@ KILL = """
 import os, signal, sys
 from rlv2v.data.prepare import convert
 stop, jobs, output_frames = getattr(signal, sys.argv.pop(1)), [], convert.output_frames
-def killed(job, wanted):
-    jobs.append(job)
-    for k, frame in enumerate(output_frames(job, wanted)):
+def killed(*args):
+    jobs.append(args)
+    for k, frame in enumerate(output_frames(*args)):
         if (len(jobs), k) == (3, 5):
             os.kill(os.getpid(), stop)
         yield frame

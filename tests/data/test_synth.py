@@ -123,11 +123,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     ],
 )
 def test_bad_flags_end_the_command_with_2_and_one_line(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    flags: list[str],
-    message: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["synth", str(tmp_path / "out"), *flags])
     with pytest.raises(SystemExit) as stopped:

@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 from rlv2v.data.index import file_key
 from rlv2v.data.inspect import Source
-from rlv2v.data.prepare.convert import Format, Survey
-from rlv2v.data.prepare.plan import Item
+from rlv2v.data.prepare.convert import Format, Item
 from rlv2v.errors import UserError, one_line
 from rlv2v.files import write_atomically
 
@@ -47,19 +46,19 @@ class Report:
             flags = " ".join(f"--{name} {settings[name]}" for name in ("size", "fps", "store") if settings[name])
             raise UserError(f"{out}: was prepared with {flags}; give the same, or choose another folder")
 
-    def known_survey(self, path: Path) -> Survey | None:
+    def known_item(self, path: Path) -> Item | None:
         """Return an earlier run's survey of a source that has not changed since; None: read the source."""
         known = self.surveys.get(str(path.absolute()))
         if known is None or known["key"] != file_key(path):
             return None
-        return Survey(**{**known["survey"], "source": Source(path=path, **known["survey"]["source"])})
+        return Item(**{**known["survey"], "source": Source(path=path, **known["survey"]["source"])})
 
-    def add_survey(self, path: Path, key: list[int], survey: Survey) -> None:
+    def add_item(self, key: list[int], item: Item) -> None:
         """Store a survey for the next run; a source that could not be used is tried again then."""
-        if survey.source.status != "excluded":
-            values = asdict(survey)
-            del values["source"]["path"]
-            self.surveys[str(path.absolute())] = {"key": key, "survey": values}
+        if item.usable:
+            source = {name: value for name, value in asdict(item.source).items() if name != "path"}
+            survey = {"source": source, "frames": item.frames, "fps": item.fps}
+            self.surveys[str(item.source.path.absolute())] = {"key": key, "survey": survey}
         self.save(now=False)
 
     def start(self, src: Path, items: list[Item], output_format: Format, why: str) -> None:
@@ -68,17 +67,17 @@ class Report:
         root = src.absolute()
         self.rows = {key: row for key, row in self.rows.items() if not Path(key[1]).is_relative_to(root)}
         for item in items:
-            source, survey = item.survey.source, item.survey
+            source, path = item.source, str(item.source.path.absolute())
             width, height = output_format.target_size(source) if item.usable else (0, 0)
-            self.rows[item.set, str(item.path.absolute())] = {
+            self.rows[item.set, path] = {
                 "set": item.set,
-                "source": str(item.path.absolute()),
+                "source": path,
                 "sha256": source.hash,
                 "status": "planned" if item.usable else "excluded",
                 "reason": source.reason,
                 "output": item.output,
-                "frames": survey.frames if item.usable else 0,
-                "fps": survey.fps if item.usable else 0.0,
+                "frames": item.frames if item.usable else 0,
+                "fps": item.fps if item.usable else 0.0,
                 "width": width,
                 "height": height,
                 "bytes": 0,
@@ -89,11 +88,14 @@ class Report:
 
     def row(self, item: Item) -> dict[str, Any]:
         """Return the row of an item."""
-        return self.rows[item.set, str(item.path.absolute())]
+        return self.rows[item.set, str(item.source.path.absolute())]
 
-    def finish(self, item: Item, status: Literal["made", "failed"], reason: str, num_bytes: int) -> None:
-        """Enter what became of an item."""
-        self.row(item).update(status=status, reason=one_line(reason), bytes=num_bytes)
+    def finish(self, item: Item, result: int | UserError) -> None:
+        """Enter what became of an item: the bytes of its output, or why there is none."""
+        if isinstance(result, UserError):
+            self.row(item).update(status="failed", reason=str(result))
+        else:
+            self.row(item).update(status="made", bytes=result)
         self.save(now=False)
 
     def save(self, *, now: bool = True) -> None:
@@ -118,11 +120,11 @@ class Report:
         num_new = sum(row["output"] in new_outputs for row in made)
         lines = [f"{out}: {num_new} made, {len(made) - num_new} already there, {len(left_out)} left out"]
         lines += [f"left out: {row['source']}: {row['reason']}" for row in left_out]
-        for row in made:
-            if row["reason"]:
-                lines.append(
-                    f"in part: {row['source']}: {row['reason']}; its first {row['source_frames']} frames are used"
-                )
+        lines += [
+            f"in part: {row['source']}: {row['reason']}; its first {row['source_frames']} frames are used"
+            for row in made
+            if row["reason"]
+        ]
         outputs = {row["output"] for row in self.rows.values()}
         for name in sorted({item.set for item in items}):
             for path in sorted((out / name).glob("[!.]*")):
