@@ -8,9 +8,11 @@ after a kill. `prepared.json` in the output folder says what became of every sou
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 import sys
+import time
 from collections import defaultdict
 from dataclasses import replace
 from functools import partial
@@ -19,18 +21,136 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from rlv2v.data.index import file_key, source_paths
-from rlv2v.data.inspect import excluded_source
+from rlv2v.data.index import is_unchanged, source_paths
+from rlv2v.data.inspect import Source, excluded_source
 from rlv2v.data.prepare.convert import MAX_FPS, PARTIAL, Format, Item, Store, convert_source, survey_source
-from rlv2v.data.prepare.report import REPORT, Report
 from rlv2v.data.workers import cores, run_all
 from rlv2v.errors import UserError, one_line
-from rlv2v.files import lock_folder
+from rlv2v.files import lock_folder, write_atomically
 
+REPORT = "prepared.json"
 SET_NAME = re.compile(r"(train|val|test)(X|Y|Z|S|Truth|A|B)")
 MAX_RAW_SHARE = 0.5
 """`--store auto` takes raw up to this share of the free disk."""
 PROGRESS: dict[str, Any] = {"unit": "file", "delay": 1, "disable": None}
+
+
+class Report:
+    """Hold and save the settings, a row for every source, and the surveys by the source's absolute path."""
+
+    def __init__(self, out: Path, *, size: int, fps: float | None, store: Literal["auto", "raw", "video"]) -> None:
+        """Load the report in `out`, if any. Raises `UserError` if its outputs were made with other settings."""
+        self.path, self._next_save = out / REPORT, time.monotonic() + 2
+        asked: dict[str, Any] = {"size": size, "fps": fps}
+        self.settings: dict[str, Any] = {**asked, "store": None, "why": ""}
+        self.rows: dict[tuple[str, str], dict[str, Any]] = {}
+        self.surveys: dict[str, Any] = {}
+        if not self.path.exists():
+            return
+        try:
+            old = json.loads(self.path.read_text())
+            settings, surveys = old["settings"], dict(old["surveys"])
+            rows = {(row["set"], row["source"]): row for row in old["sources"]}
+            made = any(row["status"] == "made" for row in rows.values())
+            same = {name: settings[name] for name in asked} == asked and store in ("auto", settings["store"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.path}: cannot be read as this command's report ({error}); "
+                "choose another folder, or remove the file: complete outputs stay"
+            ) from None
+        if same:
+            self.settings, self.rows, self.surveys = settings, rows, surveys
+        elif made:
+            flags = " ".join(f"--{name} {settings[name]}" for name in ("size", "fps", "store") if settings[name])
+            raise UserError(f"{out}: was prepared with {flags}; give the same, or choose another folder")
+
+    def known_item(self, path: Path) -> Item | None:
+        """Return an earlier run's survey of a source that has not changed since; None: read the source."""
+        known = self.surveys.get(str(path.absolute()))
+        if known is None or not is_unchanged(path, known["key"]):
+            return None
+        return Item(**{**known["survey"], "source": Source.from_row(path, known["survey"]["source"])})
+
+    def add_item(self, item: Item, key: list[int]) -> None:
+        """Store a survey for the next run; a source that could not be used is tried again then."""
+        if item.usable:
+            survey = {"source": item.source.to_row(), "frames": item.frames, "fps": item.fps}
+            self.surveys[str(item.source.path.absolute())] = {"key": key, "survey": survey}
+        self.save(now=False)
+
+    def start(self, src: Path, items: list[Item], output_format: Format, why: str) -> None:
+        """Enter the plan: a row for every item of `src`, in place of the rows of earlier runs over it."""
+        self.settings["store"], self.settings["why"] = output_format.store, why
+        root = src.absolute()
+        self.rows = {key: row for key, row in self.rows.items() if not Path(key[1]).is_relative_to(root)}
+        for item in items:
+            source, path = item.source, str(item.source.path.absolute())
+            width, height = output_format.target_size(source) if item.usable else (0, 0)
+            self.rows[item.set, path] = {
+                "set": item.set,
+                "source": path,
+                "sha256": source.hash,
+                "status": "planned" if item.usable else "excluded",
+                "reason": source.reason,
+                "output": item.output,
+                "frames": item.frames if item.usable else 0,
+                "fps": item.fps if item.usable else 0.0,
+                "width": width,
+                "height": height,
+                "bytes": 0,
+                "source_frames": source.num_frames,
+                "source_codec": source.codec,
+            }
+        self.save()
+
+    def row(self, item: Item) -> dict[str, Any]:
+        """Return the row of an item."""
+        return self.rows[item.set, str(item.source.path.absolute())]
+
+    def finish(self, item: Item, result: int | UserError) -> None:
+        """Enter what became of an item: the bytes of its output, or why there is none."""
+        if isinstance(result, UserError):
+            self.row(item).update(status="failed", reason=str(result))
+        else:
+            self.row(item).update(status="made", bytes=result)
+        self.save(now=False)
+
+    def save(self, *, now: bool = True) -> None:
+        """Write the file; without `now` only every two seconds, or less often if that takes long."""
+        started = time.monotonic()
+        if not now and started < self._next_save:
+            return
+        content = {"settings": self.settings, "sources": list(self.rows.values()), "surveys": self.surveys}
+        write_atomically(self.path, (json.dumps(content, indent=1) + "\n").encode())
+        ended = time.monotonic()
+        self._next_save = ended + max(2, 20 * (ended - started))
+
+    def print_summary(self, src: Path, items: list[Item], new_outputs: set[str]) -> None:
+        """Print what was done, and every source that is left out or used in part, with its reason.
+
+        Raises:
+            UserError: nothing was prepared.
+        """
+        out, rows = self.path.parent, [self.row(item) for item in items]
+        made = [row for row in rows if row["status"] == "made"]
+        left_out = [row for row in rows if row["status"] != "made"]
+        num_new = sum(row["output"] in new_outputs for row in made)
+        lines = [f"{out}: {num_new} made, {len(made) - num_new} already there, {len(left_out)} left out"]
+        lines += [f"left out: {row['source']}: {row['reason']}" for row in left_out]
+        lines += [
+            f"in part: {row['source']}: {row['reason']}; its first {row['source_frames']} frames are used"
+            for row in made
+            if row["reason"]
+        ]
+        outputs = {row["output"] for row in self.rows.values()}
+        for name in sorted({item.set for item in items}):
+            for path in sorted((out / name).glob("[!.]*")):
+                if f"{name}/{path.name}" not in outputs:
+                    lines.append(f"not from these sources: {path}; training would use it: remove it if it is old")
+        print("\n".join(map(one_line, lines)))
+        if not made:
+            reasons = "; ".join(f"{Path(row['source']).name}: {row['reason']}" for row in left_out)
+            raise UserError(f"{src}: nothing was prepared: {reasons}")
 
 
 def prepare_dataset(
@@ -126,11 +246,14 @@ def survey_all(
     What would have fewer frames than `min_frames` is excluded; stills have one.
     """
     known = {path: item for _, path in sources if (item := report.known_item(path))}
-    keys = {path: file_key(path) for _, path in sources if path not in known}
+    unknown = [path for _, path in sources if path not in known]
     survey = partial(survey_source, fps=fps)
-    for path, result in tqdm(run_all(survey, list(keys), jobs), "read", len(keys), **PROGRESS):
-        known[path] = Item(excluded_source(path, str(result))) if isinstance(result, UserError) else result
-        report.add_item(keys[path], known[path])
+    for path, result in tqdm(run_all(survey, unknown, jobs), "read", len(unknown), **PROGRESS):
+        if isinstance(result, UserError):
+            known[path] = Item(excluded_source(path, str(result)))
+        else:
+            known[path], key = result
+            report.add_item(known[path], key)
     items = []
     for name, path in sources:
         item = replace(known[path], set=name)

@@ -122,18 +122,19 @@ class Format:
             return False
 
 
-def survey_source(path: Path, fps: float | None) -> Item:
-    """Decode a source to its end, hash it and time it. A fault is not raised: `source.status` and `.reason` hold it."""
-    source = examine(path, None, threading.Event()).source
-    if source.status == "excluded":
-        return Item(source)
+def survey_source(path: Path, fps: float | None) -> tuple[Item, list[int]]:
+    """Decode a source to its end, hash it and time it; return that and its `file_key`.
+
+    A fault is not raised: `source.status` and `.reason` hold it.
+    """
+    key, source = examine(path, None, threading.Event())
+    if source.num_frames < 1:
+        return Item(excluded_source(path, source.reason)), key
     try:
-        if source.num_frames < 1:
-            raise UserError(source.reason or "no frame can be read")
         wanted, rate = time_frames(source, fps)
-        return Item(source, len(wanted), float(rate))
+        return Item(source, len(wanted), float(rate)), key
     except (UserError, OSError) as error:
-        return Item(excluded_source(path, str(error)))
+        return Item(excluded_source(path, str(error))), key
 
 
 def frame_times(source: Source) -> np.ndarray:
