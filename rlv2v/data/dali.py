@@ -34,6 +34,8 @@ from rlv2v.errors import UserError
 
 Route = Literal["raw", "video", "frames"]
 Device = Literal["cpu", "gpu"]
+Samples = tuple[ClipSample, ...]
+StartRead = Callable[[ClipSample], Future[np.ndarray]]
 MAX_LISTED = 512
 """Clips in one list: DALI opens the file of each line when a graph is built, 0.1 ms a line on a local disk."""
 PREFETCH = 2
@@ -150,12 +152,7 @@ class GraphRun:
     """Run a graph through the samples of the steps `first, first+1, ...`, given as one tuple of samples a step."""
 
     def __init__(
-        self,
-        options: GraphOptions,
-        first: int,
-        steps: Sequence[tuple[ClipSample, ...]],
-        links: dict[Path, str],
-        read: Callable[[ClipSample], Future[np.ndarray]],
+        self, options: GraphOptions, first: int, steps: Sequence[Samples], links: dict[Path, str], read: StartRead
     ) -> None:
         options = replace(options, prefetch=min(options.prefetch, len(steps)))
         self.first, self.step, self.end = first, first, first + len(steps)
@@ -176,7 +173,7 @@ class GraphRun:
         for _ in range(options.prefetch):
             self._feed()
 
-    def gives(self, step: int, samples: tuple[ClipSample, ...]) -> bool:
+    def gives(self, step: int, samples: Samples) -> bool:
         """Return whether the next batch is that of `step`, made of `samples`."""
         return step == self.step < self.end and self._steps[step - self.first] == samples
 
@@ -257,14 +254,7 @@ class GraphReader:
     """
 
     def __init__(
-        self,
-        sampler: ClipSampler,
-        name: str,
-        read: Callable[[ClipSample], Future[np.ndarray]],
-        *,
-        size: int,
-        device: Device,
-        threads: int = 1,
+        self, sampler: ClipSampler, name: str, read: StartRead, *, size: int, device: Device, threads: int = 1
     ) -> None:
         device_id = torch.cuda.current_device() if device == "gpu" else None  # of this thread, not of the builder
         sources, batch = sampler.dataset.sets[name], sampler.batch[name]

@@ -13,7 +13,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from data_clips import number_of, numbers_of, open_loader, stamped
+from data_clips import numbers_of, open_loader
 from odd_files import CLIP, Expected
 
 from rlv2v.data import index
@@ -53,13 +53,6 @@ def corpus(odd_files: tuple[Path, dict[str, Expected]]) -> Corpus:
     assert done.returncode == 0, done.stderr
     assert tree(root) - present == {str(root / "trainX" / index.MANIFEST)}, "nothing but the manifest is written"
     return root, expected, json.loads(done.stdout)
-
-
-def test_numbers_survive_where_a_frame_can_carry_them() -> None:
-    for width, height, most in ((64, 48, 256), (63, 47, 256), (96, 80, 256), (1, 1, 10)):
-        for number in range(most):
-            assert number_of(stamped(number, width, height)) == number
-    assert number_of(np.rot90(stamped(3))) != 3 and number_of(stamped(3)[::-1]) != 3
 
 
 def test_every_file_has_its_status_and_reason(corpus: Corpus) -> None:

@@ -28,6 +28,7 @@ from rlv2v.data.workers import cores, run_all
 from rlv2v.errors import UserError, one_line
 from rlv2v.files import lock_folder, write_atomically
 
+Choice = Literal["auto", "raw", "video"]
 REPORT = "prepared.json"
 SET_NAME = re.compile(r"(train|val|test)(X|Y|Z|S|Truth|A|B)")
 MAX_RAW_SHARE = 0.5
@@ -38,7 +39,7 @@ PROGRESS: dict[str, Any] = {"unit": "file", "delay": 1, "disable": None}
 class Report:
     """Hold and save the settings, a row for every source, and the surveys by the source's absolute path."""
 
-    def __init__(self, out: Path, *, size: int, fps: float | None, store: Literal["auto", "raw", "video"]) -> None:
+    def __init__(self, out: Path, *, size: int, fps: float | None, store: Choice) -> None:
         """Load the report in `out`, if any. Raises `UserError` if its outputs were made with other settings."""
         self.path, self._next_save = out / REPORT, time.monotonic() + 2
         asked: dict[str, Any] = {"size": size, "fps": fps}
@@ -154,16 +155,7 @@ class Report:
 
 
 def prepare_dataset(
-    src: Path,
-    out: Path,
-    *,
-    size: int,
-    store: Literal["auto", "raw", "video"],
-    fps: float | None,
-    frames: int,
-    into: str,
-    jobs: int,
-    yes: bool,
+    src: Path, out: Path, *, size: int, store: Choice, fps: float | None, frames: int, into: str, jobs: int, yes: bool
 ) -> None:
     """Find, read, plan, ask, write and report; the arguments are the command's (`rlv2v.prepare.Args`).
 
@@ -264,9 +256,7 @@ def survey_all(
     return items
 
 
-def choose_store(
-    store: Literal["auto", "raw", "video"], items: list[Item], size: int, report: Report, free: int
-) -> tuple[Store, str]:
+def choose_store(store: Choice, items: list[Item], size: int, report: Report, free: int) -> tuple[Store, str]:
     """Return the store and why; `auto` stays with what an earlier run into the same folder chose."""
     if store != "auto":
         return store, "as asked"
