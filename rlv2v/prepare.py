@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -20,9 +20,9 @@ from rlv2v.data.prepare import prepare_dataset
 class Args:
     """Prepare videos for training: resized, upright, at a constant rate, in a form that loads fast."""
 
-    src: tyro.conf.Positional[Path]
+    src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """Dataset folder (trainX, trainY ...; CycleGAN's trainA, trainB), or a folder of videos, frame folders, images."""
-    out: tyro.conf.Positional[Path]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for the prepared dataset; the same command again goes on where it was stopped."""
     size: int = 64
     """Short side in pixels, the aspect stays; `video` uses at least 128, so that GPUs can decode it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -15,7 +16,7 @@ from rlv2v.data.synth import Counts, write_dataset
 class Args:
     """Write the paper's synthetic dataset: rectangles on black (X) that should move to Y's blue-then-red background."""
 
-    out: tyro.conf.Positional[Path]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder to create; refused when it already holds something."""
     size: int = 32
     """Height and width of the videos, pixels."""

@@ -34,6 +34,8 @@ from rlv2v.errors import UserError
 
 Route = Literal["raw", "video", "frames"]
 Device = Literal["cpu", "gpu"]
+Samples = tuple[ClipSample, ...]
+StartRead = Callable[[ClipSample], Future[np.ndarray]]
 MAX_LISTED = 512
 """Clips in one list: DALI opens the file of each line when a graph is built, 0.1 ms a line on a local disk."""
 PREFETCH = 2
@@ -95,32 +97,6 @@ class GraphOptions:
         return self.frames, height, width, 3
 
 
-def read_node(options: GraphOptions, listed: Any) -> tuple[Any, Any]:
-    """Return the graph's (frames FHWC on the device or still on the CPU, label of each clip or None)."""
-    from nvidia import dali
-
-    fn: Any = dali.fn
-    types = dali.types.DALIDataType
-    in_order = {"initial_fill": options.batch, "random_shuffle": False}
-    if options.route == "video":
-        frames, label = fn.experimental.readers.video(
-            name="reader",
-            device=options.device,
-            file_list=listed,
-            file_list_format="frames",
-            file_list_include_end=False,
-            sequence_length=options.frames,
-            **in_order,
-        )
-        return frames, label
-    if options.route == "frames":
-        return fn.external_source(name="reader", device="cpu", dtype=types.UINT8, layout="FHWC"), None
-    start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
-    region = {"roi_start": start, "roi_shape": [options.frames], "roi_axes": [0]}
-    frames = fn.readers.numpy(name="reader", device="cpu", files=listed, **region, **in_order)
-    return fn.reshape(frames, layout="FHWC"), None
-
-
 def new_graph(options: GraphOptions, listed: Any) -> Any:
     """Return the graph, not yet built, with outputs clips (device), shape as read (CPU), and for videos label (CPU).
 
@@ -133,14 +109,22 @@ def new_graph(options: GraphOptions, listed: Any) -> Any:
     fn: Any = dali.fn
     types = dali.types.DALIDataType
     pipeline: Any = dali.pipeline.Pipeline
-    graph = pipeline(
-        batch_size=options.batch,
-        num_threads=options.threads,
-        device_id=options.device_id,
-        prefetch_queue_depth=options.prefetch,
-    )
+    in_order = {"initial_fill": options.batch, "random_shuffle": False}
+    graph = pipeline(options.batch, options.threads, options.device_id, prefetch_queue_depth=options.prefetch)
     with graph:
-        frames, label = read_node(options, listed)
+        labels = []
+        if options.route == "video":
+            form = {"file_list_format": "frames", "file_list_include_end": False, "sequence_length": options.frames}
+            read = fn.experimental.readers.video
+            frames, label = read(name="reader", device=options.device, file_list=listed, **form, **in_order)
+            labels = [label.cpu()]
+        elif options.route == "frames":
+            frames = fn.external_source(name="reader", device="cpu", dtype=types.UINT8, layout="FHWC")
+        else:
+            start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
+            region = {"roi_start": start, "roi_shape": [options.frames], "roi_axes": [0]}
+            frames = fn.readers.numpy(name="reader", device="cpu", files=listed, **region, **in_order)
+            frames = fn.reshape(frames, layout="FHWC")
         target = fn.external_source(name="target", dtype=types.FLOAT, ndim=1)
         corner = fn.external_source(name="corner", dtype=types.INT32, ndim=1)
         flip = fn.external_source(name="flip", dtype=types.INT32, ndim=1)
@@ -152,7 +136,7 @@ def new_graph(options: GraphOptions, listed: Any) -> Any:
         clips = fn.flip(clips, name="flips", horizontal=flip[0], vertical=flip[1])
         transposed = fn.transpose(clips, name="transposed", perm=[0, 2, 1, 3], transpose_layout=False)
         clips = clips ^ ((clips ^ transposed) & mask)  # a choice for each clip, without a branch in the graph
-        graph.set_outputs(clips, shape, *([] if label is None else [label.cpu()]))
+        graph.set_outputs(clips, shape, *labels)
     return graph
 
 
@@ -168,12 +152,7 @@ class GraphRun:
     """Run a graph through the samples of the steps `first, first+1, ...`, given as one tuple of samples a step."""
 
     def __init__(
-        self,
-        options: GraphOptions,
-        first: int,
-        steps: Sequence[tuple[ClipSample, ...]],
-        links: dict[Path, str],
-        read: Callable[[ClipSample], Future[np.ndarray]],
+        self, options: GraphOptions, first: int, steps: Sequence[Samples], links: dict[Path, str], read: StartRead
     ) -> None:
         options = replace(options, prefetch=min(options.prefetch, len(steps)))
         self.first, self.step, self.end = first, first, first + len(steps)
@@ -194,7 +173,7 @@ class GraphRun:
         for _ in range(options.prefetch):
             self._feed()
 
-    def gives(self, step: int, samples: tuple[ClipSample, ...]) -> bool:
+    def gives(self, step: int, samples: Samples) -> bool:
         """Return whether the next batch is that of `step`, made of `samples`."""
         return step == self.step < self.end and self._steps[step - self.first] == samples
 
@@ -238,15 +217,13 @@ class GraphRun:
         index = self.step - self.first
         samples = self._steps[index]
         outputs = self._graph.outputs()
-        shapes = [tuple(int(n) for n in outputs[1].at(k)) for k in range(len(samples))]
-        expected = [self._options.input_shape(sample.source) for sample in samples]
-        if shapes != expected:
-            raise RuntimeError(f"expected frames {expected}, got {shapes}")
-        if self._options.route == "video":
-            labels = [int(outputs[2].at(k)[0]) for k in range(len(samples))]
-            if labels != [index * len(samples) + k for k in range(len(samples))]:
+        for k, sample in enumerate(samples):
+            shape, expected = tuple(outputs[1].at(k).tolist()), self._options.input_shape(sample.source)
+            if shape != expected:
+                raise RuntimeError(f"expected frames {expected}, got {shape}")
+            if self._options.route == "video" and outputs[2].at(k)[0] != index * len(samples) + k:
                 raise RuntimeError("a listed file was left out")
-            if any(is_changed(sample.source) for sample in samples):  # DALI makes up frames that a new file lacks
+            if self._options.route == "video" and is_changed(sample.source):  # DALI makes up what it lacks
                 raise RuntimeError("the file changed while in use")
         clips = self._copy(outputs[0].as_tensor())
         self.step += 1
@@ -277,14 +254,7 @@ class GraphReader:
     """
 
     def __init__(
-        self,
-        sampler: ClipSampler,
-        name: str,
-        read: Callable[[ClipSample], Future[np.ndarray]],
-        *,
-        size: int,
-        device: Device,
-        threads: int = 1,
+        self, sampler: ClipSampler, name: str, read: StartRead, *, size: int, device: Device, threads: int = 1
     ) -> None:
         device_id = torch.cuda.current_device() if device == "gpu" else None  # of this thread, not of the builder
         sources, batch = sampler.dataset.sets[name], sampler.batch[name]
@@ -303,10 +273,9 @@ class GraphReader:
         """Return a link without spaces to each source, for DALI splits the lines of a list at them."""
         if re.search(r"\s", self._folder.name):
             raise UserError(f"temporary folder {self._folder.name}: expected a name without spaces; set TMPDIR")
-        links = {}
-        for k, source in enumerate(sources):
-            links[source.path] = os.path.join(self._folder.name, f"{k}.video")
-            os.symlink(source.path.absolute(), links[source.path])
+        links = {source.path: os.path.join(self._folder.name, f"{k}.video") for k, source in enumerate(sources)}
+        for path, link in links.items():
+            os.symlink(path.absolute(), link)
         return links
 
     def _build(self, first: int, num: int) -> GraphRun:
@@ -320,7 +289,7 @@ class GraphReader:
             self._run = None  # frees its memory before the next one takes some
             ready, self._next = self._next, None
             try:
-                self._run = ready.result() if ready is not None else None
+                self._run = ready.result() if ready else None
                 if self._run is None or not self._run.gives(step, samples):
                     self._run = self._build(step, self._num_steps)
             except RuntimeError as error:

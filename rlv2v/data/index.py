@@ -14,10 +14,11 @@ import hashlib
 import json
 import stat
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 from tqdm import tqdm
@@ -37,8 +38,7 @@ MAX_WORKERS = 8
 log = get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """Hold one source as the manifest stores it."""
 
     key: list[int]
@@ -93,17 +93,16 @@ def content_hash(path: Path) -> str:
 
     Raises `OSError` for what cannot be read.
     """
-    digests = []
-    for file in video.files_of(path):
-        with file.open("rb") as opened:
-            digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
-    return hashlib.sha256("".join(digests).encode()).hexdigest() if path.is_dir() else digests[0]
+    if path.is_dir():
+        return hashlib.sha256("".join(map(content_hash, video.files_of(path))).encode()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def is_unchanged(path: Path, entry: Entry | None) -> bool:
-    """Return whether a source still has its entry's key."""
+def is_unchanged(path: Path, key: list[int]) -> bool:
+    """Return whether a source still has this key."""
     try:
-        return entry is not None and entry.key == file_key(path)
+        return bool(key) and key == file_key(path)
     except (OSError, UserError):
         return False
 
@@ -135,33 +134,21 @@ def index_folder(folder: Path, *, frames: int, stills: bool = False, workers: in
         raise UserError(f"{folder}: cannot be listed: {error.strerror}; expected a folder of videos") from error
     manifest = load_manifest(folder)
     names = {path: path.relative_to(folder).as_posix() for path in paths}  # "." for loose images
-    entries = {name: manifest[name] for path, name in names.items() if is_unchanged(path, manifest.get(name))}
-    try:
-        changed = {path: manifest.get(name) for path, name in names.items() if name not in entries}
-        for path, entry in examine_all(changed, folder, workers):
-            entries[names[path]] = entry
-    finally:
-        if entries != manifest:
-            save_manifest(folder, entries if len(entries) == len(paths) else manifest | entries)
-    return [exclude_short(entries[name].source, frames) for name in names.values()]
-
-
-def examine_all(
-    changed: Mapping[Path, Entry | None], folder: Path, workers: int | None
-) -> Iterator[tuple[Path, Entry]]:
-    """Yield each source of `changed` (path: old entry) with its new entry, in the order in which they are done."""
-    if not changed:
-        return
+    entries = {n: manifest[n] for path, n in names.items() if n in manifest and is_unchanged(path, manifest[n].key)}
     stop = threading.Event()
     pool = ThreadPoolExecutor(workers or min(MAX_WORKERS, cores()), thread_name_prefix="rlv2v-index")
     try:
-        jobs = {pool.submit(examine, path, entry, stop): path for path, entry in changed.items()}
+        changed = [(path, name) for path, name in names.items() if name not in entries]
+        jobs = {pool.submit(examine, path, manifest.get(name), stop): name for path, name in changed}
         title = f"index {one_line(folder.name)}"
         for job in tqdm(as_completed(jobs), title, len(jobs), unit="file", delay=2, leave=False):
-            yield jobs[job], job.result()
+            entries[jobs[job]] = job.result()
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
+        if entries != manifest:
+            save_manifest(folder, entries if len(entries) == len(paths) else manifest | entries)
+    return [exclude_short(entries[name].source, frames) for name in names.values()]
 
 
 def exclude_short(source: Source, frames: int) -> Source:
@@ -177,7 +164,7 @@ def load_manifest(folder: Path) -> dict[str, Entry]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         rows = manifest["entries"] if manifest["version"] == MANIFEST_VERSION else {}
-        entries = {name: Entry(row["key"], Source(path=folder / name, **row["source"])) for name, row in rows.items()}
+        entries = {name: Entry(row["key"], Source.from_row(folder / name, row["source"])) for name, row in rows.items()}
         same_decoder = manifest.get("pyav") == av.__version__
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
@@ -186,10 +173,7 @@ def load_manifest(folder: Path) -> dict[str, Entry]:
 
 def save_manifest(folder: Path, entries: Mapping[str, Entry]) -> None:
     """Write the folder's manifest; a folder that cannot be written to goes without."""
-    rows = {
-        name: {"key": entry.key, "source": {k: v for k, v in asdict(entry.source).items() if k != "path"}}
-        for name, entry in sorted(entries.items())
-    }
+    rows = {name: {"key": entry.key, "source": entry.source.to_row()} for name, entry in sorted(entries.items())}
     manifest = {"version": MANIFEST_VERSION, "pyav": av.__version__, "entries": rows}
     try:
         write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode())

@@ -8,10 +8,10 @@ before which none is missing.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -31,23 +31,31 @@ class Source:
 
     path: Path
     kind: Kind
-    codec: str
-    num_frames: int
+    codec: str = ""
+    num_frames: int = 0
     """Frames that decode without damage, from the first on."""
-    fps: float
-    width: int
+    fps: float = 0.0
+    width: int = 0
     """Width of the upright frame, pixels."""
-    height: int
-    num_bytes: int
-    dali: bool
+    height: int = 0
+    num_bytes: int = 0
+    dali: bool = False
     """Whether DALI's CPU decoder gives the same frames: VP9, upright, constant size, BT.601 limited range or RGB."""
-    status: Literal["ok", "truncated", "excluded"]
-    reason: str
+    status: Literal["ok", "truncated", "excluded"] = "ok"
+    reason: str = ""
     """Why it is truncated or excluded; empty when ok."""
     hash: str = ""
     """SHA-256 of the content, see `content_hash`; empty where it cannot be read."""
-    variable: bool = False
-    """Whether the time from frame to frame varies by more than a tenth."""
+
+    def to_row(self) -> dict[str, Any]:
+        """Return the fields as JSON stores them, without the path."""
+        return {name: value for name, value in asdict(self).items() if name != "path"}
+
+    @classmethod
+    def from_row(cls, path: Path, row: Mapping[str, Any]) -> Source:
+        """Return the source of a stored row; what only other versions store is ignored."""
+        names = {field.name for field in fields(cls)}
+        return cls(**{**{name: value for name, value in row.items() if name in names}, "path": path})
 
 
 class Stopped(Exception):
@@ -56,23 +64,16 @@ class Stopped(Exception):
 
 def inspect(path: Path, stop: threading.Event) -> Source:
     """Decode a source of any kind to its end; its faults are not raised. Raises `Stopped` once `stop` is set."""
-    kind, damage = video.kind_of(path), ""
     try:
-        if kind == "video":
-            source, damage = decode_all(path, stop)
-        else:
-            probe = video.probe(path)
-            num, damage = count_frames(path, stop)
-            size = probe.width, probe.height
-            source = Source(path, kind, probe.codec, num, float(probe.fps), *size, 0, False, "ok", "")
+        source = decode_video(path, stop) if video.kind_of(path) == "video" else read_stored(path, stop)
     except (UserError, OSError) as error:
         return excluded_source(path, str(error))
-    return replace(source, status="truncated" if damage else "ok", reason=short_reason(damage, path))
+    return replace(source, status="truncated", reason=short_reason(source.reason, path)) if source.reason else source
 
 
 def excluded_source(path: Path, reason: str) -> Source:
     """Return the source of a path that cannot be used."""
-    return Source(path, video.kind_of(path), "", 0, 0.0, 0, 0, 0, False, "excluded", short_reason(reason, path))
+    return Source(path, video.kind_of(path), status="excluded", reason=short_reason(reason, path))
 
 
 def short_reason(reason: object, path: Path) -> str:
@@ -81,24 +82,25 @@ def short_reason(reason: object, path: Path) -> str:
     return one_line(reason).removeprefix(f"{name}: ").replace(f"{name}/", "")
 
 
-def count_frames(path: Path, stop: threading.Event) -> tuple[int, str]:
-    """Return how many frames of a raw clip, frame folder or image can be read from the first on, and why no more."""
-    if video.kind_of(path) == "raw":
-        (num, *_), complete = video.raw_shape(path)
-        return complete, f"the file ends after {complete} of {num} frames" if complete < num else ""
-    count = 0
-    try:
-        for _ in video.stored_frames(path):
-            if stop.is_set():
-                raise Stopped
-            count += 1
-    except UserError as error:
-        return count, f"reading stops after frame {count}: {error}"
-    return count, ""
+def read_stored(path: Path, stop: threading.Event) -> Source:
+    """Read a raw clip, frame folder or image to its end or its first fault; `reason` names that."""
+    kind, probe, count, damage = video.kind_of(path), video.probe(path), 0, ""
+    if kind == "raw":
+        (num, *_), count = video.raw_shape(path)
+        damage = f"the file ends after {count} of {num} frames" if count < num else ""
+    else:
+        try:
+            for _ in video.stored_frames(path):
+                if stop.is_set():
+                    raise Stopped
+                count += 1
+        except UserError as error:
+            damage = f"reading stops after frame {count}: {error}"
+    return Source(path, kind, probe.codec, count, float(probe.fps), probe.width, probe.height, reason=damage)
 
 
-def decode_all(path: Path, stop: threading.Event) -> tuple[Source, str]:
-    """Decode a video file to the end; return what is usable of it and why it ends early (empty: it does not).
+def decode_video(path: Path, stop: threading.Event) -> Source:
+    """Decode a video file to the end; `reason` says why what is usable of it ends early.
 
     Raises:
         UserError: no frame is usable.
@@ -134,13 +136,11 @@ def decode_all(path: Path, stop: threading.Event) -> tuple[Source, str]:
             num = max(len(times) - 1, 0)
         if first is None or num == 0:
             raise UserError(f"{path}: no frame can be decoded{': ' + damage if damage else ''}")
-        sideways = round(first.rotation / 90) % 2 == 1
-        width, height = (first.height, first.width) if sideways else (first.width, first.height)
+        width, height = (first.height, first.width) if round(first.rotation / 90) % 2 else (first.width, first.height)
         same_colour = pixels == "gbrp" or (pixels in ("yuv420p", "yuv444p") and is_limited_601(first))
         trimmed = stream.frames not in (0, num)  # DALI may number what an edit list hides
-        dali = codec == "vp9" and same_colour and not turned and not trimmed and len(sizes) == 1
-    source = Source(path, "video", codec, num, fps, width, height, 0, dali and not damage, "ok", "")
-    return replace(source, variable=varies(known(times[:num]))), damage
+        dali = codec == "vp9" and same_colour and not turned and not trimmed and len(sizes) == 1 and not damage
+    return Source(path, "video", codec, num, fps, width, height, dali=dali, reason=damage)
 
 
 def is_limited_601(frame: av.VideoFrame) -> bool:
@@ -164,11 +164,9 @@ def trusted_frames(
     num, missing = len(times), seconds_missing(container, known(times))
     if stream.codec_context.codec.canonical_name in ONE_PICTURE_A_PACKET and times and times[0] is not None:
         shown = sorted(p for p, _ in packets if p is not None and p >= times[0])
-        first_difference = next(
-            (i for i, pair in enumerate(zip(times, shown, strict=False)) if pair[0] != pair[1]), num
-        )
-        if first_difference < len(shown) == len(set(shown)):
-            return max(first_difference - 1, 0), f"frame {first_difference} cannot be decoded"
+        wrong = next((i for i, (time, packet) in enumerate(zip(times, shown, strict=False)) if time != packet), num)
+        if wrong < len(shown) == len(set(shown)):
+            return max(wrong - 1, 0), f"frame {wrong} cannot be decoded"
     read, declared = len(packets), stream.frames
     if "mp4" in form and stream.index_entries:  # the index lacks what the edit list of a trimmed file cuts off
         read, declared = read + num_discarded, min(declared, len(stream.index_entries))
@@ -214,9 +212,3 @@ def seconds_missing(container: av.container.InputContainer, times: list[int]) ->
     missing = container.duration / av.time_base - float((times[-1] + step) * stream.time_base)
     tolerance = 1.0 if len(container.streams) > 1 else 0.5 * float(step * stream.time_base) + 0.01
     return missing if missing > tolerance else 0.0
-
-
-def varies(times: list[int]) -> bool:
-    """Return whether steps between frames differ by more than a tenth, and by more than one tick, which is rounding."""
-    steps = np.diff(times)
-    return bool(steps.size and np.ptp(steps) > max(1.0, 0.1 * steps.mean()))

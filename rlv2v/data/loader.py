@@ -11,7 +11,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -61,30 +62,27 @@ class ClipReader:
         reader: FrameReader = self._local.reader
         return reader.read(source, start, num, fit_size(source.width, source.height, self.size))
 
-    def _read_cached(self, source: Source, start: int, num: int) -> np.ndarray:
-        """Return the same, from memory where the source is cached or can be."""
-        frames = self._cache.get(source.path)
-        if frames is None:
-            width, height = fit_size(source.width, source.height, self.size)
-            num_bytes = source.num_frames * width * height * 3
-            with self._lock:
-                reserved = source.path not in self._cache and num_bytes <= self.free_bytes
-                if reserved:
-                    self.free_bytes -= num_bytes
-                    self._cache[source.path] = None
-            if not reserved:
-                return self.read(source, start, num)
-            try:
-                frames = self._cache[source.path] = self.read(source, 0, source.num_frames)
-            except (UserError, OSError):  # whether a clip fails must not depend on which thread was to fill the cache
-                with self._lock:
-                    self.free_bytes += num_bytes
-                return self.read(source, start, num)
-        return frames[start : start + num]
+    def _cached(self, source: Source) -> np.ndarray | None:
+        """Return all frames of a source that is in memory or that there is room for, else None."""
+        width, height = fit_size(source.width, source.height, self.size)
+        num_bytes = source.num_frames * width * height * 3
+        with self._lock:
+            if source.path in self._cache or num_bytes > self.free_bytes:
+                return self._cache.get(source.path)
+            self.free_bytes -= num_bytes
+            self._cache[source.path] = None
+        with suppress(UserError, OSError):  # whether a clip fails must not depend on which thread fills the cache
+            self._cache[source.path] = self.read(source, 0, source.num_frames)
+            return self._cache[source.path]
+        with self._lock:
+            self.free_bytes += num_bytes
+        return None
 
     def clip(self, sample: ClipSample, num: int) -> np.ndarray:
         """Return the frames of a sample, cropped and flipped, uint8 (num,size,size,3)."""
-        clip = self._read_cached(sample.source, sample.start, num)
+        frames = self._cached(sample.source)
+        first = sample.start
+        clip = self.read(sample.source, first, num) if frames is None else frames[first : first + num]
         top, left = sample.corner(self.size)
         clip = clip[:, top : top + self.size, left : left + self.size]
         left_right, up_down, transposed = sample.flips
@@ -99,24 +97,19 @@ class ThreadReader:
     def __init__(self, sampler: ClipSampler, name: str, clips: ClipReader, pool: ThreadPoolExecutor) -> None:
         self._samples, self._pool = partial(sampler.samples, name), pool
         self._read = partial(clips.clip, num=sampler.length(name))
-        self._pending: dict[int, dict[ClipSample, Future[np.ndarray]]] = {}
+        self._pending: dict[ClipSample, Future[np.ndarray]] = {}
 
     def prepare(self, step: int) -> None:
         """Start on the batch of `step` and of the one after it, by the samples as they are now."""
-        pending, self._pending = self._pending, {}
-        for ahead in (step, step + 1):
-            submitted = pending.get(ahead, {})
-            self._pending[ahead] = {
-                sample: submitted.get(sample) or self._pool.submit(self._read, sample)
-                for sample in self._samples(ahead)
-            }
+        pending, samples = self._pending, self._samples(step) + self._samples(step + 1)
+        self._pending = {sample: pending.get(sample) or self._pool.submit(self._read, sample) for sample in samples}
 
     def take(self, step: int) -> torch.Tensor:
         """Return the batch of `step`, uint8 (B,T,size,size,3). Raises `Unreadable`; may then be prepared again."""
         clips, faults = [], {}
         for sample in self._samples(step):
             try:
-                clips.append(self._pending[step][sample].result())
+                clips.append(self._pending[sample].result())
             except (UserError, OSError) as error:
                 faults[sample.source] = short_reason(error, sample.source.path)
         if faults:
@@ -160,43 +153,33 @@ class Loader:
         device: Device = "cpu",
         cache_mib: int = 1024,
     ) -> None:
-        if unknown := set(batch) - set(SETS):
-            raise UserError(f"batch: expected sets {', '.join(SETS)}, got {', '.join(sorted(unknown))}")
-        if min(batch.values(), default=0) < 0:
-            raise UserError(f"batch: expected 0 or more of each set, got {dict(batch)}")
-        for name, value in {"frames": frames, "size": size, "threads": threads, "seed": seed}.items():
-            if value < (least := 0 if name == "seed" else 1):
-                raise UserError(f"{name}: expected at least {least}, got {value}")
+        if not batch.keys() <= set(SETS) or min(batch.values(), default=0) < 0:
+            raise UserError(f"batch: expected 0 or more of each set {', '.join(SETS)}, got {dict(batch)}")
+        for value, choices in ((augment, Augment), (backend, Backend), (device, Device)):
+            if value not in get_args(choices):
+                raise UserError(f"loader: expected {' or '.join(get_args(choices))}, got {value}")
         if not 0 <= rank < world_size:
             raise UserError(f"rank: expected 0 to world_size-1 = {world_size - 1}, got {rank}")
-        if augment not in get_args(Augment):
-            raise UserError(f"augment: expected {', '.join(get_args(Augment))}, got {augment}")
         self._uses_dali = needs_dali(device, backend)
         self.size, self.threads, self.device, self.step = size, threads, device, 0
         self.clips = ClipReader(size, cache_mib * 2**20)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rlv2v-loader")
-        self._new_sampler = partial(
-            ClipSampler, batch=batch, frames=frames, seed=seed, rank=rank, world_size=world_size, augment=augment
-        )
-        self._open(dataset)
+        self._open(ClipSampler(dataset, batch, frames, seed, rank, world_size, augment))
 
-    def _open(self, dataset: Dataset) -> None:
-        """Draw from `dataset`; what was prepared of another one is dropped."""
-        self.sampler = self._new_sampler(dataset)
-        self._readers = {name: self._open_reader(name) for name in SETS if self.sampler.batch[name]}
+    def _open(self, sampler: ClipSampler) -> None:
+        """Take the samples of `sampler`, and drop what was prepared of another one."""
+        self.sampler = sampler
+        self._readers = {name: self._open_reader(name) for name in SETS if sampler.batch[name]}
 
     def _open_reader(self, name: str) -> ThreadReader | GraphReader:
         if not self._uses_dali:
             return ThreadReader(self.sampler, name, self.clips, self._pool)
         num = self.sampler.length(name)
-        return GraphReader(
-            self.sampler,
-            name,
-            lambda sample: self._pool.submit(self.clips.read, sample.source, sample.start, num),
-            size=self.size,
-            device=self.device,
-            threads=self.threads,
-        )
+
+        def read(sample: ClipSample) -> Future[np.ndarray]:
+            return self._pool.submit(self.clips.read, sample.source, sample.start, num)
+
+        return GraphReader(self.sampler, name, read, size=self.size, device=self.device, threads=self.threads)
 
     def _take(self, name: str) -> torch.Tensor:
         """Return the batch of a set; files that break are excluded until it is complete."""
@@ -255,7 +238,7 @@ class Loader:
             raise UserError(f"loader state: step must be 0 or more, got {state['step']}")
         for reader in self._readers.values():
             reader.close()
-        self._open(dataset)
+        self._open(replace(self.sampler, dataset=dataset))
         self.sampler.load(state["excluded"])
         self.step = state["step"]
 
@@ -268,9 +251,6 @@ class Loader:
 
 def needs_dali(device: Device, backend: Backend) -> bool:
     """Return whether a DALI graph reads the sets. Raises `UserError` where what it needs is missing."""
-    for name, value, known in (("device", device, Device), ("backend", backend, Backend)):
-        if value not in get_args(known):
-            raise UserError(f"{name}: expected {' or '.join(get_args(known))}, got {value}")
     if (device, backend) == ("cpu", "auto"):
         return False
     if not has_dali():

@@ -53,8 +53,8 @@ class OpenVideo:
     def __init__(self, source: Source, times: Times, size: Size) -> None:
         self.size, self.pixels = size, source.width * source.height
         self._times, self._skips, self._upright = times, source.codec in SKIPPABLE, Upright(size)
-        self._container = video.open_video(source.path)
-        self._stream = video.stream_of(self._container)
+        self.container = video.open_video(source.path)
+        self._stream = video.stream_of(self.container)
         self._stream.codec_context.thread_count = 1
 
     def read(self, start: int, num: int) -> np.ndarray | None:
@@ -79,15 +79,11 @@ class OpenVideo:
     def _decode(self, key: int, first: int) -> Iterator[av.VideoFrame]:
         """Yield the frames from the key frame shown at `key` on; before `first` only those to which others refer."""
         context = self._stream.codec_context
-        self._container.seek(key, stream=self._stream)
-        for packet in self._container.demux(self._stream):
+        self.container.seek(key, stream=self._stream)
+        for packet in self.container.demux(self._stream):
             if self._skips:
                 context.skip_frame = "NONREF" if packet.pts is not None and packet.pts < first else "DEFAULT"
             yield from packet.decode()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._container.close()
 
 
 class FrameReader:
@@ -114,8 +110,8 @@ class FrameReader:
             if frames.shape[2:0:-1] != size:
                 frames = np.array([resize(frame, *size) for frame in frames], np.uint8)
         else:
-            images = map(video.read_image, video.files_of(source.path)[start : start + num])
-            frames = np.array([i if i.shape[1::-1] == size else resize(i, *size) for i in images], np.uint8)
+            files = video.files_of(source.path)[start : start + num]
+            frames = np.array([resize(video.read_image(file), *size) for file in files], np.uint8)
         expected = (num, size[1], size[0], 3)
         if frames.shape != expected:
             raise UserError(
@@ -125,24 +121,19 @@ class FrameReader:
         return frames
 
     def _read_video(self, source: Source, start: int, num: int, size: Size) -> np.ndarray:
-        path = source.path
+        path, videos = source.path, self._videos
         if path not in self._times:
             self._times[path] = packet_times(source)
         times = self._times[path]
         if times is not None and start + num <= len(times[0]):
-            opened = self._videos.pop(path, None)
+            opened = videos.pop(path, None)
             if opened is None or opened.size != size:
                 opened = OpenVideo(source, times, size)
             frames = opened.read(start, num)
             if frames is not None:
-                self._leave_open(path, opened)
+                videos[path] = opened  # the last one used; those not used for the longest time are closed
+                while len(videos) > MAX_OPEN_FILES or sum(v.pixels for v in videos.values()) > MAX_OPEN_PIXELS:
+                    videos.popitem(last=False)[1].container.close()
                 return frames
-            opened.close()
+            opened.container.close()
         return np.array(list(video.read_frames(path, start=start, num=num, size=size)), np.uint8)
-
-    def _leave_open(self, path: Path, opened: OpenVideo) -> None:
-        """Leave a video open, and close those that were not used for the longest time."""
-        self._videos[path] = opened
-        while len(self._videos) > MAX_OPEN_FILES or sum(v.pixels for v in self._videos.values()) > MAX_OPEN_PIXELS:
-            _, oldest = self._videos.popitem(last=False)
-            oldest.close()

@@ -11,9 +11,8 @@ stay. So the samples of a step are a function of the step and of the excluded fi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -57,27 +56,24 @@ class Unreadable(Exception):
     """Report the files of one batch that can no longer be read, each with the reason."""
 
     def __init__(self, faults: Mapping[Source, str]) -> None:
-        super().__init__("; ".join(f"{source.path}: {reason}" for source, reason in faults.items()))
-        self.faults = dict(faults)
+        super().__init__(faults)
+        self.faults = faults
 
 
+@dataclass(eq=False)
 class ClipSampler:
-    """Choose the samples of every step of one rank. Arguments as for `Loader`, checked there."""
+    """Choose the samples of every step of one rank. The fields are those of `Loader`."""
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        batch: Mapping[str, int],
-        frames: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-        augment: Augment,
-    ) -> None:
-        self.dataset, self.frames, self.seed, self.augment = dataset, frames, seed, augment
-        self.rank, self.world_size = rank, world_size
-        self.batch = {name: batch.get(name, 0) if dataset.sets[name] else 0 for name in SETS}
+    dataset: Dataset
+    batch: Mapping[str, int]
+    frames: int
+    seed: int
+    rank: int
+    world_size: int
+    augment: Augment
+
+    def __post_init__(self) -> None:
+        self.batch = {name: self.batch.get(name, 0) if self.dataset.sets[name] else 0 for name in SETS}
         self.clips = {name: list(self._clips(name)) for name in SETS}
         self.excluded: dict[str, list[Source]] = {name: [] for name in SETS}
         self._reasons: dict[Source, str] = {}
@@ -89,13 +85,13 @@ class ClipSampler:
         return 1 if name == "s" else self.frames
 
     def _clips(self, name: str) -> Iterator[tuple[Source, int, int]]:
-        """Yield (source, k, K), share k of K, for the clips of each source of a set."""
+        """Yield (source, low, high) of each clip of a set, whose start is drawn from low .. high-1."""
         length = self.length(name)
         for source in self.dataset.sets[name]:
             if source.num_frames < length:
                 raise UserError(f"{source.path}: {source.num_frames} frames, shorter than the clip length {length}")
-            num = source.num_frames // length
-            yield from ((source, k, num) for k in range(num))
+            starts, num = source.num_frames - length + 1, source.num_frames // length
+            yield from ((source, k * starts // num, (k + 1) * starts // num) for k in range(num))
 
     def _rng(self, name: str, purpose: int, address: int) -> np.random.Generator:
         key = [self.seed, SETS.index(name), purpose, address]
@@ -112,29 +108,20 @@ class ClipSampler:
         first = (step * self.world_size + self.rank) * self.batch[name]
         return tuple(self._sample(name, slot) for slot in range(first, first + self.batch[name]))
 
-    def _start(self, clip: tuple[Source, int, int], name: str, rng: np.random.Generator) -> int:
-        """Draw a start uniform in share k of K of the starts that the source has."""
-        source, k, num = clip
-        starts = source.num_frames - self.length(name) + 1
-        return int(rng.integers(k * starts // num, (k + 1) * starts // num))
-
     def _sample(self, name: str, slot: int) -> ClipSample:
-        epoch, position = divmod(slot, len(self.clips[name]))
-        clip = self.clips[name][self._order(name, epoch)[position]]
+        clips = self.clips[name]
+        epoch, position = divmod(slot, len(clips))
+        source, low, high = clips[self._order(name, epoch)[position]]
         rng = self._rng(name, CLIP, slot)
-        start = self._start(clip, name, rng)
+        start = int(rng.integers(low, high))
         top, left = rng.random(2).tolist()
-        left_right, up_down, transposed = (rng.random(3) < 0.5) & ALLOWED[self.augment]
-        if clip[0] in self.excluded[name]:
-            clip, start = self._substitute(name, slot)
-        return ClipSample(clip[0], start, (top, left), (bool(left_right), bool(up_down), bool(transposed)))
-
-    def _substitute(self, name: str, slot: int) -> tuple[tuple[Source, int, int], int]:
-        """Return the clip that stands in at `slot`, the first usable one in an order of the slot's own, and a start."""
-        rng = self._rng(name, SUBSTITUTE, slot)
-        order = (self.clips[name][k] for k in rng.permutation(len(self.clips[name])))
-        clip = next(clip for clip in order if clip[0] not in self.excluded[name])
-        return clip, self._start(clip, name, rng)
+        left_right, up_down, transposed = ((rng.random(3) < 0.5) & ALLOWED[self.augment]).tolist()
+        if source in self.excluded[name]:  # the first usable clip in an order of the slot's own stands in
+            rng = self._rng(name, SUBSTITUTE, slot)
+            order = (clips[k] for k in rng.permutation(len(clips)))
+            source, low, high = next(clip for clip in order if clip[0] not in self.excluded[name])
+            start = int(rng.integers(low, high))
+        return ClipSample(source, start, (top, left), (left_right, up_down, transposed))
 
     def exclude(self, name: str, step: int, faults: Mapping[Source, str]) -> None:
         """Draw from these files no more, with a warning each.
@@ -157,26 +144,19 @@ class ClipSampler:
 
     def state(self) -> SavedSources:
         """Return the excluded sources as plain values; sets without any are left out."""
-        root, sets = self.dataset.root, self.dataset.sets
-        return {
-            name: [
-                {**asdict(s), "path": s.path.relative_to(root).as_posix(), "position": sets[name].index(s)}
-                for s in excluded
-            ]
-            for name, excluded in self.excluded.items()
-            if excluded
-        }
+        root = self.dataset.root
+        state: dict[str, list[dict[str, Any]]] = {}
+        for name, excluded in self.excluded.items():
+            for s in excluded:
+                place = {"path": s.path.relative_to(root).as_posix(), "position": self.dataset.sets[name].index(s)}
+                state.setdefault(name, []).append({**s.to_row(), **place})
+        return state
 
     def load(self, state: SavedSources) -> None:
         """Take over the excluded sources of a dataset that `restore_dataset` has completed."""
-        self.excluded = {name: [load_source(self.dataset.root, row) for row in state.get(name, [])] for name in SETS}
+        sets = self.dataset.sets
+        self.excluded = {name: [sets[name][row["position"]] for row in state.get(name, [])] for name in SETS}
         self.samples.cache_clear()
-
-
-def load_source(root: Path, row: Mapping[str, Any]) -> Source:
-    """Return the source that a row of `ClipSampler.state` stands for."""
-    values = {key: value for key, value in row.items() if key != "position"}
-    return Source(**{**values, "path": root / row["path"]})
 
 
 def restore_dataset(dataset: Dataset, state: SavedSources) -> Dataset:
@@ -186,12 +166,10 @@ def restore_dataset(dataset: Dataset, state: SavedSources) -> Dataset:
     """
     sets = dict(dataset.sets)
     for name, rows in state.items():
-        lost = {row["position"]: load_source(dataset.root, row) for row in rows}
-        lost_paths = {source.path for source in lost.values()}
-        sources = [source for source in sets[name] if source.path not in lost_paths]
-        for position, source in sorted(lost.items()):
-            sources.insert(position, source)
-        sets[name] = sources
+        paths = [dataset.root / row["path"] for row in rows]
+        sets[name] = [source for source in sets[name] if source.path not in paths]
+        for row in sorted(rows, key=lambda row: int(row["position"])):
+            sets[name].insert(row["position"], Source.from_row(dataset.root / row["path"], row))
     if sets == dataset.sets:
         return dataset
     return replace(dataset, sets=sets, fingerprint=fingerprint_of(dataset.root, sets))

@@ -80,11 +80,6 @@ def moving_mask(rng: np.random.Generator, shape: str, frames: int, size: int) ->
     return mask
 
 
-def draw(mask: np.ndarray, colour: np.ndarray, behind: np.ndarray) -> np.ndarray:
-    """Paint `colour` (3,) where `mask` (T,H,W) over `behind` (T,H,W,3)."""
-    return np.where(mask[..., None], colour, behind)
-
-
 def clip_of(name: str, index: int, *, seed: int, frames: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return clip `index` of set `name` and its truth (the object on Y's background), uint8 (T,H,W,3) each.
 
@@ -94,12 +89,9 @@ def clip_of(name: str, index: int, *, seed: int, frames: int, size: int) -> tupl
     frames = 1 if name == "trainS" else frames
     mask = moving_mask(rng, "circle" if name == "trainY" else "rectangle", frames, size)
     colour = random_colour(rng)
-    if name == "trainS":
-        behind = np.full((1, size, size, 3), BLUE if index % 2 == 0 else RED, np.uint8)
-    else:
-        behind = background(frames, size)
-    truth = draw(mask, colour, behind)
-    return (draw(mask, colour, np.zeros_like(behind)) if name.endswith("X") else truth), truth
+    behind = background(2, size)[index % 2 :][:1] if name == "trainS" else background(frames, size)
+    truth = np.where(mask[..., None], colour, behind)
+    return (colour * mask[..., None] if name.endswith("X") else truth), truth
 
 
 def write_dataset(out: Path, *, size: int = 32, frames: int = 8, seed: int = 0, counts: Counts | None = None) -> None:
@@ -113,18 +105,16 @@ def write_dataset(out: Path, *, size: int = 32, frames: int = 8, seed: int = 0, 
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
         for name, num in clips.items():
-            (partial / name).mkdir(parents=True)
-            truth_folder = partial / name.replace("X", "Truth") if name in ("valX", "testX") else None
-            if truth_folder:
-                truth_folder.mkdir()
+            folders = [name, name.replace("X", "Truth")] if name in ("valX", "testX") else [name]
+            for folder in folders:
+                (partial / folder).mkdir(parents=True)
             for index in range(num):
-                clip, truth = clip_of(name, index, seed=seed, frames=frames, size=size)
-                if name == "trainS":
-                    write_image(partial / name / f"{index:05d}.png", clip[0])
-                    continue
-                write_clip(partial / name / f"{index:05d}.mp4", clip, FPS, "vp9-lossless")
-                if truth_folder:
-                    write_clip(truth_folder / f"{index:05d}.mp4", truth, FPS, "vp9-lossless")
+                drawn = clip_of(name, index, seed=seed, frames=frames, size=size)
+                for folder, clip in zip(folders, drawn, strict=False):
+                    if name == "trainS":
+                        write_image(partial / folder / f"{index:05d}.png", clip[0])
+                    else:
+                        write_clip(partial / folder / f"{index:05d}.mp4", clip, FPS, "vp9-lossless")
         description = {"kind": "synthetic", "size": size, "frames": frames, "seed": seed, "counts": asdict(counts)}
         (partial / "dataset.json").write_text(json.dumps(description, indent=2) + "\n")
         if out.exists():
@@ -141,10 +131,6 @@ def check(out: Path, size: int, frames: int, seed: int, counts: Counts) -> None:
     for name, value, low, unit in (("size", size, 16, "pixels"), ("frames", frames, 2, "frames a clip")):
         if not low <= value <= 4096:
             raise UserError(f"--{name}: expected {low} to 4096 {unit}, got {value}")
-    if seed < 0:
-        raise UserError(f"--seed: expected 0 or more, got {seed}")
-    for name, value in asdict(counts).items():
-        if value < 0:
-            raise UserError(f"--counts.{name}: expected 0 or more, got {value}")
-        if name in "xy" and value < frames:
-            raise UserError(f"--counts.{name}: expected at least one clip of {frames} frames, got {value} frames")
+    for name, value in {"seed": seed, **{f"counts.{name}": num for name, num in asdict(counts).items()}}.items():
+        if value < (low := frames if name in ("counts.x", "counts.y") else 0):
+            raise UserError(f"--{name}: expected {low} or more, got {value}")

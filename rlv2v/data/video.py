@@ -10,12 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fractions import Fraction
 from io import BufferedReader
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import av
 import cv2
@@ -47,15 +46,12 @@ def natural_key(path: Path) -> list[tuple[int, int, str]]:
     return [(0, int(piece), piece) if piece.isdigit() else (1, 0, piece) for piece in pieces if piece]
 
 
-def images_in(folder: Path) -> list[Path]:
-    """Return the images of a folder in natural order, hidden files left out."""
-    images = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
-    return sorted(images, key=natural_key)
-
-
 def files_of(path: Path) -> list[Path]:
-    """Return the files that a source is made of."""
-    return images_in(path) if path.is_dir() else [path]
+    """Return the files that a source is made of: the images of a folder in natural order, hidden ones left out."""
+    if not path.is_dir():
+        return [path]
+    images = (p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    return sorted(images, key=natural_key)
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -116,24 +112,18 @@ def open_video(path: Path) -> av.container.InputContainer:
     except (av.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be opened as a video: {reason}") from error
-    if fault := not_a_video(container):
-        container.close()
-        raise UserError(f"{path}: {fault}")
-    return container
-
-
-def not_a_video(container: av.container.InputContainer) -> str:
-    """Return why an opened file is not what a user calls a video; empty: it is one."""
     if container.format.name in TEXT_FORMATS:
-        return "a text file or a playlist; expected a video"
-    if not container.streams.video:
-        return "no video stream; expected a file with pictures"
-    stream = stream_of(container)
-    if stream.disposition & Disposition.attached_pic:
-        return "no video stream but a cover picture; expected a video"
-    if getattr(stream, "codec_context", None) is None:
-        return "PyAV does not know its codec; expected H.264, VP9 or another common one"
-    return ""
+        fault = "a text file or a playlist; expected a video"
+    elif not container.streams.video:
+        fault = "no video stream; expected a file with pictures"
+    elif stream_of(container).disposition & Disposition.attached_pic:
+        fault = "no video stream but a cover picture; expected a video"
+    elif getattr(stream_of(container), "codec_context", None) is None:
+        fault = "PyAV does not know its codec; expected H.264, VP9 or another common one"
+    else:
+        return container
+    container.close()
+    raise UserError(f"{path}: {fault}")
 
 
 def stream_of(container: av.container.InputContainer) -> av.VideoStream:
@@ -177,20 +167,22 @@ def decode(path: Path, size: tuple[int, int] | None = None) -> Iterator[np.ndarr
 
 
 def stored_frames(path: Path, size: tuple[int, int] | None = None) -> Iterator[np.ndarray]:
-    """Yield all frames of a raw clip, a folder of images or one image, scaled to `size` or to the size of the first."""
-    files = files_of(path)
-    if not files:
-        raise UserError(f"{path}: a folder without images; expected numbered frames")
-    for frame in raw_frames(path) if kind_of(path) == "raw" else map(read_image, files):
+    """Yield all frames of a raw clip, a folder of images or one image, scaled to `size` or to the size of the first.
+
+    A `UserError` follows the last complete frame of a raw clip that is cut short.
+    """
+    if kind_of(path) == "raw":
+        (num, *_), complete = raw_shape(path)
+        frames: Iterator[np.ndarray] = (frame for k in range(complete) for frame in read_raw(path, k, 1))
+    else:
+        files = files_of(path)
+        num = complete = len(files)
+        frames = map(read_image, files)
+        if not files:
+            raise UserError(f"{path}: a folder without images; expected numbered frames")
+    for frame in frames:
         size = size or (frame.shape[1], frame.shape[0])
-        yield frame if frame.shape[1::-1] == size else resize(frame, *size)
-
-
-def raw_frames(path: Path) -> Iterator[np.ndarray]:
-    """Yield the frames of a raw clip; a `UserError` follows the last complete one of a file that is cut short."""
-    (num, *_), complete = raw_shape(path)
-    for k in range(complete):
-        yield from read_raw(path, k, 1)
+        yield resize(frame, *size)
     if complete < num:
         raise UserError(f"{path}: the file ends after {complete} of {num} frames")
 
@@ -210,11 +202,9 @@ def read_frames(
     yield from islice(frames, start, None if num is None else start + num)
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Hold what a source declares before it is decoded; `num_frames` is None where the container does not say."""
+class Probe(NamedTuple):
+    """Hold what a source declares before it is decoded."""
 
-    kind: Kind
     codec: str
     width: int
     """Width of the upright frame, pixels."""
@@ -222,6 +212,7 @@ class Probe:
     fps: Fraction
     """Frames a second; 25 where the source has no clock (folders, raw, images)."""
     num_frames: int | None
+    """None where the container does not say."""
     has_audio: bool
 
 
@@ -233,18 +224,20 @@ def probe(path: Path) -> Probe:
         raise UserError(f"{path}: no frame can be decoded")
     height, width = first.shape[:2]
     if kind != "video":
-        count = raw_shape(path)[0][0] if kind == "raw" else len(images_in(path)) if kind == "frames" else 1
-        suffix = images_in(path)[0].suffix if kind == "frames" else path.suffix
-        return Probe(kind, suffix.lstrip(".").lower(), width, height, Fraction(25), count, has_audio=False)
+        files = files_of(path)
+        count = raw_shape(path)[0][0] if kind == "raw" else len(files)
+        return Probe(files[0].suffix[1:].lower(), width, height, Fraction(25), count, has_audio=False)
     with open_video(path) as container:
         stream = stream_of(container)
-        fps = stream.average_rate or stream.guessed_rate or Fraction(25)
         name = stream.codec_context.codec.canonical_name
-        return Probe(kind, name, width, height, Fraction(fps), stream.frames or None, bool(container.streams.audio))
+        fps = Fraction(stream.average_rate or stream.guessed_rate or 25)
+        return Probe(name, width, height, fps, stream.frames or None, bool(container.streams.audio))
 
 
 def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Scale (H,W,3) to exactly `width` x `height`: area average when it shrinks, bilinear when it grows."""
+    """Scale (H,W,3) to `width` x `height`: area average when it shrinks, bilinear when it grows; as is if it fits."""
+    if image.shape[:2] == (height, width):
+        return image
     method = cv2.INTER_AREA if height < image.shape[0] else cv2.INTER_LINEAR
     scaled: np.ndarray = cv2.resize(image, (width, height), interpolation=method)
     return scaled
@@ -258,10 +251,7 @@ def fit_size(width: int, height: int, size: int) -> tuple[int, int]:
 
 def fit(frames: np.ndarray, size: int) -> np.ndarray:
     """Resize (T,H,W,3) so that the short side is `size`."""
-    height, width = frames.shape[1:3]
-    if min(height, width) == size:
-        return np.ascontiguousarray(frames)
-    target = fit_size(width, height, size)
+    target = fit_size(frames.shape[2], frames.shape[1], size)
     return np.stack([resize(frame, *target) for frame in frames])
 
 

@@ -30,18 +30,17 @@ def cores() -> int:
 
 
 def start_worker() -> None:
-    """Prepare a worker process."""
+    """Leave Ctrl-C to the parent, use one thread, and end as soon as the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(1)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent() -> None:
-    """Wait for the parent to end, then end at once."""
     parent = multiprocessing.parent_process()
-    if parent is not None:
+    assert parent is not None
+
+    def end_with_parent() -> None:
         parent.join()
         os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def run_all(

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import av
@@ -76,23 +75,20 @@ class VideoWriter:
         return None
 
     def _start(self, height: int, width: int) -> None:
-        name = {"h264": "libx264", "vp9": "libvpx-vp9", "vp9-lossless": "libvpx-vp9"}[self.codec]
-        stream: Any = self._output.add_stream(name, rate=self.fps)
+        stream: Any = self._output.add_stream("libx264" if self.codec == "h264" else "libvpx-vp9", rate=self.fps)
         context = stream.codec_context
-        stream.width, stream.height = width, height
-        context.gop_size = 12
+        stream.width, stream.height, context.gop_size = width, height, 12
         if self.codec == "h264":
             stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
             stream.options = {"crf": "16", "preset": "fast"}
             context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
             context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        elif self.codec == "vp9":
+            stream.pix_fmt, stream.options = "yuv420p", VP9_OPTIONS | {"crf": "16", "b": "0"}
+            context.thread_count, context.bit_rate = 1, 0
+            context.colorspace, context.color_range = Colorspace.ITU601, ColorRange.MPEG
         else:
-            stream.pix_fmt = "yuv420p" if self.codec == "vp9" else "gbrp"
-            stream.options = VP9_OPTIONS | ({"crf": "16", "b": "0"} if self.codec == "vp9" else {"lossless": "1"})
-            context.thread_count = 1
-            if self.codec == "vp9":
-                context.bit_rate = 0
-                context.colorspace, context.color_range = Colorspace.ITU601, ColorRange.MPEG
+            stream.pix_fmt, stream.options, context.thread_count = "gbrp", VP9_OPTIONS | {"lossless": "1"}, 1
         self._stream = stream
         if self._audio is not None:
             track = self._audio.streams.audio[0]
@@ -112,57 +108,36 @@ class VideoWriter:
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
         if self.codec != "vp9-lossless":
             matrix = Colorspace.ITU709 if self.codec == "h264" else Colorspace.ITU601
-            picture = picture.reformat(
-                format=self._stream.pix_fmt, dst_colorspace=matrix, dst_color_range=ColorRange.MPEG
-            )
-            picture.colorspace, picture.color_range = matrix, ColorRange.MPEG
+            form, limited = self._stream.pix_fmt, ColorRange.MPEG
+            picture = picture.reformat(format=form, dst_colorspace=matrix, dst_color_range=limited)
+            picture.colorspace, picture.color_range = matrix, limited
         picture.pts, picture.time_base = self.count, 1 / self.fps
         self._output.mux(self._stream.encode(picture))
         self.count += 1
-        self._copy_audio()
-
-    def _copy_audio(self) -> None:
-        """Mux the audio up to the end of the last written frame, so that the file stays interleaved."""
+        # the audio up to the end of this frame, so that the file stays interleaved
         while (packet := self._next_packet) is not None and packet.dts * packet.time_base < self.count / self.fps:
             packet.stream = self._audio_stream
             self._output.mux(packet)
             self._next_packet = next(self._packets, None)
 
-    def close(self) -> None:
-        """Finish the file and give it its name."""
-        if self.shape is None:
-            self.discard()
-            raise ValueError(f"VideoWriter: {self.path} has no frames")
-        try:
-            self._output.mux(self._stream.encode(None))
-            self._output.close()
-        except BaseException:
-            self.discard()
-            raise
-        self._close_audio()
-        self._partial.replace(self.path)
-
-    def discard(self) -> None:
-        """Drop what was written; a file that already had the name stays as it was."""
-        self._close_audio()
-        with suppress(av.FFmpegError):  # the end of a file that is thrown away, perhaps because the disk is full
-            self._output.close()
-        self._partial.unlink(missing_ok=True)
-
-    def _close_audio(self) -> None:
-        if self._audio is not None:
-            self._audio.close()
-
     def __enter__(self) -> VideoWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.discard()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Finish the file and give it its name; after an error, drop it: a file that had the name stays as it was."""
+        try:
+            if kind is None:
+                if self.shape is None:
+                    raise ValueError(f"VideoWriter: {self.path} has no frames")
+                self._output.mux(self._stream.encode(None))
+                self._output.close()
+                self._partial.replace(self.path)
+        finally:
+            with suppress(av.FFmpegError):  # the end of a file that is thrown away, perhaps because the disk is full
+                self._output.close()
+            self._partial.unlink(missing_ok=True)
+            if self._audio is not None:
+                self._audio.close()
 
 
 def write_clip(path: Path, frames: np.ndarray, fps: Fraction | float, codec: Codec = "h264") -> None:

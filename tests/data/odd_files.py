@@ -120,6 +120,7 @@ def intact_files(folder: Path) -> dict[str, Expected]:
     if "libsvtav1" in av.codecs_available:
         write(folder / "av1.mp4", "libsvtav1", preset="12", **{"svtav1-params": "lp=1"})
     write(folder / "444.mp4", pix_fmt="yuv444p")
+    write(folder / "prores.mov", "prores_ks", "yuv422p10le")
     write(folder / "10bit.mp4", pix_fmt="yuv420p10le")
     write(folder / "mjpeg.avi", "mjpeg", "yuvj420p")
     write(folder / "mpeg4.avi", "mpeg4")
@@ -218,6 +219,7 @@ def useless_files(folder: Path, scratch: Path) -> dict[str, Expected]:
         "text.mp4": b"not a video\n" * 99,
         "README.txt": b"about these videos\n" * 99,
         "list.ffconcat": b"ffconcat version 1.0\nfile plain.mp4\n",
+        "v9.npy": b"\x93NUMPY\x09\x00" + bytes(120),
         "random.mp4": np.random.default_rng(0).bytes(5000),
     }
     for name, content in contents.items():
@@ -227,6 +229,7 @@ def useless_files(folder: Path, scratch: Path) -> dict[str, Expected]:
     np.save(folder / "float.npy", np.zeros((9, 8, 8, 3), np.float32))
     np.save(folder / "grey.npy", np.zeros((9, 8, 8), np.uint8))
     np.save(folder / "objects.npy", np.array([{}], object))
+    np.save(folder / "turned.npy", np.zeros((3, 4, 5, 9), np.uint8).T)
     with (folder / "several.npy").open("wb") as file:
         np.savez(file, np.zeros((9, 8, 8, 3), np.uint8))
     for name in ("empty", "folder.mp4", "pipes"):
@@ -249,7 +252,9 @@ def useless_files(folder: Path, scratch: Path) -> dict[str, Expected]:
         "float.npy": r"^expected uint8 \(T,H,W,3\), got float32",
         "grey.npy": r"^expected uint8 \(T,H,W,3\), got uint8 \(9, 8, 8\)",
         "objects.npy": r"^expected uint8 \(T,H,W,3\), got object",
+        "turned.npy": r"got uint8 \(9, 5, 4, 3\) in Fortran order$",
         "several.npy": "^cannot be read as .npy",
+        "v9.npy": "^cannot be read as .npy",
         "empty": "^a folder without images",
         "folder.mp4": "^a folder without images",
         "loop.mp4": "^Too many levels of symbolic links$",

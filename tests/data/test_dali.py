@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-import struct
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -158,14 +157,11 @@ def unchanged(source: Source, start: int) -> ClipSample:
 
 
 @pytest.mark.parametrize(("device", "codec"), DEVICES)
-@pytest.mark.parametrize("count", [60, pytest.param(400, marks=pytest.mark.thorough)])
-def test_the_video_route_gives_exactly_the_frames_asked_for(
-    tmp_path: Path, device: Device, codec: str, count: int
-) -> None:
+def test_the_video_route_gives_exactly_the_frames_asked_for(tmp_path: Path, device: Device, codec: str) -> None:
     for k in range(5):
         write(tmp_path / f"{k}.mp4", stamped_clip(range(40 * k, 40 * k + 40), 128, 128), codec)
     sources, rng = index_folder(tmp_path, frames=T), np.random.default_rng(0)
-    picks = [(int(rng.integers(5)), int(rng.integers(40 - T + 1))) for _ in range(count)]
+    picks = [(int(rng.integers(5)), int(rng.integers(40 - T + 1))) for _ in range(100)]
     reader = graph_reader(sources, [unchanged(sources[k], start) for k, start in picks], device)
     for step, (k, start) in enumerate(picks):
         reader.prepare(step)
@@ -223,58 +219,21 @@ def test_routes(tmp_path: Path) -> None:
     assert [choose_route([raw], "cpu"), choose_route([raw, cut], "cpu")] == ["raw", "frames"]
 
 
-def fields(message: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield the length-delimited fields of a protocol buffer message: (number, content)."""
-    place = 0
-
-    def varint() -> int:
-        nonlocal place
-        value = shift = 0
-        while True:
-            byte = message[place]
-            place, value, shift = place + 1, value | (byte & 127) << shift, shift + 7
-            if byte < 128:
-                return value
-
-    while place < len(message):
-        number, kind = divmod(varint(), 8)
-        if kind == 2:
-            size = varint()
-            yield number, message[place : place + size]
-            place += size
-        elif kind == 0:
-            varint()
-        else:
-            place += struct.calcsize("<d" if kind == 1 else "<f")
-
-
-def operators(serialised: bytes) -> dict[str, tuple[str, str]]:
-    """Return {first output: (operator, device)} of a pipeline; operators are field 5, their outputs field 3."""
-    nodes = {}
-    for operator in (list(fields(content)) for number, content in fields(serialised) if number == 5):
-        name = next(content for number, content in operator if number == 1).decode()
-        first = dict(fields(next(content for number, content in operator if number == 3)))
-        nodes[first[1].decode().removesuffix("[0]")] = (name, first[2].decode())
-    return nodes
-
-
 @pytest.mark.parametrize("route", KINDS)
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_the_serialised_graph_differs_in_reader_and_device_alone(tmp_path: Path, device: Device, route: str) -> None:
     (tmp_path / "list.txt").write_text("none.mp4 0 0 4\n")
     listed = {"raw": ["none.npy"], "video": str(tmp_path / "list.txt"), "frames": None}[route]
     built = new_graph(GraphOptions(route, device, batch=2, frames=T, size=16), listed)  # type: ignore[arg-type]
-    nodes = operators(built.serialize())
-    readers = {
-        "raw": ("readers__Numpy", "cpu"),
-        "video": ("experimental__readers__Video", device),
-        "frames": ("ExternalSource", "cpu"),
-    }
-    expected = {"resize": "Resize", "crop": "Slice", "flips": "Flip", "transposed": "Transpose"}
-    assert nodes["reader"] == readers[route]
-    assert {name: nodes[name] for name in expected} == {name: (op, device) for name, op in expected.items()}
-    assert {place for op, place in nodes.values() if op == "_ArithmeticGenericOp"} == {device}
-    assert {n for n, (op, _) in nodes.items() if op == "ExternalSource"} >= {"target", "corner", "flip", "transpose"}
+    serialised = built.serialize()
+    # in protocol buffers, an operator's output is field 3: its name, field 1, and its device, field 2
+    outputs = dict(re.findall(rb"\x1a.\x0a.(\w+)(?:\[0\])?\x12.(cpu|gpu)", serialised, re.DOTALL))
+    reader = {"raw": b"readers__Numpy", "video": b"experimental__readers__Video", "frames": b"ExternalSource"}[route]
+    assert all(operator in serialised for operator in (reader, b"Resize", b"Slice", b"Flip", b"Transpose"))
+    assert outputs[b"reader"] == (device.encode() if route == "video" else b"cpu")
+    assert {outputs[name] for name in (b"resize", b"crop", b"flips", b"transposed")} == {device.encode()}
+    assert {place for name, place in outputs.items() if b"ArithmeticGenericOp" in name} == {device.encode()}
+    assert outputs.keys() >= {b"target", b"corner", b"flip", b"transpose"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

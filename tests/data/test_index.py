@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 from data_clips import by_name, encode, write_frames
 
-from rlv2v.data import index, video
+from rlv2v.data import index
 from rlv2v.data.index import Source, index_folder, open_dataset
-from rlv2v.data.inspect import Stopped, varies
-from rlv2v.data.readers import FrameReader
+from rlv2v.data.inspect import Stopped
 from rlv2v.data.writer import write_clip, write_image
 from rlv2v.errors import UserError
 
@@ -50,14 +49,9 @@ def test_every_source_has_its_status_and_reason(folder: Path) -> None:
     sources = by_name(index_folder(folder, frames=8))
     assert list(sources) == [p.name for p in index.source_paths(folder)] and ".hidden.mp4" not in sources
     assert {name for name, source in sources.items() if source.dali} == {"vp9.mp4"}
-    short, broken, cut = sources["short.mp4"], sources["line\nbreak.mp4"], sources["cut.mp4"]
+    short, broken = sources["short.mp4"], sources["line\nbreak.mp4"]
     assert (short.status, short.reason) == ("excluded", "5 frames, shorter than the clip length 8")
     assert (broken.status, broken.reason) == ("excluded", "the file is empty (0 bytes)")
-    assert cut.status == "truncated" and 8 <= cut.num_frames < 20
-    part = FrameReader().read(cut, 0, cut.num_frames)
-    intact = np.stack(list(video.read_frames(folder / "intact.mp4")))
-    np.testing.assert_array_equal(part, intact[: cut.num_frames], "the good part reads like the intact file")
-    np.testing.assert_array_equal(FrameReader().read(cut, cut.num_frames - 3, 3), part[-3:])
 
 
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -75,11 +69,14 @@ def test_unchanged_files_are_not_read_again(folder: Path, monkeypatch: pytest.Mo
     assert index_folder(folder, frames=8) == first and seen == [], "what is wrong with a file is remembered too"
     assert (folder / index.MANIFEST).stat().st_mtime_ns == written
     assert by_name(index_folder(folder, frames=3))["short.mp4"].status == "ok", "the length is judged anew"
-    write_clip(folder / "good.mp4", noise(11), 8)
-    write_image(folder / "frames" / "20.png", noise(1)[0])
-    seen.clear()
+    good = folder / "good.mp4"
+    good.write_bytes(good.read_bytes()[:-1] + b"?")  # another content of the same size
+    (folder / "frames" / "4.png").rename(folder / "frames" / "40.png")  # another order: another clip
+    index_folder(folder, frames=8)
+    assert sorted(seen) == ["frames", "good.mp4"]
+    write_clip(good, noise(11), 8)
+    write_image(folder / "frames" / "41.png", noise(1)[0])
     again = by_name(index_folder(folder, frames=8))
-    assert {"good.mp4", "frames"} <= set(seen) and "vp9.mp4" not in seen
     assert again["good.mp4"].num_frames == 11 and again["frames"].num_frames == 21
 
 
@@ -185,16 +182,6 @@ def test_a_touched_or_copied_file_is_known_by_its_content(folder: Path, monkeypa
     assert len(index_folder(folder, frames=8)) == len(files)
 
 
-def test_the_same_size_with_another_content_is_another_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    index_folder(folder, frames=8)
-    good = folder / "good.mp4"
-    good.write_bytes(good.read_bytes()[:-1] + b"?")
-    (folder / "frames" / "4.png").rename(folder / "frames" / "40.png")  # another order: another clip
-    seen = decoded(monkeypatch)
-    index_folder(folder, frames=8)
-    assert sorted(seen) == ["frames", "good.mp4"]
-
-
 def test_a_repaired_file_is_found_again(tmp_path: Path) -> None:
     write_clip(tmp_path / "a.mp4", noise(9), 8)
     content = (tmp_path / "a.mp4").read_bytes()
@@ -223,6 +210,7 @@ def test_the_manifest_describes_each_file_and_moves_with_its_folder(
     index_folder(folder, frames=8)
     manifest = json.loads((folder / index.MANIFEST).read_text())
     good = manifest["entries"]["good.mp4"]
+    older = {**good, "source": {**good["source"], "variable": False}}
     status = (folder / "good.mp4").stat()
     assert manifest["version"] == 3 and good["key"] == [1, status.st_size, status.st_mtime_ns]
     assert good["source"].pop("hash") == hashlib.sha256((folder / "good.mp4").read_bytes()).hexdigest()
@@ -237,10 +225,11 @@ def test_the_manifest_describes_each_file_and_moves_with_its_folder(
         "dali": False,
         "status": "ok",
         "reason": "",
-        "variable": False,
     }
     assert set(manifest["entries"]) == {p.name for p in index.source_paths(folder)}
     assert str(folder) not in json.dumps(manifest), "no path of this machine"
+    manifest["entries"]["good.mp4"] = older
+    (folder / index.MANIFEST).write_text(json.dumps(manifest))
     moved = folder.rename(folder.with_name("moved"))
     seen = decoded(monkeypatch)
     assert all(s.path.parent == moved for s in index_folder(moved, frames=8)) and seen == []
@@ -270,8 +259,3 @@ def test_a_stopped_decode_ends_at_once(folder: Path) -> None:
     for name in ("good.mp4", "frames"):
         with pytest.raises(Stopped):
             index.inspect(folder / name, stop)
-
-
-def test_rounded_times_do_not_vary() -> None:
-    assert not varies([0, 33, 67, 100, 133]) and not varies([0, 3, 7, 10]) and not varies([0]) and not varies([])
-    assert varies([0, 33, 67, 133]) and varies([0, 3, 6, 12])

@@ -89,6 +89,7 @@ def test_epochs_are_complete_and_disjoint_over_ranks(data: Dataset, world_size: 
 def test_the_samples_of_a_seed_are_pinned(data: Dataset) -> None:
     """A run of an older version resumes with the same clips."""
     sampler = open_loader(data, seed=7, augment="dihedral").sampler
+    assert sampler.samples("x", 11) != open_loader(data, seed=8, augment="dihedral").sampler.samples("x", 11)
     rows = [(s.source.path.name, s.start, round(s.crop[0], 6), s.flips) for s in sampler.samples("x", 11)]
     assert rows == PINNED
 
@@ -109,12 +110,6 @@ def test_every_start_is_drawn_and_windows_of_a_source_do_not_repeat(data: Datase
     starts = [[s.start for s in sampler.samples("x", step)] for step in range(200)]
     assert {s for epoch in starts for s in epoch} == set(range(10))
     assert all(len(set(epoch)) == 3 for epoch in starts)
-
-
-def test_seeds_differ_and_repeat(data: Dataset) -> None:
-    same, again, other = open_loader(data, seed=1), open_loader(data, seed=1), open_loader(data, seed=2)
-    batches = [(next(same), next(again), next(other)) for _ in range(5)]
-    assert all(equal(a, b) for a, b, _ in batches) and not all(equal(a, c) for a, _, c in batches)
 
 
 @pytest.mark.parametrize("step", [0, 1, 9])
@@ -178,32 +173,22 @@ def test_without_dali_the_threads_work_and_the_extra_is_named(data: Dataset, mon
         with pytest.raises(UserError, match=r"DALI, which is not installed; .*: pip install 'rlv2v\[dali\]'"):
             open_loader(data, **changes)
     assert next(open_loader(data, backend="auto")).x is not None
-
-
-def test_the_package_imports_without_dali() -> None:
     code = "import sys; sys.modules['nvidia.dali'] = None; import rlv2v.data.loader, rlv2v.prepare"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"batch": {"w": 1}}, "expected sets x, y, z, s, got w"),
+def test_bad_options_are_named(data: Dataset) -> None:
+    options: list[tuple[dict[str, Any], str]] = [
+        ({"batch": {"w": 1}}, "batch: expected 0 or more of each set x, y, z, s, got"),
         ({"batch": {"x": -1}}, "batch: expected 0 or more"),
-        ({"frames": 0}, "frames: expected at least 1, got 0"),
         ({"frames": 6}, "4 frames, shorter than the clip length 6"),
+        ({"augment": "spin"}, "expected none or flip or dihedral, got spin"),
+        ({"device": "tpu"}, "expected cpu or gpu, got tpu"),
         ({"rank": 2, "world_size": 2}, "rank: expected 0 to"),
-        ({"augment": "spin"}, "augment: expected none, flip, dihedral, got spin"),
-        ({"threads": 0}, "threads: expected at least 1"),
-        ({"seed": -1}, "seed: expected at least 0"),
-        ({"backend": "magic"}, "backend: expected auto or dali, got magic"),
-        ({"device": "tpu"}, "device: expected cpu or gpu, got tpu"),
-    ],
-)
-def test_bad_options_are_named(data: Dataset, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        open_loader(data, **changes)
+    ]
+    for changes, message in options:
+        with pytest.raises(UserError, match=message):
+            open_loader(data, **changes)
 
 
 def test_cache_is_bounded_and_changes_nothing(tmp_path: Path) -> None:

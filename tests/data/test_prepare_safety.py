@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import resource
 import shutil
@@ -29,9 +30,9 @@ KILL = """
 import os, signal, sys
 from rlv2v.data.prepare import convert
 stop, jobs, output_frames = getattr(signal, sys.argv.pop(1)), [], convert.output_frames
-def killed(job, wanted):
-    jobs.append(job)
-    for k, frame in enumerate(output_frames(job, wanted)):
+def killed(*args):
+    jobs.append(args)
+    for k, frame in enumerate(output_frames(*args)):
         if (len(jobs), k) == (3, 5):
             os.kill(os.getpid(), stop)
         yield frame
@@ -118,18 +119,11 @@ def test_workers_end_with_a_killed_parent_and_the_next_run_goes_on(tmp_path: Pat
     assert made.items() <= prepared_files(out).items(), "what was complete is not made again"
 
 
-class Stdin:
-    """A terminal on which `answer` is typed, or none."""
-
-    def __init__(self, answer: str | None) -> None:
-        self.answer = answer
+class Terminal(io.StringIO):
+    """Somebody who types an answer."""
 
     def isatty(self) -> bool:
-        return self.answer is not None
-
-    def readline(self) -> str:
-        assert self.answer is not None, "nobody may be asked"
-        return self.answer
+        return True
 
 
 @pytest.fixture
@@ -144,15 +138,15 @@ def test_a_disk_that_is_too_small(one_video: Path, tmp_path: Path, monkeypatch: 
     out, usage = tmp_path / "out", shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     refusal = r"are needed, .* are free; free space, use --store video .* or give --yes"
-    for answer, message in ((None, refusal), ("\n", "nothing was written")):
-        monkeypatch.setattr(sys, "stdin", Stdin(answer))
+    for stdin, message in ((io.StringIO(), refusal), (Terminal("\n"), "nothing was written")):
+        monkeypatch.setattr(sys, "stdin", stdin)
         with pytest.raises(UserError, match=message):
             main(Args(one_video, out, store="raw", jobs=1))
         assert prepared_hashes(out) == {}
-    monkeypatch.setattr(sys, "stdin", Stdin("y\n"))
+    monkeypatch.setattr(sys, "stdin", Terminal("y\n"))
     main(Args(one_video, out, store="raw", jobs=1))
     assert len(prepared_hashes(out)) == 1
-    monkeypatch.setattr(sys, "stdin", Stdin(None))
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
     main(Args(one_video, tmp_path / "yes", store="raw", jobs=1, yes=True))
     assert prepared_hashes(tmp_path / "yes") == prepared_hashes(out)
 

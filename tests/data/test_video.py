@@ -34,29 +34,16 @@ def test_raw_clips_images_and_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.mp4", b"", "cannot be opened as a video"),
         ("text\n.mp4", b"hello" * 100, "cannot be opened as a video"),
         ("broken.png", b"\x89PNG", "cannot be read as an image"),
-        ("broken.npy", b"\x93NUMPY", "cannot be read as .npy"),
         ("v3.npy", b"\x93NUMPY\x03\x00" + bytes(120), "cannot be read as .npy"),
-        ("v9.npy", b"\x93NUMPY\x09\x00" + bytes(120), "cannot be read as .npy"),
-        ("float.npy", np.zeros((3, 4, 4, 3)), r"expected uint8 \(T,H,W,3\), got float64"),
-        ("pickle.npy", np.array([{}], object), r"expected uint8 \(T,H,W,3\), got object"),
-        ("turned.npy", np.zeros((3, 4, 5, 9), np.uint8).T, r"got uint8 \(9, 5, 4, 3\) in Fortran order"),
-        ("wide.npy", np.zeros((9, 5, 4, 4), np.uint8), r"got uint8 \(9, 5, 4, 4\)"),
-        ("folder.mp4", "folder", "a folder without images"),
         ("none.mp4", None, "no such file"),
     ],
 )
-def test_unreadable_files_are_named(
-    tmp_path: Path, name: str, content: bytes | np.ndarray | str | None, message: str
-) -> None:
-    if isinstance(content, bytes):
+def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    """`test_odd_files` has every other kind."""
+    if content is not None:
         (tmp_path / name).write_bytes(content)
-    elif isinstance(content, np.ndarray):
-        np.save(tmp_path / name, content)
-    elif content:
-        (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=f"{name.partition(chr(10))[0]}.*: .*{message}") as caught:
         read(tmp_path / name)
     assert "\n" not in str(caught.value)

@@ -19,7 +19,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -34,7 +34,7 @@ from rlv2v.data.inspect import Source, excluded_source
 from rlv2v.data.readers import packet_times
 from rlv2v.data.video import fit_size
 from rlv2v.data.writer import VideoWriter, write_image
-from rlv2v.errors import UserError
+from rlv2v.errors import UserError, one_line
 
 VERSION = 1
 """Part of every output's hash: a change of what is written takes a new name."""
@@ -46,17 +46,30 @@ VIDEO_BYTES_PER_PIXEL = 0.15
 MAX_FPS = 1000
 MAX_NAME_BYTES = 120
 Store = Literal["raw", "video"]
+CHANGED = "the file changed while in use; start again"
 
 
 @dataclass(frozen=True)
-class Survey:
-    """Hold a source and the length and rate of its output."""
+class Item:
+    """Hold one source, the length and rate of its output, the set that it goes into, and the output's name."""
 
     source: Source
-    frames: int
+    frames: int = 0
     """Frames of the output."""
-    fps: float
+    fps: float = 0.0
     """Rate of the output; 25 where neither the source nor `--fps` says."""
+    set: str = ""
+    output: str = ""
+    """Relative to OUT; empty if excluded."""
+
+    @property
+    def usable(self) -> bool:
+        """Return whether an output is planned for it."""
+        return self.source.status != "excluded"
+
+    def exclude(self, reason: str) -> Item:
+        """Return the item as excluded for `reason`."""
+        return replace(self, source=replace(self.source, status="excluded", reason=one_line(reason)))
 
 
 @dataclass(frozen=True)
@@ -76,11 +89,11 @@ class Format:
         width, height = fit_size(source.width, source.height, max(self.size, MIN_VIDEO_SIDE))
         return width + width % 2, height + height % 2
 
-    def estimate_bytes(self, survey: Survey) -> int:
+    def estimate_bytes(self, item: Item) -> int:
         """Estimate the output's size: exact for `raw`, generous for most `video` and for images."""
-        width, height = self.target_size(survey.source)
-        per_pixel = 3.0 if self.store == "raw" or survey.source.kind == "image" else VIDEO_BYTES_PER_PIXEL
-        return 4096 + int(width * height * survey.frames * per_pixel)
+        width, height = self.target_size(item.source)
+        per_pixel = 3.0 if self.store == "raw" or item.source.kind == "image" else VIDEO_BYTES_PER_PIXEL
+        return 4096 + int(width * height * item.frames * per_pixel)
 
     def output_name(self, path: Path, source: Source, sha256: str) -> str:
         """Return the output's file name: the source's name made safe, ten digits of a hash, and a suffix.
@@ -94,47 +107,34 @@ class Format:
         suffix = ".png" if source.kind == "image" else {"raw": ".npy", "video": ".mp4"}[self.store]
         return f"{stem}-{hashlib.sha256(settings.encode()).hexdigest()[:10]}{suffix}"
 
-    def is_complete(self, path: Path, survey: Survey) -> bool:
+    def is_complete(self, path: Path, item: Item) -> bool:
         """Return whether an output has the frames and the size that it should have; its pixels are not read."""
-        width, height = self.target_size(survey.source)
+        width, height = self.target_size(item.source)
         try:
-            if survey.source.kind == "image":
+            if item.source.kind == "image":
                 return video.read_image(path).shape == (height, width, 3)
             if self.store == "raw":
-                return video.raw_shape(path) == ((survey.frames, height, width, 3), survey.frames)
+                return video.raw_shape(path) == ((item.frames, height, width, 3), item.frames)
             with video.open_video(path) as container:
                 stream = video.stream_of(container)
-                return (stream.frames, stream.width, stream.height) == (survey.frames, width, height)
+                return (stream.frames, stream.width, stream.height) == (item.frames, width, height)
         except UserError:
             return False
 
 
-@dataclass(frozen=True)
-class Job:
-    """Hold one output to write; it travels to a worker process."""
+def survey_source(path: Path, fps: float | None) -> tuple[Item, list[int]]:
+    """Decode a source to its end, hash it and time it; return that and its `file_key`.
 
-    survey: Survey
-    target: Path
-    format: Format
-
-
-def survey_source(path: Path, fps: float | None) -> Survey:
-    """Decode a source to its end, hash it and time it. A fault is not raised: `source.status` and `.reason` hold it."""
-    source = examine(path, None, threading.Event()).source
-    if source.status == "excluded":
-        return Survey(source, 0, 0.0)
+    A fault is not raised: `source.status` and `.reason` hold it.
+    """
+    key, source = examine(path, None, threading.Event())
+    if source.num_frames < 1:
+        return Item(excluded_source(path, source.reason)), key
     try:
-        if source.num_frames < 1:
-            raise UserError(source.reason or "no frame can be read")
         wanted, rate = time_frames(source, fps)
-        return Survey(source, len(wanted), float(rate))
+        return Item(source, len(wanted), float(rate)), key
     except (UserError, OSError) as error:
-        return unusable(path, str(error))
-
-
-def unusable(path: Path, reason: str) -> Survey:
-    """Return the survey of a source that cannot be used."""
-    return Survey(excluded_source(path, reason), 0, 0.0)
+        return Item(excluded_source(path, str(error))), key
 
 
 def frame_times(source: Source) -> np.ndarray:
@@ -176,32 +176,31 @@ def as_rate(fps: float) -> Fraction:
     return rate
 
 
-def output_frames(job: Job, wanted: np.ndarray) -> Iterator[np.ndarray]:
+def output_frames(item: Item, size: tuple[int, int], wanted: np.ndarray) -> Iterator[np.ndarray]:
     """Yield the output's frames; one at a time is in memory."""
-    source, num = job.survey.source, 0
-    size = job.format.target_size(source)
-    for index, frame in enumerate(video.read_frames(source.path, num=int(wanted[-1]) + 1, size=size)):
+    num = 0
+    for index, frame in enumerate(video.read_frames(item.source.path, num=int(wanted[-1]) + 1, size=size)):
         while num < len(wanted) and wanted[num] == index:
             yield frame
             num += 1
     if num != len(wanted):
-        raise UserError(f"expected {len(wanted)} frames, got {num}: the file changed while in use; start again")
+        raise UserError(f"expected {len(wanted)} frames, got {num}: {CHANGED}")
 
 
-def write_output(path: Path, job: Job) -> None:
+def write_output(path: Path, item: Item, output_format: Format) -> None:
     """Write the output in constant memory: frames are appended, so that a full disk is an error and not a crash."""
-    wanted, rate = time_frames(job.survey.source, job.format.fps)
-    if len(wanted) != job.survey.frames:
-        raise UserError("the file changed while in use; start again")
-    frames = output_frames(job, wanted)
-    if job.survey.source.kind == "image":
+    wanted, rate = time_frames(item.source, output_format.fps)
+    if len(wanted) != item.frames:
+        raise UserError(CHANGED)
+    width, height = output_format.target_size(item.source)
+    frames = output_frames(item, (width, height), wanted)
+    if item.source.kind == "image":
         write_image(path, next(frames))
-    elif job.format.store == "video":
+    elif output_format.store == "video":
         with VideoWriter(path, rate, "vp9") as writer:
             for frame in frames:
                 writer.write(frame)
     else:
-        width, height = job.format.target_size(job.survey.source)
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(wanted), height, width, 3)}
         with path.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
@@ -209,18 +208,19 @@ def write_output(path: Path, job: Job) -> None:
                 file.write(np.ascontiguousarray(frame).data)
 
 
-def convert_source(job: Job) -> int:
-    """Write one output and return its bytes; `job.target` appears complete or not at all, and is never replaced.
+def convert_source(item: Item, out: Path, output_format: Format) -> int:
+    """Write one output and return its bytes; it appears complete or not at all, and nothing is ever replaced.
 
     Raises:
         UserError: the source is at fault.
         OSError: the disk is.
     """
-    source, target = job.survey.source, job.target
+    target = out / item.output
+    target.parent.mkdir(exist_ok=True)
     partial = target.with_name(PARTIAL + target.name)
     try:
-        write_output(partial, job)
-        if not job.format.is_complete(partial, job.survey):
+        write_output(partial, item, output_format)
+        if not output_format.is_complete(partial, item):
             raise UserError("what was written does not read back complete")
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
@@ -231,6 +231,6 @@ def convert_source(job: Job) -> int:
     except av.FFmpegError as error:  # raised by the encoder; plain exceptions travel between processes
         if isinstance(error, OSError):
             raise OSError(error.errno or errno.EIO, error.strerror, str(target)) from None
-        raise UserError(f"{source.path}: cannot be encoded: {error}") from None
+        raise UserError(f"{item.source.path}: cannot be encoded: {error}") from None
     finally:
         partial.unlink(missing_ok=True)
