@@ -179,7 +179,7 @@ def gradients(
     loss: str, hs: Tensor, cs: Tensor, inputs: Sequence[Tensor | None], dtype: torch.dtype
 ) -> dict[str, Tensor | None]:
     """Return by name the gradients, of those inputs that want one, of a loss of `LOSSES` with weights in `dtype`."""
-    dhs, dcs = (weight.to(a.dtype) for weight, a in zip(loss_weights(hs.shape, dtype), (hs, cs), strict=True))
+    dhs, dcs = (weight.to(a) for weight, a in zip(loss_weights(hs.shape, dtype), (hs, cs), strict=True))
     time_axis = cs.dim() - 4
     outputs, weights = {
         "hs and cs": ([hs, cs], [dhs, dcs]),
@@ -256,12 +256,19 @@ def assert_gradients(
         assert off <= limit * size, f"d{name} is off by {off / size:.1e}, exact norm {want.norm():.1e}"
 
 
-def check_call(shape: Shape, state: str, run: Run) -> None:
-    """Assert the values and the gradients of every loss of one call of `convlstm_cells`."""
+def check_call(
+    shape: Shape,
+    state: str,
+    run: Run,
+    losses: Sequence[str] = LOSSES,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Assert the values of one call of `convlstm_cells` and the gradients of each loss."""
     inputs, (*states, right) = arguments(shape, run.dtype, state), answer(shape, run.dtype, state)
+    inputs = [None if a is None else a.detach().to(device).requires_grad_() for a in inputs]
     hs, cs = convlstm_cells(*inputs, **run.options)
     assert_values(hs, cs, states, run.dtype, shape.value_terms)
-    for loss in LOSSES:
+    for loss in losses:
         ours = gradients(loss, hs, cs, inputs, run.dtype)
         assert all(gradient is None or gradient.dtype == run.dtype for gradient in ours.values()), loss
         assert_gradients(ours, right[loss], run.dtype, shape.gradient_terms)

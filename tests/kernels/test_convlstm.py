@@ -34,14 +34,6 @@ def test_a_layer_of_real_size_keeps_the_limits(run: Run) -> None:
     cases.check_call(REAL_SIZE, "state", run)
 
 
-@needs_triton
-@pytest.mark.parametrize("run", fast([run for run in cases.ALL_RUNS if run.backend == "triton"], 0, 5), ids=str)
-@pytest.mark.parametrize("shape", fast([TINY, cases.SHAPES[0], cases.SHAPES[3], cases.SHAPES[6]], 0), ids=str)
-def test_triton_keeps_the_limits_as_an_operator(shape: Shape, run: Run) -> None:
-    for state in ("state", "zero"):
-        cases.check_call(shape, state, run)
-
-
 @pytest.fixture(params=_native.gates_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     usual = _native.gates_isa()

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from recurrence_cases import check_recurrence
+from convlstm_cases import Run, Shape, check_call
 
 from rlv2v import _native
 from rlv2v.kernels import cuda
@@ -105,18 +105,17 @@ def test_the_binding_refuses_before_it_touches_memory() -> None:
 
 @pytest.mark.skipif(REASON is not None, reason=f"cuda backend: {REASON}")
 @pytest.mark.parametrize("dtype", cuda.DTYPES)
-@pytest.mark.parametrize("activated", [True, False])
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(
-    "shape",  # G, T, B, C, H, W, k
+    "shape",
     [
-        (1, 3, 1, 1, 1, 1, 3),
-        (2, 4, 3, 5, 7, 6, 3),
-        (1, 2, 2, 24, 9, 5, 5),
-        (1, 8, 4, 64, 32, 32, 3),
-        (3, 4, 2, 32, 17, 33, 1),
+        Shape(1, 3, 2, 1, 1, 1, 3),
+        Shape(3, 4, 2, 5, 7, 6, 3, groups=2),
+        Shape(2, 2, 2, 24, 9, 5, 5),
+        Shape(4, 8, 2, 64, 32, 32, 3),
+        Shape(2, 4, 2, 32, 17, 33, 1, groups=3),
     ],
+    ids=str,
 )
-def test_values_and_gradients_are_those_of_the_textbook(
-    shape: tuple[int, ...], activated: bool, dtype: torch.dtype
-) -> None:
-    check_recurrence(CUDA_RECURRENCE, shape, dtype, CUDA, state="state", with_dcs=True, activated=activated)
+def test_values_and_gradients_are_those_of_the_textbook(shape: Shape, recompute: bool, dtype: torch.dtype) -> None:
+    check_call(shape, "state", Run("cuda", dtype, recompute), device=CUDA)
