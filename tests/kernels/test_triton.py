@@ -27,7 +27,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAN = float("nan")
 GUARD = 64  # elements on either side of every tensor
 SMALL = Shape(1, 2, 1, 3, 2, 3, 3, groups=2)
-SHAPES = [SMALL, Shape(1, 1, 1, 1, 1, 1, 1), Shape(2, 3, 1, 3, 1, 1, 3), Shape(3, 2, 1, 5, 4, 6, 3, 2)]
+SHAPES = [SMALL, Shape(2, 1, 2, 1, 1, 1, 1), Shape(2, 3, 1, 3, 1, 1, 3), Shape(3, 2, 1, 5, 4, 6, 3, 2)]
 SHAPES += [Shape(1, 2, 1, 3, 7, 2, 5), Shape(1, 3, 1, 17, 3, 4, 3), Shape(1, 2, 1, 33, 5, 9, 1, 2)]
 RUNS = [run for run in ALL_RUNS if run.backend == "triton"]
 CASES = [(shape, run, state) for shape in SHAPES for run in RUNS for state in ("state", "zero")]
