@@ -21,9 +21,8 @@
 #include <vector>
 
 #include "pages.h"
-#include "replay/fair_lock.h"
-#include "replay/fork_guard.h"
 #include "replay/frame_arena.h"
+#include "replay/locks.h"
 #include "replay/sum_tree.h"
 
 namespace rlv2v {

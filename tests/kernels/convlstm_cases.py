@@ -21,7 +21,7 @@ NAMES = ("x", "w_x", "w_h", "bias", "h0", "c0")
 LOSSES = ("hs and cs", "hs", "c_T")
 STATES = {"state": ("h0", "c0"), "zero": (), "h0 alone": ("h0",), "c0 alone": ("c0",)}
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-BACKEND_DTYPES = {"auto": DTYPES, "reference": DTYPES, "eager": DTYPES, "cpu": DTYPES[1:], "triton": DTYPES[1:]}
+BACKEND_DTYPES = {"reference": DTYPES, "eager": DTYPES, "cpu": DTYPES[1:], "triton": DTYPES[1:]}
 """A new backend gets its entry here, and the tests run it."""
 Tensors = list[Tensor | None]
 

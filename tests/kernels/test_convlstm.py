@@ -29,7 +29,7 @@ def test_values_and_gradients_are_those_of_the_textbook(shape: Shape, state: str
     cases.check_call(shape, state, run)
 
 
-@pytest.mark.parametrize("run", fast([run for run in RUNS if run.backend != "auto"], 1, 4, 7, 9, 13), ids=str)
+@pytest.mark.parametrize("run", fast(RUNS, 1, 4, 7, 9, 13), ids=str)
 def test_a_layer_of_real_size_keeps_the_limits(run: Run) -> None:
     cases.check_call(REAL_SIZE, "state", run)
 
