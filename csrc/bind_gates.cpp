@@ -7,7 +7,6 @@
 #include <string>
 #include <utility>
 
-#include "bindings.h"
 #include "convlstm/gates.h"
 #include "memory_pool.h"
 
@@ -17,25 +16,26 @@ namespace {
 
 using Address = std::uintptr_t;
 
-template <class T>
-T* ptr(Address address) {
-  return reinterpret_cast<T*>(address);
-}
+struct Pointer {
+  template <class T>
+  operator T*() const {
+    return reinterpret_cast<T*>(address);
+  }
+  Address address;
+};
 
 void forward(int dtype, std::int64_t rows, std::int64_t length, Address a, Address a_h, Address c_prev, Address h,
              Address c, Address gates, int num_threads) {
-  rlv2v::gates_forward({static_cast<rlv2v::GatesType>(dtype), rows, length, ptr<const void>(a),
-                        ptr<const void>(a_h), ptr<const float>(c_prev), ptr<void>(h), ptr<float>(c),
-                        ptr<void>(gates), num_threads});
+  rlv2v::gates_forward({static_cast<rlv2v::GatesType>(dtype), rows, length, Pointer{a}, Pointer{a_h}, Pointer{c_prev},
+                        Pointer{h}, Pointer{c}, Pointer{gates}, num_threads});
 }
 
 void backward(int dtype, bool activated, std::int64_t rows, std::int64_t length, Address dh1, Address dh2,
               Address dc_out, Address carry_in, Address gates, Address c, Address c_prev, Address da, Address carry_out,
               int num_threads) {
-  rlv2v::gates_backward({static_cast<rlv2v::GatesType>(dtype), activated, rows, length, ptr<const void>(dh1),
-                         ptr<const void>(dh2), ptr<const float>(dc_out), ptr<const float>(carry_in),
-                         ptr<const void>(gates), ptr<const float>(c), ptr<const float>(c_prev),
-                         ptr<void>(da), ptr<float>(carry_out), num_threads});
+  rlv2v::gates_backward({static_cast<rlv2v::GatesType>(dtype), activated, rows, length, Pointer{dh1}, Pointer{dh2},
+                         Pointer{dc_out}, Pointer{carry_in}, Pointer{gates}, Pointer{c}, Pointer{c_prev}, Pointer{da},
+                         Pointer{carry_out}, num_threads});
 }
 
 // The pool is never destroyed: blocks may be dropped while the interpreter ends.
@@ -63,17 +63,21 @@ class Block {
 
 }  // namespace
 
-void rlv2v::bind_gates(py::module_& m) {
+namespace rlv2v {
+
+void bind_gates(py::module_& m) {
   using ReleaseGil = py::call_guard<py::gil_scoped_release>;
   m.def("gates_forward", &forward, ReleaseGil());
   m.def("gates_backward", &backward, ReleaseGil());
   py::class_<Block>(m, "Block", py::buffer_protocol()).def(py::init<std::size_t>()).def_buffer(&Block::buffer);
   m.def("pool_bytes", [] { return std::make_pair(pool().used_bytes(), pool().idle_bytes()); });
-  m.def("gates_isa", [] { return std::string(rlv2v::gates_kernels().name); });
+  m.def("gates_isa", [] { return gates_kernels().name; });
   m.def("gates_isas", [] {
     py::list names;
-    for (const rlv2v::GatesKernels* set : rlv2v::available_gates()) names.append(set->name);
+    for (const GatesKernels* set : available_gates()) names.append(set->name);
     return names;
   });
-  m.def("gates_set_isa", [](const std::string& name) { rlv2v::choose_gates(name.c_str()); });
+  m.def("gates_set_isa", [](const std::string& name) { choose_gates(name.c_str()); });
 }
+
+}  // namespace rlv2v

@@ -1,6 +1,5 @@
 // The persistent ConvLSTM in rlv2v._native: device pointers and the stream are integers, so the module needs no torch.
-#include "bindings.h"
-
+#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstdint>
@@ -36,21 +35,20 @@ py::object plan(const ConvLstmShape& shape, bool backward, int sms, int shared_b
                   "weight_bytes"_a = plan.weight_bytes, "shared_bytes"_a = plan.shared_bytes);
 }
 
-// Converts an address to a pointer, aligned for the kernels' wide loads; 0 is None where that is allowed.
-template <class T>
-T* pointer(Address address, const char* name, bool optional = false) {
-  if ((address == 0 && !optional) || address % 16 != 0) {
-    throw std::invalid_argument("persistent: " + std::string(name) + " must be at an address that 16 divides, got " +
-                                std::to_string(address));
+// Converts to a pointer, aligned for the kernels' wide loads; 0 is None where that is allowed.
+struct Pointer {
+  template <class T>
+  operator T*() const {
+    if ((address == 0 && !optional) || address % 16 != 0) {
+      throw std::invalid_argument("persistent: " + std::string(name) + " must be at an address that 16 divides, got " +
+                                  std::to_string(address));
+    }
+    return reinterpret_cast<T*>(address);
   }
-  return reinterpret_cast<T*>(address);
-}
-std::uint16_t* halves(Address address, const char* name, bool optional = false) {
-  return pointer<std::uint16_t>(address, name, optional);
-}
-float* floats(Address address, const char* name, bool optional = false) {
-  return pointer<float>(address, name, optional);
-}
+  Address address;
+  const char* name;
+  bool optional = false;
+};
 
 template <class Pass>
 void run(const ConvLstmShape& shape, const std::string& dtype, int device, const Pass& pass, Address stream) {
@@ -65,19 +63,18 @@ void run(const ConvLstmShape& shape, const std::string& dtype, int device, const
 
 void forward(const ConvLstmShape& shape, const std::string& dtype, int device, Address stream, Address a, Address w_h,
              Address h0, Address c0, Address hs, Address cs, Address gates, Address counters) {
-  const PersistentForward pass{{}, halves(a, "a"), halves(w_h, "w_h"), halves(h0, "h0", true), floats(c0, "c0", true),
-                               halves(hs, "hs"), floats(cs, "cs"), halves(gates, "gates", true),
-                               pointer<std::uint32_t>(counters, "counters")};
+  const PersistentForward pass{{}, Pointer{a, "a"}, Pointer{w_h, "w_h"}, Pointer{h0, "h0", true},
+                               Pointer{c0, "c0", true}, Pointer{hs, "hs"}, Pointer{cs, "cs"},
+                               Pointer{gates, "gates", true}, Pointer{counters, "counters"}};
   run(shape, dtype, device, pass, stream);
 }
 
 void backward(const ConvLstmShape& shape, const std::string& dtype, int device, Address stream, Address dhs,
               Address dcs, Address gates, bool activated, Address cs, Address c0, Address w_h, Address da, Address dh0,
               Address dc0, Address counters) {
-  const PersistentBackward pass{{}, halves(dhs, "dhs"), floats(dcs, "dcs", true), halves(gates, "gates"), activated,
-                                floats(cs, "cs"), floats(c0, "c0", true), halves(w_h, "w_h"), halves(da, "da"),
-                                halves(dh0, "dh0", true), floats(dc0, "dc0"),
-                                pointer<std::uint32_t>(counters, "counters")};
+  const PersistentBackward pass{{}, Pointer{dhs, "dhs"}, Pointer{dcs, "dcs", true}, Pointer{gates, "gates"}, activated,
+                                Pointer{cs, "cs"}, Pointer{c0, "c0", true}, Pointer{w_h, "w_h"}, Pointer{da, "da"},
+                                Pointer{dh0, "dh0", true}, Pointer{dc0, "dc0"}, Pointer{counters, "counters"}};
   run(shape, dtype, device, pass, stream);
 }
 

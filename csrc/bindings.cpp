@@ -15,10 +15,13 @@
 
 #include "arrays.h"
 #include "batch_ring.h"
-#include "bindings.h"
 #include "replay/buffer.h"
 
 namespace rlv2v {
+
+void bind_gates(py::module_& m);
+void bind_persistent(py::module_& m);
+
 namespace {
 
 using namespace py::literals;

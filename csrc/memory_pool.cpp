@@ -8,9 +8,8 @@
 namespace rlv2v {
 namespace {
 
-constexpr std::size_t kStep = std::size_t{1}
-                              << 20;   // sizes are rounded up to it, so that similar requests share blocks
-constexpr std::size_t kMaxUnused = 8;  // a block serves requests that leave at most an eighth of it unused
+constexpr std::size_t kStep = std::size_t{1} << 20;  // sizes are multiples, so that similar requests share blocks
+constexpr std::size_t kMaxUnused = 8;                // a block serves requests that leave at most an eighth unused
 
 }  // namespace
 

@@ -18,6 +18,12 @@ constexpr std::size_t kHuge = std::size_t{1} << 21;
   throw std::system_error(code, std::generic_category(), message);
 }
 
+void* map(std::size_t bytes, int flags, int descriptor, off_t offset) {
+  void* const address = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, descriptor, offset);
+  if (address == MAP_FAILED) throw std::bad_alloc();
+  return address;
+}
+
 }  // namespace
 
 ScratchFile::ScratchFile(const std::string& path)
@@ -40,11 +46,7 @@ Pages::Pages(std::size_t bytes) : bytes_(bytes) {
   // Leaves room to begin at a multiple of 2 MiB.
   const std::size_t slack = bytes >= kHuge ? kHuge : 0;
   mapped_bytes_ = bytes + slack;
-  mapped_ = ::mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (mapped_ == MAP_FAILED) {
-    mapped_ = nullptr;
-    throw std::bad_alloc();
-  }
+  mapped_ = map(mapped_bytes_, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   auto address = reinterpret_cast<std::uintptr_t>(mapped_);
   if (slack > 0) address = (address + kHuge - 1) / kHuge * kHuge;
   data_ = reinterpret_cast<unsigned char*>(address);
@@ -54,11 +56,7 @@ Pages::Pages(std::size_t bytes) : bytes_(bytes) {
 }
 
 Pages::Pages(const ScratchFile& file, std::size_t offset, std::size_t bytes) : bytes_(bytes), mapped_bytes_(bytes) {
-  mapped_ = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file.descriptor(), static_cast<off_t>(offset));
-  if (mapped_ == MAP_FAILED) {
-    mapped_ = nullptr;
-    throw std::bad_alloc();
-  }
+  mapped_ = map(bytes, MAP_SHARED, file.descriptor(), static_cast<off_t>(offset));
   data_ = static_cast<unsigned char*>(mapped_);
 }
 

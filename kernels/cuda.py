@@ -19,6 +19,7 @@ SMs of 99 KB (sm_86) and C <= 1776, 384, 128 on 132 SMs of 227 KB (sm_90).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -94,10 +95,8 @@ class CudaRecurrence:
         check("c0", c0, state, torch.float32, a.device)
         hs, cs = empty_frames(a, *sequence), empty_frames(a, *sequence, dtype=torch.float32)
         gates = empty_frames(a, *a.shape, dtype=torch.float16) if keep_gates else None
-        counters = torch.empty(groups, _native.persistent_counters, dtype=torch.int32, device=a.device)
-        tensors = {"a": a, "w_h": w_h, "h0": h0, "c0": c0, "hs": hs, "cs": cs, "gates": gates, "counters": counters}
-        with torch.cuda.device(a.device):
-            _native.persistent_forward(*launch(a, w_h), **addresses(tensors))
+        tensors = {"a": a, "w_h": w_h, "h0": h0, "c0": c0, "hs": hs, "cs": cs, "gates": gates}
+        launch(_native.persistent_forward, a, w_h, tensors)
         return Outputs(hs, cs, gates)
 
     def backward(self, operands: BackwardOperands) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -114,11 +113,9 @@ class CudaRecurrence:
         da = empty_frames(dhs, *gates.shape)
         dh0 = empty_frames(dhs, *state) if need_state else None
         dc0 = empty_frames(dhs, *state, dtype=torch.float32)  # the carry, needed or not
-        counters = torch.empty(groups, _native.persistent_counters, dtype=torch.int32, device=dhs.device)
         tensors = {"dhs": dhs, "dcs": dcs, "gates": gates, "cs": cs, "c0": c0, "w_h": w_h}
-        tensors |= {"da": da, "dh0": dh0, "dc0": dc0, "counters": counters}
-        with torch.cuda.device(dhs.device):
-            _native.persistent_backward(*launch(gates, w_h), activated=activated, **addresses(tensors))
+        tensors |= {"da": da, "dh0": dh0, "dc0": dc0}
+        launch(_native.persistent_backward, gates, w_h, tensors, activated=activated)
         return da, dh0, dc0 if need_state else None
 
 
@@ -146,17 +143,17 @@ def check(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch
         raise ValueError(f"cuda: {name} must be dense with C after H, W, got strides {tensor.stride()}")
 
 
-def launch(gates: Tensor, w_h: Tensor) -> tuple[_native.ConvLstmShape, str, int, int]:
-    """Return the first arguments of both passes: shape, dtype, device index, stream."""
+def launch(
+    run: Callable[..., None], gates: Tensor, w_h: Tensor, tensors: dict[str, Tensor | None], **flags: bool
+) -> None:
+    """Enqueue a pass of `_native` on the current stream of the weight's device."""
     groups, steps, batch, height, width, channels, kernel = sizes(gates, w_h)
-    index = torch.cuda.current_device() if w_h.device.index is None else w_h.device.index
     shape = _native.ConvLstmShape(groups, steps, batch, channels, height, width, kernel)
-    return shape, DTYPES[w_h.dtype], index, torch.cuda.current_stream(w_h.device).cuda_stream
-
-
-def addresses(tensors: dict[str, Tensor | None]) -> dict[str, Any]:
-    """Return the addresses of tensors by name, 0 for None."""
-    return {name: address(tensor) for name, tensor in tensors.items()}
+    counters = torch.empty(groups, _native.persistent_counters, dtype=torch.int32, device=w_h.device)
+    addresses = {name: address(tensor) for name, tensor in (tensors | {"counters": counters}).items()}
+    with torch.cuda.device(w_h.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        run(shape, DTYPES[w_h.dtype], torch.cuda.current_device(), stream, **addresses, **flags)
 
 
 def aligned(tensor: TensorOrNone) -> TensorOrNone:

@@ -15,9 +15,9 @@ namespace rlv2v {
 struct GridPosition {
   int group, slice, cta, warp, lane;
 
-  RLV2V_DEVICE explicit GridPosition(const PersistentGeometry& geo)
-      : group(device::block() / (geo.slices * geo.ctas)), slice(device::block() / geo.ctas % geo.slices),
-        cta(device::block() % geo.ctas), warp(device::thread() / 32), lane(device::thread() % 32) {}
+  RLV2V_DEVICE explicit GridPosition(const PersistentPlan& plan)
+      : group(device::block() / (plan.slices * plan.ctas)), slice(device::block() / plan.ctas % plan.slices),
+        cta(device::block() % plan.ctas), warp(device::thread() / 32), lane(device::thread() % 32) {}
 };
 
 // Each warp has kRows tiles of 16 pixels by kColumns tiles of 8 columns; kAcross warps share the same pixels.
@@ -28,20 +28,20 @@ class Convolution {
   using Sums = float[kRows][kColumns][4];
   using Pixels = int[kRows][2];
 
-  RLV2V_DEVICE Convolution(const PersistentGeometry& geometry, const GridPosition& position, int inputs)
-      : geo_(geometry), inputs_(inputs), segments_((inputs + 15) / 16), lane_(position.lane),
-        across_(position.warp % kAcross), weight_(device::shared()), stages_(device::shared() + geometry.weight_bytes) {
+  RLV2V_DEVICE Convolution(const PersistentPlan& plan, const GridPosition& position, int inputs)
+      : plan_(plan), inputs_(inputs), segments_((inputs + 15) / 16), lane_(position.lane),
+        across_(position.warp % kAcross), weight_(device::shared()), stages_(device::shared() + plan.weight_bytes) {
     RLV2V_UNROLL for (int m = 0; m < kRows; ++m) {
       RLV2V_UNROLL for (int half = 0; half < 2; ++half) {
-        const Position in_tile(geo_, tile_row(position.warp, m, half));
+        const Position in_tile(plan_, tile_row(position.warp, m, half));
         rows_[m][half] = in_tile.row << 16 | in_tile.column | in_tile.image << 8;
-        patch_[m][half] = (in_tile.image * geo_.patch_height + in_tile.row) * geo_.patch_width + in_tile.column;
+        patch_[m][half] = (in_tile.image * plan_.patch_height + in_tile.row) * plan_.patch_width + in_tile.column;
       }
     }
   }
 
   RLV2V_DEVICE void clear_weight() const {
-    for (int offset = 16 * device::thread(); offset < geo_.weight_bytes; offset += 16 * kPersistentThreads) {
+    for (int offset = 16 * device::thread(); offset < plan_.weight_bytes; offset += 16 * kPersistentThreads) {
       device::store(weight_ + offset, device::Words4{0, 0, 0, 0});
     }
     device::sync_threads();
@@ -59,7 +59,7 @@ class Convolution {
 
   // Finds the pixels in the frame that the lane's sums belong to, -1 outside the frame or past C.
   RLV2V_DEVICE void locate(int tile, int channels, Pixels& pixels) const {
-    const Corner corner(geo_, tile);
+    const Corner corner(plan_, tile);
     RLV2V_UNROLL for (int m = 0; m < kRows; ++m) {
       RLV2V_UNROLL for (int half = 0; half < 2; ++half) {
         const int packed = rows_[m][half];
@@ -75,7 +75,7 @@ class Convolution {
 
   // sums += the convolution of the frame at the tile, which has begun; also begins the next tile, unless it is -1.
   RLV2V_DEVICE void accumulate(Sums& sums, int tile, int next, const std::uint16_t* frame) {
-    const int chunks = (segments_ + geo_.chunk - 1) / geo_.chunk;
+    const int chunks = (segments_ + plan_.chunk - 1) / plan_.chunk;
     for (int chunk = 0; chunk < chunks; ++chunk) {
       const bool last = chunk + 1 == chunks;
       device::copy_wait();
@@ -90,16 +90,16 @@ class Convolution {
  private:
   struct Position {
     int image, row, column;
-    RLV2V_DEVICE Position(const PersistentGeometry& geo, int index)
-        : image(index >> (geo.log_height + geo.log_width)), row(index >> geo.log_width & ((1 << geo.log_height) - 1)),
-          column(index & ((1 << geo.log_width) - 1)) {}
+    RLV2V_DEVICE Position(const PersistentPlan& plan, int index)
+        : image(index >> (plan.log_height + plan.log_width)),
+          row(index >> plan.log_width & ((1 << plan.log_height) - 1)), column(index & ((1 << plan.log_width) - 1)) {}
   };
   struct Corner {
     int image, row, column;
-    RLV2V_DEVICE Corner(const PersistentGeometry& geo, int tile)
-        : image(tile / (geo.tiles_width * geo.tiles_height) << geo.log_batch),
-          row(tile / geo.tiles_width % geo.tiles_height << geo.log_height),
-          column(tile % geo.tiles_width << geo.log_width) {}
+    RLV2V_DEVICE Corner(const PersistentPlan& plan, int tile)
+        : image(tile / (plan.tiles_width * plan.tiles_height) << plan.log_batch),
+          row(tile / plan.tiles_width % plan.tiles_height << plan.log_height),
+          column(tile % plan.tiles_width << plan.log_width) {}
   };
 
   RLV2V_DEVICE int tile_row(int warp, int m, int half) const {
@@ -107,40 +107,40 @@ class Convolution {
   }
 
   RLV2V_DEVICE int pixel(int image, int row, int column) const {
-    const bool inside = image < geo_.batch && row >= 0 && row < geo_.height && column >= 0 && column < geo_.width;
-    return inside ? (image * geo_.height + row) * geo_.width + column : -1;
+    const bool inside = image < plan_.batch && row >= 0 && row < plan_.height && column >= 0 && column < plan_.width;
+    return inside ? (image * plan_.height + row) * plan_.width + column : -1;
   }
 
   // A patch holds `chunk` segments of 32 bytes a pixel, rotated by the pixel: four neighbours are in different banks.
   RLV2V_DEVICE int rotation(int patch_pixel) const {
-    return (geo_.chunk == 2 ? patch_pixel >> 1 : patch_pixel) & (geo_.chunk - 1);
+    return (plan_.chunk == 2 ? patch_pixel >> 1 : patch_pixel) & (plan_.chunk - 1);
   }
-  RLV2V_DEVICE char* stage_at(int buffer) const { return stages_ + buffer * geo_.patch_pixels * geo_.chunk * 32; }
+  RLV2V_DEVICE char* stage_at(int buffer) const { return stages_ + buffer * plan_.patch_pixels * plan_.chunk * 32; }
 
   // Copies a tile and its halo to shared memory: 16 * chunk channels of each pixel, zeros outside the frame and past C.
   RLV2V_DEVICE void stage(int tile, int chunk, int buffer, const std::uint16_t* frame) const {
-    const Corner corner(geo_, tile);
-    const int halo = geo_.kernel / 2;
-    const int first = chunk * geo_.chunk * 16;
+    const Corner corner(plan_, tile);
+    const int halo = plan_.kernel / 2;
+    const int first = chunk * plan_.chunk * 16;
     const int channels =
-        16 * (segments_ - chunk * geo_.chunk < geo_.chunk ? segments_ - chunk * geo_.chunk : geo_.chunk);
+        16 * (segments_ - chunk * plan_.chunk < plan_.chunk ? segments_ - chunk * plan_.chunk : plan_.chunk);
     const bool wide = inputs_ % 8 == 0;  // 16 bytes at a time; else channel by channel
-    const int log_units = (geo_.chunk == 4 ? 2 : geo_.chunk - 1) + (wide ? 1 : 4);
+    const int log_units = (plan_.chunk == 4 ? 2 : plan_.chunk - 1) + (wide ? 1 : 4);
     char* const to = stage_at(buffer);
-    for (int k = device::thread(); k < geo_.patch_pixels << log_units; k += kPersistentThreads) {
+    for (int k = device::thread(); k < plan_.patch_pixels << log_units; k += kPersistentThreads) {
       const int patch_pixel = k >> log_units;
       const int unit = k & ((1 << log_units) - 1);
       const int channel = wide ? 8 * unit : unit;
       if (channel >= channels) continue;  // past the last segment: never read
-      const auto image = static_cast<int>(static_cast<std::uint32_t>(patch_pixel) * geo_.per_image >> 20);
-      const int in_image = patch_pixel - image * geo_.patch_height * geo_.patch_width;
-      const auto row = static_cast<int>(static_cast<std::uint32_t>(in_image) * geo_.per_row >> 20);
-      const int column = in_image - row * geo_.patch_width;
+      const auto image = static_cast<int>(static_cast<std::uint32_t>(patch_pixel) * plan_.per_image >> 20);
+      const int in_image = patch_pixel - image * plan_.patch_height * plan_.patch_width;
+      const auto row = static_cast<int>(static_cast<std::uint32_t>(in_image) * plan_.per_row >> 20);
+      const int column = in_image - row * plan_.patch_width;
       const int from = pixel(corner.image + image, corner.row + row - halo, corner.column + column - halo);
       const bool inside = from >= 0 && first + channel < inputs_;
       const std::uint16_t* source = inside ? frame + from * inputs_ + first + channel : frame;
       char* const target =
-          to + (patch_pixel * geo_.chunk + (channel / 16 ^ rotation(patch_pixel))) * 32 + channel % 16 * 2;
+          to + (patch_pixel * plan_.chunk + (channel / 16 ^ rotation(patch_pixel))) * 32 + channel % 16 * 2;
       if (wide) {
         device::copy_async(target, source, inside);
       } else {
@@ -150,12 +150,12 @@ class Convolution {
   }
 
   RLV2V_DEVICE void multiply(Sums& sums, int chunk) const {
-    const int first = chunk * geo_.chunk;
-    const int segments = segments_ - first < geo_.chunk ? segments_ - first : geo_.chunk;
+    const int first = chunk * plan_.chunk;
+    const int segments = segments_ - first < plan_.chunk ? segments_ - first : plan_.chunk;
     const char* const from = stage_at(buffer_) + lane_ % 4 * 8;
-    for (int tap = 0, row = 0; row < geo_.kernel; ++row) {
-      for (int column = 0; column < geo_.kernel; ++column, ++tap) {
-        const int shift = row * geo_.patch_width + column;
+    for (int tap = 0, row = 0; row < plan_.kernel; ++row) {
+      for (int column = 0; column < plan_.kernel; ++column, ++tap) {
+        const int shift = row * plan_.patch_width + column;
         const char* weight = weight_ + ((tap * segments_ + first) * kTiles + across_ * kColumns) * 256;
         for (int segment = 0; segment < segments; ++segment, weight += kTiles * 256) {
           std::uint32_t state[kRows][4];
@@ -163,7 +163,7 @@ class Convolution {
             RLV2V_UNROLL for (int half = 0; half < 2; ++half) {
               const int patch_pixel = patch_[m][half] + shift;
               const auto words = device::load<device::Words2>(
-                  from + (patch_pixel * geo_.chunk + (segment ^ rotation(patch_pixel))) * 32);
+                  from + (patch_pixel * plan_.chunk + (segment ^ rotation(patch_pixel))) * 32);
               state[m][half] = words.x;
               state[m][half + 2] = words.y;
             }
@@ -190,7 +190,7 @@ class Convolution {
     }
   }
 
-  const PersistentGeometry& geo_;
+  const PersistentPlan& plan_;
   const int inputs_, segments_, lane_, across_;
   char* const weight_;
   char* const stages_;

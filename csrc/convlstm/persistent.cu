@@ -42,12 +42,11 @@ void run_persistent(const ConvLstmShape& shape, Half16 dtype, int device, Pass p
   check(cudaSetDevice(device), "choosing device " + std::to_string(device));
   const DeviceLimits limits{attribute(cudaDevAttrMultiProcessorCount, device),
                             attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
-  PersistentPlan plan{};
+  PersistentPlan& plan = pass.plan;
   constexpr bool kBackward = std::is_same_v<Pass, PersistentBackward>;
   if (const std::string reason = plan_persistent(shape, kBackward, limits, plan); !reason.empty()) {
     throw std::invalid_argument("persistent: " + reason);
   }
-  pass.geometry = persistent_geometry(shape, plan);
   const void* kernel = dtype == Half16::kFloat16 ? kernel_of<device::Half, Pass>(plan.slice)
                                                  : kernel_of<device::Bfloat, Pass>(plan.slice);
   const std::string action = "launching " + std::to_string(plan.blocks) + " CTAs with " +

@@ -29,26 +29,23 @@ struct DeviceLimits {
   int shared_bytes;  // dynamic shared memory that one block may ask for; an SM has 1 KiB more
 };
 
-struct PersistentPlan {
+// How the kernel runs a shape.
+struct PersistentPlan : ConvLstmShape {
   int slice;  // hidden channels of a CTA: 8 or 16
   int slices;
   int log_batch, log_height, log_width;  // a tile is 2^log images by rows by columns, 64 in all
   int tiles_height, tiles_width, tiles;
-  int ctas;   // CTAs that share the tiles of one slice
+  int patch_height, patch_width, patch_pixels;  // a tile with its halo
+  std::uint32_t per_row, per_image;             // ceil(2^20 / d): x / d is x * per >> 20 within a patch
+  int ctas;                                     // CTAs that share the tiles of one slice
   int chunk;  // segments of 16 input channels in a stage, of which there are two: 1, 2 or 4
   int weight_bytes, shared_bytes;
   int blocks;  // CTAs in all, resident at once
 };
 
-// The shape and the plan as the kernel gets them.
-struct PersistentGeometry : ConvLstmShape, PersistentPlan {
-  int patch_height, patch_width, patch_pixels;  // a tile with its halo
-  std::uint32_t per_row, per_image;             // ceil(2^20 / d): x / d is x * per >> 20 within a patch
-};
-
 // Layouts: dense in the order group, step, image, row, column, channel; D is the 16-bit type; w (G,4C,C,k,k).
 struct PersistentForward {
-  PersistentGeometry geometry;
+  PersistentPlan plan;
   const std::uint16_t* a;   // (G,T,B,4C,H,W) D
   const std::uint16_t* w;   // D
   const std::uint16_t* h0;  // (G,B,C,H,W) D, or null: zero
@@ -60,7 +57,7 @@ struct PersistentForward {
 };
 
 struct PersistentBackward {
-  PersistentGeometry geometry;
+  PersistentPlan plan;
   const std::uint16_t* dhs;    // (G,T,B,C,H,W) D
   const float* dcs;            // (G,T,B,C,H,W), or null: zero
   const std::uint16_t* gates;  // (G,T,B,4C,H,W): fp16 when activated, else pre-activations in D
@@ -77,9 +74,8 @@ struct PersistentBackward {
 // Fills the plan and returns "", or returns why the shape does not fit the device. Needs no GPU.
 std::string plan_persistent(const ConvLstmShape& shape, bool backward, const DeviceLimits& limits,
                             PersistentPlan& plan);
-PersistentGeometry persistent_geometry(const ConvLstmShape& shape, const PersistentPlan& plan);
 
-// Enqueues a pass, PersistentForward or PersistentBackward, on the stream (a cudaStream_t) and fills in its geometry.
+// Enqueues a pass, PersistentForward or PersistentBackward, on the stream (a cudaStream_t) and fills in its plan.
 // Throws std::invalid_argument if the shape does not fit the device, std::runtime_error if CUDA reports an error. A
 // build without CUDA has no such function.
 template <class Pass>

@@ -13,9 +13,9 @@ struct Channels {
   int first, count;  // count: how many of the two are below C
   bool paired;       // both are, at an even offset in memory
 
-  RLV2V_DEVICE Channels(const PersistentGeometry& geo, int channel)
-      : first(channel), count((channel < geo.channels) + (channel + 1 < geo.channels)),
-        paired(count == 2 && geo.channels % 2 == 0) {}
+  RLV2V_DEVICE Channels(const PersistentPlan& plan, int channel)
+      : first(channel), count((channel < plan.channels) + (channel + 1 < plan.channels)),
+        paired(count == 2 && plan.channels % 2 == 0) {}
 
   RLV2V_DEVICE device::Halves load(const std::uint16_t* from) const {
     if (paired) return device::load<device::Halves>(from);
@@ -49,8 +49,8 @@ RLV2V_DEVICE device::Halves narrow(device::Floats values) {
 // The barrier between the CTAs of a group, once a step: what was stored before `arrive` is seen after the next `wait`.
 class StepBarrier {
  public:
-  RLV2V_DEVICE StepBarrier(const PersistentGeometry& geo, std::uint32_t* counters, int group)
-      : counter_(counters + group * kCounterStride), ctas_(static_cast<std::uint32_t>(geo.slices * geo.ctas)) {}
+  RLV2V_DEVICE StepBarrier(const PersistentPlan& plan, std::uint32_t* counters, int group)
+      : counter_(counters + group * kCounterStride), ctas_(static_cast<std::uint32_t>(plan.slices * plan.ctas)) {}
 
   RLV2V_DEVICE void arrive() {
     device::sync_threads();
@@ -87,8 +87,8 @@ RLV2V_DEVICE void for_weights(const std::uint16_t* run, int elements, int taps, 
 template <class Conv>
 RLV2V_DEVICE void load_forward_weight(const PersistentForward& pass, const GridPosition& position, int slice,
                                       const Conv& conv) {
-  const int channels = pass.geometry.channels;
-  const int taps = pass.geometry.kernel * pass.geometry.kernel;
+  const int channels = pass.plan.channels;
+  const int taps = pass.plan.kernel * pass.plan.kernel;
   for (int row = position.warp; row < 4 * slice; row += kPersistentThreads / 32) {
     const int gate = row / slice;
     const int in_slice = row % slice;
@@ -110,7 +110,7 @@ struct ForwardCell {
   // a: the pre-activations from x, to which the convolution is added.
   RLV2V_DEVICE void load(const PersistentForward& pass, const Channels& channels, std::size_t pixel,
                          const float* c_prev_at, device::Floats (&a)[4]) {
-    const int all = pass.geometry.channels;
+    const int all = pass.plan.channels;
     c_prev = c_prev_at ? channels.load(c_prev_at) : device::Floats{};
     RLV2V_UNROLL for (int gate = 0; gate < 4; ++gate) {
       a[gate] = widen<D>(channels.load(pass.a + (pixel * 4 + gate) * all + channels.first));
@@ -119,7 +119,7 @@ struct ForwardCell {
 
   RLV2V_DEVICE void finish(const PersistentForward& pass, const Channels& channels, std::size_t pixel,
                            const device::Floats (&a)[4]) const {
-    const int all = pass.geometry.channels;
+    const int all = pass.plan.channels;
     device::Floats gates[4], c, h;
     RLV2V_UNROLL for (int e = 0; e < 2; ++e) {
       RLV2V_UNROLL for (int gate = 0; gate < 3; ++gate)
@@ -142,23 +142,23 @@ template <class D, int kSlice>
 RLV2V_DEVICE void run_pass(const PersistentForward& pass) {
   constexpr int kAcross = kSlice / 8;  // neighbouring warps, each of 8 channels with all four gates
   constexpr int kRows = kAcross;       // four warps then cover 64 pixels
-  const PersistentGeometry& geo = pass.geometry;
-  const GridPosition position(geo);
-  Convolution<D, kRows, 4, kAcross> conv(geo, position, geo.channels);
+  const PersistentPlan& plan = pass.plan;
+  const GridPosition position(plan);
+  Convolution<D, kRows, 4, kAcross> conv(plan, position, plan.channels);
   conv.clear_weight();
   load_forward_weight(pass, position, kSlice, conv);  // seen by all threads after the barrier in front of each product
 
-  const Channels channels(geo, position.slice * kSlice + position.warp % kAcross * 8 + position.lane % 4 * 2);
-  const std::size_t pixels = std::size_t(geo.batch) * geo.height * geo.width;
-  const std::size_t state = position.group * pixels * geo.channels;
-  StepBarrier barrier(geo, pass.counters, position.group);
-  for (int t = 0; t < geo.steps; ++t) {
-    const std::size_t frame = (std::size_t(position.group) * geo.steps + t) * pixels;
+  const Channels channels(plan, position.slice * kSlice + position.warp % kAcross * 8 + position.lane % 4 * 2);
+  const std::size_t pixels = std::size_t(plan.batch) * plan.height * plan.width;
+  const std::size_t state = position.group * pixels * plan.channels;
+  StepBarrier barrier(plan, pass.counters, position.group);
+  for (int t = 0; t < plan.steps; ++t) {
+    const std::size_t frame = (std::size_t(position.group) * plan.steps + t) * pixels;
     const std::uint16_t* h_prev = pass.h0 ? pass.h0 + state : nullptr;
     const float* c_prev = pass.c0 ? pass.c0 + state : nullptr;
-    if (t > 0) h_prev = pass.hs + (frame - pixels) * geo.channels;
-    if (t > 0) c_prev = pass.cs + (frame - pixels) * geo.channels;
-    for (int tile = position.cta; tile < geo.tiles; tile += geo.ctas) {
+    if (t > 0) h_prev = pass.hs + (frame - pixels) * plan.channels;
+    if (t > 0) c_prev = pass.cs + (frame - pixels) * plan.channels;
+    for (int tile = position.cta; tile < plan.tiles; tile += plan.ctas) {
       int pixels_at[kRows][2];
       float sums[kRows][4][4] = {};
       ForwardCell<D> cells[kRows][2];
@@ -167,7 +167,7 @@ RLV2V_DEVICE void run_pass(const PersistentForward& pass) {
         RLV2V_UNROLL for (int half = 0; half < 2; ++half) {
           if (pixels_at[m][half] < 0) continue;
           const float* c_prev_at =
-              c_prev ? c_prev + std::size_t(pixels_at[m][half]) * geo.channels + channels.first : nullptr;
+              c_prev ? c_prev + std::size_t(pixels_at[m][half]) * plan.channels + channels.first : nullptr;
           device::Floats a[4];
           cells[m][half].load(pass, channels, frame + pixels_at[m][half], c_prev_at, a);
           RLV2V_UNROLL for (int k = 0; k < 8; ++k)
@@ -179,7 +179,7 @@ RLV2V_DEVICE void run_pass(const PersistentForward& pass) {
           if (t > 0) barrier.wait();
           conv.begin(tile, h_prev);
         }
-        conv.accumulate(sums, tile, tile + geo.ctas < geo.tiles ? tile + geo.ctas : -1, h_prev);
+        conv.accumulate(sums, tile, tile + plan.ctas < plan.tiles ? tile + plan.ctas : -1, h_prev);
       }
       RLV2V_UNROLL for (int m = 0; m < kRows; ++m) {
         RLV2V_UNROLL for (int half = 0; half < 2; ++half) {
@@ -191,7 +191,7 @@ RLV2V_DEVICE void run_pass(const PersistentForward& pass) {
         }
       }
     }
-    if (t + 1 < geo.steps) barrier.arrive();
+    if (t + 1 < plan.steps) barrier.arrive();
   }
 }
 
@@ -199,8 +199,8 @@ RLV2V_DEVICE void run_pass(const PersistentForward& pass) {
 template <class Conv>
 RLV2V_DEVICE void load_backward_weight(const PersistentBackward& pass, const GridPosition& position, int slice,
                                        const Conv& conv) {
-  const int channels = pass.geometry.channels;
-  const int taps = pass.geometry.kernel * pass.geometry.kernel;
+  const int channels = pass.plan.channels;
+  const int taps = pass.plan.kernel * pass.plan.kernel;
   const int first = position.slice * slice;
   const int count = channels - first < slice ? channels - first : slice;
   for (int input = position.warp; input < 4 * channels; input += kPersistentThreads / 32) {
@@ -218,7 +218,7 @@ struct BackwardCell {
 
   RLV2V_DEVICE void load(const PersistentBackward& pass, const Channels& channels, std::size_t pixel,
                          std::size_t in_state, const float* c_prev_at, bool is_last_step) {
-    const int all = pass.geometry.channels;
+    const int all = pass.plan.channels;
     const std::size_t index = pixel * all + channels.first;
     RLV2V_UNROLL for (int gate = 0; gate < 4; ++gate) {
       gates[gate] = channels.load(pass.gates + (pixel * 4 + gate) * all + channels.first);
@@ -233,7 +233,7 @@ struct BackwardCell {
 
   RLV2V_DEVICE void finish(const PersistentBackward& pass, const Channels& channels, std::size_t pixel,
                            std::size_t in_state, const device::Floats& dh) const {
-    const int all = pass.geometry.channels;
+    const int all = pass.plan.channels;
     device::Floats act[4], da[4], carry;
     RLV2V_UNROLL for (int gate = 0; gate < 4; ++gate) {
       act[gate] = pass.activated ? widen<device::Half>(gates[gate]) : widen<D>(gates[gate]);
@@ -266,38 +266,38 @@ struct BackwardCell {
 template <class D, int kSlice>
 RLV2V_DEVICE void run_pass(const PersistentBackward& pass) {
   constexpr int kColumns = kSlice / 8;
-  const PersistentGeometry& geo = pass.geometry;
-  const GridPosition position(geo);
-  Convolution<D, 1, kColumns, 1> conv(geo, position, 4 * geo.channels);
+  const PersistentPlan& plan = pass.plan;
+  const GridPosition position(plan);
+  Convolution<D, 1, kColumns, 1> conv(plan, position, 4 * plan.channels);
   conv.clear_weight();
   load_backward_weight(pass, position, kSlice, conv);
 
   const int first_channel = position.slice * kSlice + position.lane % 4 * 2;
-  const std::size_t pixels = std::size_t(geo.batch) * geo.height * geo.width;
+  const std::size_t pixels = std::size_t(plan.batch) * plan.height * plan.width;
   const std::size_t state = position.group * pixels;
   const int last = pass.dh0 ? -1 : 0;
-  StepBarrier barrier(geo, pass.counters, position.group);
-  for (int t = geo.steps - 1; t >= last; --t) {
-    const std::size_t frame = (std::size_t(position.group) * geo.steps + t) * pixels;  // at t = -1 never read
-    const std::uint16_t* da_next = t + 1 < geo.steps ? pass.da + (frame + pixels) * 4 * geo.channels : nullptr;
-    const float* c_prev = pass.c0 ? pass.c0 + state * geo.channels : nullptr;
-    if (t > 0) c_prev = pass.cs + (frame - pixels) * geo.channels;
-    for (int tile = position.cta; tile < geo.tiles; tile += geo.ctas) {
+  StepBarrier barrier(plan, pass.counters, position.group);
+  for (int t = plan.steps - 1; t >= last; --t) {
+    const std::size_t frame = (std::size_t(position.group) * plan.steps + t) * pixels;  // at t = -1 never read
+    const std::uint16_t* da_next = t + 1 < plan.steps ? pass.da + (frame + pixels) * 4 * plan.channels : nullptr;
+    const float* c_prev = pass.c0 ? pass.c0 + state * plan.channels : nullptr;
+    if (t > 0) c_prev = pass.cs + (frame - pixels) * plan.channels;
+    for (int tile = position.cta; tile < plan.tiles; tile += plan.ctas) {
       int pixels_at[kColumns][1][2];
       float sums[1][kColumns][4] = {};
       BackwardCell<D> cells[kColumns][2];
       RLV2V_UNROLL for (int n = 0; n < kColumns; ++n) {
-        const Channels channels(geo, first_channel + 8 * n);
+        const Channels channels(plan, first_channel + 8 * n);
         conv.locate(tile, channels.count, pixels_at[n]);
         RLV2V_UNROLL for (int half = 0; half < 2; ++half) {
           const int pixel = pixels_at[n][0][half];
           if (pixel < 0 || t < 0) continue;
-          const std::size_t in_frame = std::size_t(pixel) * geo.channels + channels.first;
-          const device::Floats dh = widen<D>(channels.load(pass.dhs + frame * geo.channels + in_frame));
+          const std::size_t in_frame = std::size_t(pixel) * plan.channels + channels.first;
+          const device::Floats dh = widen<D>(channels.load(pass.dhs + frame * plan.channels + in_frame));
           sums[0][n][2 * half] = dh.v[0];
           sums[0][n][2 * half + 1] = dh.v[1];
-          cells[n][half].load(pass, channels, frame + pixel, state * geo.channels + in_frame,
-                              c_prev ? c_prev + in_frame : nullptr, t == geo.steps - 1);
+          cells[n][half].load(pass, channels, frame + pixel, state * plan.channels + in_frame,
+                              c_prev ? c_prev + in_frame : nullptr, t == plan.steps - 1);
         }
       }
       if (da_next) {
@@ -305,15 +305,15 @@ RLV2V_DEVICE void run_pass(const PersistentBackward& pass) {
           barrier.wait();
           conv.begin(tile, da_next);
         }
-        conv.accumulate(sums, tile, tile + geo.ctas < geo.tiles ? tile + geo.ctas : -1, da_next);
+        conv.accumulate(sums, tile, tile + plan.ctas < plan.tiles ? tile + plan.ctas : -1, da_next);
       }
       RLV2V_UNROLL for (int n = 0; n < kColumns; ++n) {
-        const Channels channels(geo, first_channel + 8 * n);
+        const Channels channels(plan, first_channel + 8 * n);
         RLV2V_UNROLL for (int half = 0; half < 2; ++half) {
           const int pixel = pixels_at[n][0][half];
           if (pixel < 0) continue;
           const device::Floats dh{sums[0][n][2 * half], sums[0][n][2 * half + 1]};
-          const std::size_t in_state = (state + pixel) * geo.channels + channels.first;
+          const std::size_t in_state = (state + pixel) * plan.channels + channels.first;
           if (t < 0) {
             channels.store(pass.dh0 + in_state, narrow<D>(dh));
           } else {

@@ -12,9 +12,7 @@ constexpr int kReservedBytes = 1024;  // shared memory of an SM that each block 
 
 int ceil_div(int value, int by) { return (value + by - 1) / by; }
 
-int patch_of(const PersistentPlan& plan, int kernel) {
-  return (1 << plan.log_batch) * ((1 << plan.log_height) + kernel - 1) * ((1 << plan.log_width) + kernel - 1);
-}
+std::uint32_t reciprocal(int by) { return static_cast<std::uint32_t>(ceil_div(1 << 20, by)); }
 
 // Returns every tile of 64 pixels, those that leave the fewest pixels unused first, then those with the smallest halo.
 std::vector<PersistentPlan> tilings(const ConvLstmShape& shape) {
@@ -22,26 +20,31 @@ std::vector<PersistentPlan> tilings(const ConvLstmShape& shape) {
   for (int log_batch = 0; log_batch <= 6; ++log_batch) {
     for (int log_height = 0; log_batch + log_height <= 6; ++log_height) {
       PersistentPlan plan{};
+      static_cast<ConvLstmShape&>(plan) = shape;
       plan.log_batch = log_batch;
       plan.log_height = log_height;
       plan.log_width = 6 - log_batch - log_height;
       plan.tiles_height = ceil_div(shape.height, 1 << plan.log_height);
       plan.tiles_width = ceil_div(shape.width, 1 << plan.log_width);
       plan.tiles = ceil_div(shape.batch, 1 << plan.log_batch) * plan.tiles_height * plan.tiles_width;
+      plan.patch_height = (1 << plan.log_height) + shape.kernel - 1;
+      plan.patch_width = (1 << plan.log_width) + shape.kernel - 1;
+      plan.patch_pixels = (1 << plan.log_batch) * plan.patch_height * plan.patch_width;
+      plan.per_row = reciprocal(plan.patch_width);
+      plan.per_image = reciprocal(plan.patch_height * plan.patch_width);
       all.push_back(plan);
     }
   }
-  std::stable_sort(all.begin(), all.end(), [&](const PersistentPlan& left, const PersistentPlan& right) {
-    if (left.tiles != right.tiles) return left.tiles < right.tiles;
-    return patch_of(left, shape.kernel) < patch_of(right, shape.kernel);
+  std::stable_sort(all.begin(), all.end(), [](const PersistentPlan& left, const PersistentPlan& right) {
+    return left.tiles != right.tiles ? left.tiles < right.tiles : left.patch_pixels < right.patch_pixels;
   });
   return all;
 }
 
 // Chooses the largest stage of which two fit next to the weight; returns false if none does.
-bool choose_stage(PersistentPlan& plan, int patch, int segments, int limit) {
+bool choose_stage(PersistentPlan& plan, int segments, int limit) {
   for (plan.chunk = 4; plan.chunk > 0; plan.chunk /= 2) {
-    plan.shared_bytes = plan.weight_bytes + 2 * patch * plan.chunk * kSegmentBytes;
+    plan.shared_bytes = plan.weight_bytes + 2 * plan.patch_pixels * plan.chunk * kSegmentBytes;
     const bool half_would_do = plan.chunk / 2 >= segments;
     if (!half_would_do && plan.shared_bytes <= limit) return true;
   }
@@ -49,14 +52,14 @@ bool choose_stage(PersistentPlan& plan, int patch, int segments, int limit) {
 }
 
 // Sets ctas and blocks; returns false if the device cannot hold one CTA for each slice.
-bool share_tiles(PersistentPlan& plan, int groups, const DeviceLimits& limits) {
+bool share_tiles(PersistentPlan& plan, const DeviceLimits& limits) {
   const int per_sm =
       std::min(kMaxBlocksPerSm, (limits.shared_bytes + kReservedBytes) / (plan.shared_bytes + kReservedBytes));
-  const std::int64_t max_ctas = std::int64_t{limits.sms} * per_sm / (std::int64_t{groups} * plan.slices);
+  const std::int64_t max_ctas = std::int64_t{limits.sms} * per_sm / (std::int64_t{plan.groups} * plan.slices);
   if (max_ctas < 1) return false;
   const int max_tiles = static_cast<int>(std::min<std::int64_t>(plan.tiles, max_ctas));
   plan.ctas = ceil_div(plan.tiles, ceil_div(plan.tiles, max_tiles));  // no more than what the busiest needs
-  plan.blocks = groups * plan.slices * plan.ctas;
+  plan.blocks = plan.groups * plan.slices * plan.ctas;
   return true;
 }
 
@@ -88,11 +91,11 @@ std::string plan_persistent(const ConvLstmShape& shape, bool backward, const Dev
       candidate.slice = slice;
       candidate.slices = slices;
       candidate.weight_bytes = static_cast<int>(std::min(weight, 1e9));
-      const bool staged = choose_stage(candidate, patch_of(candidate, shape.kernel), segments, limits.shared_bytes);
+      const bool staged = choose_stage(candidate, segments, limits.shared_bytes);
       min_bytes = min_bytes == 0 ? candidate.shared_bytes : std::min(min_bytes, candidate.shared_bytes);
       if (!staged) continue;
       min_ctas = std::int64_t{shape.groups} * slices;
-      if (!share_tiles(candidate, shape.groups, limits)) continue;
+      if (!share_tiles(candidate, limits)) continue;
       plan = candidate;
       return true;
     }
@@ -109,16 +112,6 @@ std::string plan_persistent(const ConvLstmShape& shape, bool backward, const Dev
   return "C=" + std::to_string(shape.channels) + ", k=" + std::to_string(shape.kernel) + " needs " +
          std::to_string(min_bytes) + " bytes of shared memory a block, the device has " +
          std::to_string(limits.shared_bytes);
-}
-
-PersistentGeometry persistent_geometry(const ConvLstmShape& shape, const PersistentPlan& plan) {
-  PersistentGeometry geometry{shape, plan, 0, 0, patch_of(plan, shape.kernel), 0, 0};
-  geometry.patch_height = (1 << plan.log_height) + shape.kernel - 1;
-  geometry.patch_width = (1 << plan.log_width) + shape.kernel - 1;
-  const auto reciprocal = [](int by) { return static_cast<std::uint32_t>(ceil_div(1 << 20, by)); };
-  geometry.per_row = reciprocal(geometry.patch_width);
-  geometry.per_image = reciprocal(geometry.patch_height * geometry.patch_width);
-  return geometry;
 }
 
 }  // namespace rlv2v

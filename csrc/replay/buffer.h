@@ -1,7 +1,7 @@
 // Prioritised replay of video transitions (state, action, reward, next state, true frame, position, terminal, end).
 //
-//   P(i) = p_i^alpha / sum_j p_j^alpha;   weight_i = (N P(i))^-beta / max_j (N P(j))^-beta = (min_j p_j / p_i)^(alpha
-//   beta)
+//   P(i) = p_i^alpha / sum_j p_j^alpha
+//   weight_i = (N P(i))^-beta / max_j (N P(j))^-beta = (min_j p_j / p_i)^(alpha beta)
 // Source: Schaul et al. 2016, arXiv:1511.05952, eq. 1 and section 3.4, algorithm 1: a new transition gets the largest
 // priority so far, at first 1. A transition holds references to frames, so overlapping states share their memory.
 // Ids count up from 0 and live in slot id % capacity; those stored are always oldest_id <= id < next_id.
@@ -21,9 +21,8 @@
 #include <vector>
 
 #include "pages.h"
-#include "replay/fair_lock.h"
-#include "replay/fork_guard.h"
 #include "replay/frame_arena.h"
+#include "replay/locks.h"
 #include "replay/sum_tree.h"
 
 namespace rlv2v {

@@ -2,9 +2,8 @@
 // a struct V: eight f64 (Doubles) with load, scan, total, above, ..., and kWidth, the number of f64 in a register.
 // Everything is in an unnamed namespace: code of one set must not be linked into another.
 //
-//   x^a = 2^(a log2 x);   log2 x = e + (2 / ln 2) artanh((m - 1) / (m + 1)), m in [sqrt(1/2), sqrt(2));   2^f by its
-//   series
-// Both series are cut below 1e-11 of their value, since the results are rounded to f32.
+//   x^a = 2^(a log2 x);   log2 x = e + (2 / ln 2) artanh((m - 1) / (m + 1)), m in [sqrt(1/2), sqrt(2))
+// 2^f by its series. Both series are cut below 1e-11 of their value, since the results are rounded to f32.
 #pragma once
 
 #include <cstring>

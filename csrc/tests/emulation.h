@@ -1,7 +1,6 @@
 // Emulates a GPU for tests: every thread of every CTA is a fiber, all in one thread of the host, so a kernel's own
 // source runs with all its CTAs resident. What the hardware leaves open turns out badly for the kernel:
-//  - fibers run in random order, held back by barriers alone; under ThreadSanitizer each is a thread of its own, and
-//  only
+//  - fibers run in random order, held back by barriers alone; to ThreadSanitizer each is a thread of its own, and only
 //    the barriers order their accesses, so a missing one is a reported race;
 //  - an asynchronous copy fills its target with NaN at once and copies at the wait;
 //  - shared memory starts as NaN; loads and stores of several bytes must be aligned;

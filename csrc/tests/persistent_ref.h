@@ -23,26 +23,28 @@ struct Recurrence {
     return (std::size_t(group) * std::size_t(shape.steps) + std::size_t(t)) * pixels;
   }
 
-  // Calls f(pixel, neighbour, tap): both are inside the frame, neighbour = pixel + tap - k / 2.
+  // Calls f(4 C pixel + out, C neighbour + in, w) for each product of a group's convolution: neighbour = pixel + tap -
+  // k / 2, both inside the frame.
   template <class F>
-  void for_neighbours(const F& f) const {
-    const int reach = shape.kernel / 2;
+  void for_products(const Doubles& w, int group, const F& f) const {
+    const int k = shape.kernel;
     for (int b = 0, pixel = 0; b < shape.batch; ++b) {
       for (int y = 0; y < shape.height; ++y) {
         for (int x = 0; x < shape.width; ++x, ++pixel) {
-          for (int tap = 0; tap < shape.kernel * shape.kernel; ++tap) {
-            const int dy = tap / shape.kernel - reach;
-            const int dx = tap % shape.kernel - reach;
+          for (int tap = 0; tap < k * k; ++tap) {
+            const int dy = tap / k - k / 2, dx = tap % k - k / 2;
             if (y + dy < 0 || y + dy >= shape.height || x + dx < 0 || x + dx >= shape.width) continue;
-            f(std::size_t(pixel), std::size_t(pixel + dy * shape.width + dx), std::size_t(tap));
+            const auto neighbour = std::size_t(pixel + dy * shape.width + dx);
+            for (std::size_t out = 0; out < 4 * c; ++out) {
+              for (std::size_t in = 0; in < c; ++in) {
+                const std::size_t index = ((std::size_t(group) * 4 * c + out) * c + in) * std::size_t(k * k);
+                f(std::size_t(pixel) * 4 * c + out, neighbour * c + in, w[index + std::size_t(tap)]);
+              }
+            }
           }
         }
       }
     }
-  }
-
-  double weight(const Doubles& w, int group, std::size_t out, std::size_t in, std::size_t tap) const {
-    return w[((std::size_t(group) * 4 * c + out) * c + in) * std::size_t(shape.kernel * shape.kernel) + tap];
   }
 
   // Empty h0, c0: zero.
@@ -57,15 +59,10 @@ struct Recurrence {
         const std::size_t state = std::size_t(group) * pixels * c;
         const double* h_prev = t > 0 ? &hs[(now - pixels) * c] : h0.empty() ? nullptr : &h0[state];
         const double* c_prev = t > 0 ? &cs[(now - pixels) * c] : c0.empty() ? nullptr : &c0[state];
-        if (h_prev) {
-          for_neighbours([&](std::size_t pixel, std::size_t neighbour, std::size_t tap) {
-            for (std::size_t out = 0; out < 4 * c; ++out) {
-              for (std::size_t in = 0; in < c; ++in) {
-                gates[(now + pixel) * 4 * c + out] += weight(w, group, out, in, tap) * h_prev[neighbour * c + in];
-              }
-            }
-          });
-        }
+        const auto add = [&](std::size_t to, std::size_t from, double weight) {
+          gates[now * 4 * c + to] += weight * h_prev[from];
+        };
+        if (h_prev) for_products(w, group, add);
         for (std::size_t k = 0; k < pixels * c; ++k) {
           double* gate = &gates[(now + k / c) * 4 * c + k % c];
           for (std::size_t n = 0; n < 3; ++n) gate[n * c] = 1 / (1 + std::exp(-gate[n * c]));
@@ -104,12 +101,8 @@ struct Recurrence {
           carry[k] = dc * f;
         }
         dh.assign(dh.size(), 0);
-        for_neighbours([&](std::size_t pixel, std::size_t neighbour, std::size_t tap) {
-          for (std::size_t out = 0; out < 4 * c; ++out) {
-            for (std::size_t in = 0; in < c; ++in) {
-              dh[neighbour * c + in] += weight(w, group, out, in, tap) * da[(now + pixel) * 4 * c + out];
-            }
-          }
+        for_products(w, group, [&](std::size_t from, std::size_t to, double weight) {
+          dh[to] += weight * da[now * 4 * c + from];
         });
       }
       dh0.insert(dh0.end(), dh.begin(), dh.end());

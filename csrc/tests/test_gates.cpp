@@ -3,10 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <stdexcept>
-#include <type_traits>
 #include <vector>
 
 #include "check.h"
@@ -24,12 +22,6 @@ constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 constexpr double kMaths = 3e-7;
 constexpr double kF32 = 0x1p-24;
 constexpr GatesType kTypes[] = {GatesType::kF32, GatesType::kBf16, GatesType::kF16};
-
-std::uint32_t bits_of(float x) {
-  std::uint32_t bits = 0;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
 
 Format format_of(GatesType type) {
   return type == GatesType::kF32 ? kSingle : type == GatesType::kBf16 ? kBfloat16 : kFloat16;
@@ -113,14 +105,11 @@ struct Backward {
   }
 
   GatesBackward step(unsigned present = 63U, int num_threads = 1) {
-    const auto if_present = [present](unsigned bit, Array& array) {
-      return (present & bit) != 0 ? array.data() : nullptr;
-    };
-    const auto floats = [if_present](unsigned bit, Array& array) {
-      return static_cast<float*>(if_present(bit, array));
+    const auto floats = [present](unsigned bit, Array& array) {
+      return (present & bit) != 0 ? array.data<float>() : nullptr;
     };
     return {type, activated, static_cast<std::int64_t>(shape.rows), static_cast<std::int64_t>(shape.length),
-            if_present(1, dh1), if_present(2, dh2), floats(4, dc_out), floats(8, carry), gates.data(), c.data<float>(),
+            floats(1, dh1), floats(2, dh2), floats(4, dc_out), floats(8, carry), gates.data(), c.data<float>(),
             floats(16, c_prev), da.data(), floats(32, carry_out), num_threads};
   }
 
@@ -243,7 +232,7 @@ void conversions() {
       auto bits = static_cast<std::uint32_t>(draws.uniform(k) * 0x1p32);
       if (k % 4 == 1) bits = (bits & 0xffff0000U) | 0x8000U;                                       // ties
       if (k % 4 == 2) bits = (bits & 0x8fffe000U) | 0x30001000U;                                   // of halves
-      if (k % 4 == 3) bits = bits_of(std::ldexp(static_cast<float>(bits), static_cast<int>(k / 4 % 60) - 64));
+      if (k % 4 == 3) bits = kSingle.encode(std::ldexp(bits, static_cast<int>(k / 4 % 60) - 64));
       one.dc_out.set_bits(k, bits);
       for (std::size_t n = 0; n < 4; ++n) one.gates.set(one.shape.gate(k, n), n < 2 ? 1.0 : 0.0);
       one.dh1.set_bits(k, static_cast<std::uint32_t>(k));
@@ -260,15 +249,12 @@ void conversions() {
     for (std::size_t k = 0; k < kCount; ++k) one.gates.set(one.shape.gate(k, 2), 1.0);
     rlv2v::gates_backward(one.step(1U | 32U));
     for (std::size_t k = 0; k < kCount; ++k) CHECK(near(one.carry_out[k], one.dh1[k], 0.0));
-    Backward one_gate(type, {1, kCount}, true, 0);
     for (std::size_t k = 0; k < kCount; ++k) {
-      one_gate.gates.set_bits(one_gate.shape.gate(k, 1), static_cast<std::uint32_t>(k));
-      one_gate.dc_out.set(k, 1.0);
+      one.gates.set_bits(one.shape.gate(k, 1), static_cast<std::uint32_t>(k));
+      one.dc_out.set(k, 1.0);
     }
-    rlv2v::gates_backward(one_gate.step(4U | 32U));
-    for (std::size_t k = 0; k < kCount; ++k) {
-      CHECK(near(one_gate.carry_out[k], one_gate.gates[one_gate.shape.gate(k, 1)], 0.0));
-    }
+    rlv2v::gates_backward(one.step(4U | 32U));
+    for (std::size_t k = 0; k < kCount; ++k) CHECK(near(one.carry_out[k], one.gates[one.shape.gate(k, 1)], 0.0));
   }
 }
 
@@ -302,37 +288,28 @@ void in_place_and_threads() {
   }
 }
 
+template <class Step>
+bool refused(void (*run)(const Step&), Step step, void (*spoil)(Step&)) {
+  spoil(step);
+  return throws<std::invalid_argument>([&] { run(step); });
+}
+
 void refusals() {
   Forward forward(GatesType::kF32, {2, 3}, 9);
   Backward backward(GatesType::kF32, {2, 3}, true, 9);
-  const auto refused = [](auto step, const auto& spoil) {
-    spoil(step);
-    return throws<std::invalid_argument>([&step] {
-      if constexpr (std::is_same_v<decltype(step), GatesForward>) rlv2v::gates_forward(step);
-      else rlv2v::gates_backward(step);
-    });
-  };
-  CHECK(refused(forward.step(), [](GatesForward& step) { step.a = nullptr; }));
-  CHECK(refused(forward.step(), [](GatesForward& step) { step.h = nullptr; }));
-  CHECK(refused(forward.step(), [](GatesForward& step) { step.c = nullptr; }));
-  CHECK(refused(backward.step(), [](GatesBackward& step) { step.gates = nullptr; }));
-  CHECK(refused(backward.step(), [](GatesBackward& step) { step.c = nullptr; }));
-  CHECK(refused(backward.step(), [](GatesBackward& step) { step.da = nullptr; }));
-  CHECK(refused(forward.step(), [](GatesForward& step) { step.type = static_cast<GatesType>(3); }));
-  CHECK(refused(backward.step(), [](GatesBackward& step) { step.type = static_cast<GatesType>(-1); }));
-  CHECK(refused(forward.step(), [](GatesForward& step) { step.rows = -1; }));
-  CHECK(refused(backward.step(), [](GatesBackward& step) { step.length = -1; }));
-  CHECK(refused(forward.step(), [](GatesForward& step) { step.rows = step.length = std::int64_t{1} << 31; }));
-  CHECK(refused(forward.step(), [](GatesForward& step) { step.num_threads = 0; }));
+  using Step = GatesForward;
+  using Back = GatesBackward;
+  void (*const bad_steps[])(Step&) = {
+      [](Step& step) { step.a = nullptr; }, [](Step& step) { step.h = nullptr; },
+      [](Step& step) { step.c = nullptr; }, [](Step& step) { step.type = static_cast<GatesType>(3); },
+      [](Step& step) { step.rows = -1; },   [](Step& step) { step.rows = step.length = std::int64_t{1} << 31; },
+      [](Step& step) { step.num_threads = 0; }};
+  for (const auto spoil : bad_steps) CHECK(refused(&rlv2v::gates_forward, forward.step(), spoil));
+  void (*const bad_backs[])(Back&) = {[](Back& step) { step.gates = nullptr; }, [](Back& step) { step.c = nullptr; },
+                                      [](Back& step) { step.da = nullptr; }, [](Back& step) { step.length = -1; }};
+  for (const auto spoil : bad_backs) CHECK(refused(&rlv2v::gates_backward, backward.step(), spoil));
   CHECK(throws<std::invalid_argument>([] { rlv2v::choose_gates("none"); }));
-  GatesForward nothing{};
-  nothing.length = 5;
-  nothing.num_threads = 1;
-  rlv2v::gates_forward(nothing);
-  GatesBackward no_gradient{};
-  no_gradient.rows = 5;
-  no_gradient.num_threads = 1;
-  rlv2v::gates_backward(no_gradient);
+  rlv2v::gates_forward({GatesType::kF32, 0, 5, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 1});
 }
 
 }  // namespace

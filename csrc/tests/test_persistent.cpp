@@ -1,8 +1,6 @@
 // The persistent ConvLSTM kernels, emulated (see emulation.h), against plain fp64 loops on the same 16-bit inputs.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -20,7 +18,6 @@ using rlv2v::device::Bfloat;
 using rlv2v::device::Half;
 
 constexpr rlv2v::DeviceLimits kSm86{46, 101376};
-constexpr rlv2v::DeviceLimits kSm90{132, 232448};
 
 struct Case {
   ConvLstmShape shape;  // G, T, B, C, H, W, k
@@ -75,12 +72,9 @@ double weight_range(const ConvLstmShape& s) { return 1.7 / std::sqrt(s.channels 
 
 void report(const char* pass, const Case& one, const PersistentPlan& plan, double error, double limit) {
   const ConvLstmShape& s = one.shape;
-  std::printf(
-      "%s G%d T%d B%d C%d %dx%d k%d: slice %d, %d x %d x %d CTAs, %d tiles of %dx%dx%d, stage of %d, error %.1e of "
-      "%.1e\n",
-      pass, s.groups, s.steps, s.batch, s.channels, s.height, s.width, s.kernel, plan.slice, s.groups, plan.slices,
-      plan.ctas, plan.tiles, 1 << plan.log_batch, 1 << plan.log_height, 1 << plan.log_width, plan.chunk, error,
-      limit);
+  std::printf("%s G%d T%d B%d C%d %dx%d k%d: slice %d, %d CTAs, %d tiles of %dx%dx%d, stage of %d, error %.1e < %.1e\n",
+              pass, s.groups, s.steps, s.batch, s.channels, s.height, s.width, s.kernel, plan.slice, plan.blocks,
+              plan.tiles, 1 << plan.log_batch, 1 << plan.log_height, 1 << plan.log_width, plan.chunk, error, limit);
   std::fflush(stdout);
   CHECK(error <= limit);
 }
@@ -98,7 +92,7 @@ template <class D, class Pass>
 void run(const Case& one, const PersistentPlan& plan, Pass pass, std::uint64_t seed) {
   Memory counters(kSingle, std::size_t(one.shape.groups) * rlv2v::kCounterStride);
   for (std::size_t k = 0; k < counters.size(); ++k) counters.set_bits(k, 0);
-  pass.geometry = rlv2v::persistent_geometry(one.shape, plan);
+  pass.plan = plan;
   pass.counters = counters.data<std::uint32_t>();
   const auto kernel = [&] { plan.slice == 16 ? rlv2v::run_pass<D, 16>(pass) : rlv2v::run_pass<D, 8>(pass); };
   const int conflicts =
@@ -186,25 +180,11 @@ void test_kernels() {
   }
 }
 
-// Which shapes fit, and that a plan stays within its limits.
+// That a plan stays within its limits; which shapes fit, and why others do not, is tested from Python.
 void test_plans() {
   PersistentPlan plan{};
-  for (const bool backward : {false, true}) {
-    CHECK(rlv2v::plan_persistent({1, 8, 4, 64, 32, 32, 3}, backward, kSm86, plan).empty());
-    CHECK(plan.weight_bytes == 73728 && plan.slice == 16 && plan.shared_bytes <= kSm86.shared_bytes);
-    CHECK(rlv2v::plan_persistent({1, 8, 4, 128, 32, 32, 3}, backward, kSm90, plan).empty() && plan.slice == 16);
-    CHECK(rlv2v::plan_persistent({1, 8, 4, 128, 32, 32, 3}, backward, kSm86, plan).empty() && plan.slice == 8);
-    CHECK(rlv2v::plan_persistent({1, 8, 4, 256, 32, 32, 3}, backward, kSm86, plan).find("shared memory") !=
-          std::string::npos);
-    CHECK(rlv2v::plan_persistent({12, 8, 4, 64, 32, 32, 3}, backward, kSm86, plan).find("resident") !=
-          std::string::npos);
-    CHECK(rlv2v::plan_persistent({1, 8, 4, 64, 32, 32, 7}, backward, kSm86, plan).find("k must be") !=
-          std::string::npos);
-    CHECK(rlv2v::plan_persistent({1, 0, 4, 64, 32, 32, 3}, backward, kSm86, plan).find("at least 1") !=
-          std::string::npos);
-    CHECK(rlv2v::plan_persistent({1, 1, 1 << 20, 64, 32, 32, 3}, backward, kSm86, plan).find("2^31") !=
-          std::string::npos);
-  }
+  CHECK(!rlv2v::plan_persistent({1, 0, 4, 64, 32, 32, 3}, false, kSm86, plan).empty());        // T = 0
+  CHECK(!rlv2v::plan_persistent({1, 1, 1 << 20, 64, 32, 32, 3}, false, kSm86, plan).empty());  // 2^31 and more
   for (int channels = 1; channels <= 64; channels += 7) {
     for (const int kernel : {1, 3, 5}) {
       for (const int side : {1, 3, 8, 33}) {
@@ -213,36 +193,19 @@ void test_plans() {
         CHECK(plan.shared_bytes <= kSm86.shared_bytes && plan.slices * plan.slice >= channels &&
               plan.ctas <= plan.tiles);
         CHECK(plan.blocks <= kSm86.sms * rlv2v::kMaxBlocksPerSm);
-        const rlv2v::PersistentGeometry geometry = rlv2v::persistent_geometry(shape, plan);
-        for (int k = 0; k < geometry.patch_pixels; ++k) {  // divides by multiplication
-          const auto divided = [&](std::uint32_t per) {
-            return static_cast<int>(static_cast<std::uint32_t>(k) * per >> 20);
-          };
-          CHECK(divided(geometry.per_row) == k / geometry.patch_width);
-          CHECK(divided(geometry.per_image) == k / (geometry.patch_width * geometry.patch_height));
+        for (int k = 0; k < plan.patch_pixels; ++k) {  // divides by multiplication
+          const auto divided = [k](std::uint32_t per) { return static_cast<int>(std::uint32_t(k) * per >> 20); };
+          CHECK(divided(plan.per_row) == k / plan.patch_width);
+          CHECK(divided(plan.per_image) == k / (plan.patch_width * plan.patch_height));
         }
       }
     }
   }
 }
 
-// The emulation's own 16-bit floats round to even, and every number comes back.
-void test_floats() {
-  for (std::uint32_t bits = 0; bits < 65536; ++bits) {
-    const auto half = static_cast<std::uint16_t>(bits);
-    if (!std::isnan(Half::to_float(half))) CHECK(Half::from_float(Half::to_float(half)) == half);
-    if (!std::isnan(Bfloat::to_float(half))) CHECK(Bfloat::from_float(Bfloat::to_float(half)) == half);
-  }
-  CHECK(Half::to_float(1) == std::ldexp(1.0f, -24) && Half::to_float(0xc000) == -2.0f &&
-        Half::from_float(1e6f) == 0x7c00);
-  CHECK(Half::from_float(1.0f + 3 * std::ldexp(1.0f, -11)) == 0x3c02);
-  CHECK(Bfloat::from_float(1.0f + std::ldexp(1.0f, -8)) == 0x3f80);
-}
-
 }  // namespace
 
 int main() {
-  test_floats();
   test_plans();
   test_kernels();
   return 0;

@@ -185,7 +185,7 @@ def forward_step(
 ):
     """Run step t of the forward: write its h and c, and the activated gates, which may lie in the memory of `a`.
 
-    a, gates (G,T,B,4C,H,W), gates or None; bias (G,4C) or None; hs, cs (G,T,B,C,H,W); weight as `pack_weight` leaves
+    a, gates (G,T,B,4C,H,W), gates or None; bias (G,4C); hs, cs (G,T,B,C,H,W); weight as `pack_weight` leaves
     it. h_prev, c_prev: hs and cs, whose step t-1 is read; at step 0 the state before it (G,B,C,H,W), or None for zero.
     """
     group = tl.program_id(2).to(tl.int64)
@@ -207,12 +207,11 @@ def forward_step(
     f += f_x
     o += o_x
     g += g_x
-    if bias is not None:
-        bias += group * (4 * C) + channel  # channels that do not exist wrap round
-        i += tl.load(bias).to(tl.float32)
-        f += tl.load(bias + C).to(tl.float32)
-        o += tl.load(bias + 2 * C).to(tl.float32)
-        g += tl.load(bias + 3 * C).to(tl.float32)
+    bias += group * (4 * C) + channel  # channels that do not exist wrap round
+    i += tl.load(bias).to(tl.float32)
+    f += tl.load(bias + C).to(tl.float32)
+    o += tl.load(bias + 2 * C).to(tl.float32)
+    g += tl.load(bias + 3 * C).to(tl.float32)
     i, f, o, g = tl.sigmoid(i), tl.sigmoid(f), tl.sigmoid(o), tanh(g)
     c = i * g
     if c_prev is not None:

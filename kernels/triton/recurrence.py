@@ -77,7 +77,7 @@ class TritonRecurrence:
         return self.recur(a, operands.w_h, operands.h0, operands.c0, keep_gates, bias)
 
     def recur(
-        self, a: Tensor, w_h: Tensor, h0: Tensor | None, c0: Tensor | None, keep_gates: bool, bias: Tensor | None = None
+        self, a: Tensor, w_h: Tensor, h0: Tensor | None, c0: Tensor | None, keep_gates: bool, bias: Tensor
     ) -> Outputs:
         """Run the recurrence on the pre-activations that come from x.
 
@@ -87,7 +87,7 @@ class TritonRecurrence:
             h0: (G,B,C,H,W) in a's dtype, or None for zero.
             c0: (G,B,C,H,W) float32, or None for zero.
             keep_gates: whether the activated gates are returned.
-            bias: (G,4C) in a's dtype, or None if a includes it.
+            bias: (G,4C) in a's dtype, which a does not include.
         """
         from rlv2v.kernels.triton import kernels
 

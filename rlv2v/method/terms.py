@@ -1,9 +1,8 @@
 """The loss terms that this project adds to the paper's, and their registry.
 
 The paper's losses alone keep neither the shape nor the colours of what should stay; the figures are in
-docs/decisions/method.md. To
-add a term, write its function and list it in `TERMS`. Its weight becomes a flag, and the presets read their weights
-from the registry. Everything works on frames (B,T,3,H,W) in [-1,1].
+docs/decisions/method.md. To add a term, write its function and list it in `TERMS`. Its weight becomes a flag, and the
+presets read their weights from the registry. Everything works on frames (B,T,3,H,W) in [-1,1].
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -260,8 +260,8 @@ class PrioritizedReplay:
 
         A buffer that loads it draws the same samples next, and assigns the same ids, bit for bit.
         """
-        state = self._native.save()
-        return {name: _converted(value, np.ndarray, torch.from_numpy) for name, value in state.items()} | self._shape()
+        state = self._native.save() | self._shape()
+        return {name: torch.from_numpy(part) if isinstance(part, np.ndarray) else part for name, part in state.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace contents and settings by those of `state_dict()`; a misfit raises UserError and changes nothing."""
@@ -271,7 +271,8 @@ class PrioritizedReplay:
             if state.get(name) != value:
                 raise UserError(f"replay state: {name} must be {value}, as in this buffer, got {state.get(name)!r}")
         try:
-            self._native.load({name: _converted(value, torch.Tensor, as_array) for name, value in state.items()})
+            tensors = {name: as_array(value) for name, value in state.items() if isinstance(value, torch.Tensor)}
+            self._native.load(state | tensors)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"replay state is not one that state_dict() made: {error}") from error
 
@@ -285,14 +286,8 @@ class PrioritizedReplay:
 
     def _shape(self) -> dict[str, Any]:
         """Return what a loaded state must have in common with this buffer."""
-        return {
-            "format": _FORMAT,
-            "capacity": self.capacity,
-            "frame_shape": list(self.frame_shape),
-            "max_len": self.max_len,
-            "n_step": self.n_step,
-            "gamma": self.gamma,
-        }
+        shape = {"format": _FORMAT, "capacity": self.capacity, "frame_shape": list(self.frame_shape)}
+        return shape | {"max_len": self.max_len, "n_step": self.n_step, "gamma": self.gamma}
 
     def _many(self, value: Any, name: str, parts: int, count: int) -> Any:
         """Return n frames or states as the core takes them: an array, a clip's key with columns, or a list."""
@@ -316,10 +311,6 @@ class PrioritizedReplay:
         if clip._owner is not self._native:
             raise ValueError(f"replay: {name} must refer to a clip of this buffer, got one of another")
         return clip._key
-
-
-def _converted(value: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
-    return convert(value) if isinstance(value, kind) else value
 
 
 def _new_batch(frame: tuple[int, ...], max_len: int, pinned: bool, n: int) -> tuple[ReplayBatch, ReplayBatch, int]:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rlv2v.errors import UserError
+from rlv2v.files import flush_folder
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -71,16 +72,9 @@ def _atomic_file(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield partial
-        _flush(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(partial, path)
-        _flush(path.parent)
+        flush_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -29,17 +29,9 @@ def test_values_and_gradients_are_those_of_the_textbook(shape: Shape, state: str
     cases.check_call(shape, state, run)
 
 
-@pytest.mark.parametrize("run", fast([run for run in RUNS if run.backend != "auto"], 1, 4, 7, 9, 13), ids=str)
+@pytest.mark.parametrize("run", fast(RUNS, 1, 4, 7, 9, 13), ids=str)
 def test_a_layer_of_real_size_keeps_the_limits(run: Run) -> None:
     cases.check_call(REAL_SIZE, "state", run)
-
-
-@needs_triton
-@pytest.mark.parametrize("run", fast([run for run in cases.ALL_RUNS if run.backend == "triton"], 0, 5), ids=str)
-@pytest.mark.parametrize("shape", fast([TINY, cases.SHAPES[0], cases.SHAPES[3], cases.SHAPES[6]], 0), ids=str)
-def test_triton_keeps_the_limits_as_an_operator(shape: Shape, run: Run) -> None:
-    for state in ("state", "zero"):
-        cases.check_call(shape, state, run)
 
 
 @pytest.fixture(params=_native.gates_isas())

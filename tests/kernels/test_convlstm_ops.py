@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import convlstm_cases as cases
@@ -21,19 +22,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = Shape(batch=2, steps=3, inputs=2, channels=3, height=4, width=5, kernel=3)
 HALVES = [torch.bfloat16, torch.float16]
 # C_in 1, and C 1 with k 1: there layouts are ambiguous and the library's choice shows.
-SHAPES = [
-    SHAPE._replace(groups=1),
-    SHAPE._replace(groups=2),
-    Shape(1, 2, 1, 3, 4, 5, 1, 1),
-    Shape(0, 2, 2, 1, 3, 3, 3, 1),
-]
-OPCHECKS = [
-    (shape, keep_gates, state, dtype)
-    for shape in SHAPES
-    for keep_gates in (True, False)
-    for state in ("state", "zero")
-    for dtype in (torch.float32, torch.bfloat16)
-]
+SHAPES = [*(SHAPE._replace(groups=groups) for groups in (1, 2)), Shape(1, 2, 1, 3, 4, 5, 1, 1)]
+SHAPES += [Shape(0, 2, 2, 1, 3, 3, 3, 1)]
+OPCHECKS = list(itertools.product(SHAPES, (True, False), ("state", "zero"), (torch.float32, torch.bfloat16)))
 
 
 def operands(shape: Shape, dtype: torch.dtype, state: str) -> cases.Tensors:
@@ -143,11 +134,8 @@ def test_autocast_does_not_reach_inside_the_operators(backend: str, keep_gates: 
 
     def run() -> list[Tensor]:
         hs, cs, _ = torch.ops.rlv2v.convlstm(*inputs, backend, keep_gates)
-        return [
-            hs,
-            cs,
-            *torch.autograd.grad((hs, cs), cases.present(inputs), cases.loss_weights(hs.shape, torch.float32)),
-        ]
+        dstates = cases.loss_weights(hs.shape, torch.float32)
+        return [hs, cs, *torch.autograd.grad((hs, cs), cases.present(inputs), dstates)]
 
     want = run()
     with torch.autocast("cpu", torch.bfloat16):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from recurrence_cases import check_recurrence
+from convlstm_cases import Run, Shape, check_call
 
 from rlv2v import _native
 from rlv2v.kernels import cuda
@@ -19,6 +19,8 @@ from rlv2v.kernels.layout import empty_frames
 SM86 = SimpleNamespace(multi_processor_count=46, shared_memory_per_multiprocessor=100 * 1024)
 SM90 = SimpleNamespace(multi_processor_count=132, shared_memory_per_multiprocessor=228 * 1024)
 MOST_CHANNELS = {1: (736, 1776), 3: (160, 384), 5: (48, 128)}  # of one group on SM86 and SM90, by k
+SHAPES = [Shape(1, 3, 2, 1, 1, 1, 3), Shape(3, 4, 2, 5, 7, 6, 3, groups=2), Shape(2, 2, 2, 24, 9, 5, 5)]
+SHAPES += [Shape(4, 8, 2, 64, 32, 32, 3), Shape(2, 4, 2, 32, 17, 33, 1, groups=3)]
 CUDA = torch.device("cuda")
 REASON = cuda.unavailable_reason(CUDA)
 CUDA_RECURRENCE = cuda.CudaRecurrence()
@@ -105,18 +107,7 @@ def test_the_binding_refuses_before_it_touches_memory() -> None:
 
 @pytest.mark.skipif(REASON is not None, reason=f"cuda backend: {REASON}")
 @pytest.mark.parametrize("dtype", cuda.DTYPES)
-@pytest.mark.parametrize("activated", [True, False])
-@pytest.mark.parametrize(
-    "shape",  # G, T, B, C, H, W, k
-    [
-        (1, 3, 1, 1, 1, 1, 3),
-        (2, 4, 3, 5, 7, 6, 3),
-        (1, 2, 2, 24, 9, 5, 5),
-        (1, 8, 4, 64, 32, 32, 3),
-        (3, 4, 2, 32, 17, 33, 1),
-    ],
-)
-def test_values_and_gradients_are_those_of_the_textbook(
-    shape: tuple[int, ...], activated: bool, dtype: torch.dtype
-) -> None:
-    check_recurrence(CUDA_RECURRENCE, shape, dtype, CUDA, state="state", with_dcs=True, activated=activated)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients_are_those_of_the_textbook(shape: Shape, recompute: bool, dtype: torch.dtype) -> None:
+    check_call(shape, "state", Run("cuda", dtype, recompute), device=CUDA)

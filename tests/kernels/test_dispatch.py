@@ -25,7 +25,7 @@ GPU_BACKENDS = ("triton", "cuda")
 
 def test_every_backend_has_its_cases() -> None:
     """The GPU's own backend runs in test_cuda.py."""
-    assert {"auto", *BACKENDS} == {*BACKEND_DTYPES, "cuda"}
+    assert {*BACKENDS} == {*BACKEND_DTYPES, "cuda"}
 
 
 @pytest.mark.parametrize("groups", [0, 2])

@@ -5,17 +5,17 @@ Without a GPU it runs in Triton's interpreter, with one on it.
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from convlstm_cases import fast, literal_recurrence
-from recurrence_cases import check_recurrence, recurrence_inputs, run_recurrence
+from convlstm_cases import ALL_RUNS, Run, Shape, Tensors, arguments, check_call, fast, gradients, literal
 from torch import Tensor
 
+from rlv2v.kernels import convlstm_cells, dispatch
+from rlv2v.kernels.driver import BackwardOperands, Operands, Outputs, Problem
 from rlv2v.kernels.triton import recurrence
 from rlv2v.kernels.triton.recurrence import DTYPES, TritonRecurrence, unavailable_reason
 from rlv2v.kernels.triton.tiles import SHARED_LIMIT, Tile, architecture, backward_tile, forward_tile
@@ -26,20 +26,22 @@ tl = pytest.importorskip("triton.language")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAN = float("nan")
 GUARD = 64  # elements on either side of every tensor
-SMALL = (2, 2, 1, 3, 2, 3, 3)
-# (G, T, B, C, H, W, k)
-SHAPES = [SMALL, (1, 1, 1, 1, 1, 1, 1), (1, 3, 2, 3, 1, 1, 3), (2, 2, 3, 5, 4, 6, 3), (1, 2, 1, 3, 7, 2, 5)]
-SHAPES += [(1, 3, 1, 17, 3, 4, 3), (2, 2, 1, 33, 5, 9, 1)]
-CASES = list(itertools.product(SHAPES, DTYPES, ("state", "zero"), (True, False)))
-CASES += [(SMALL, torch.float32, state, True) for state in ("h0 alone", "c0 alone")]
-FAST = [n for n, (shape, _, state, activated) in enumerate(CASES) if shape == SMALL and (state == "state" or activated)]
-FAST += [n for n, case in enumerate(CASES) if case == (SHAPES[5], torch.float16, "state", True)]
+SMALL = Shape(1, 2, 1, 3, 2, 3, 3, groups=2)
+SHAPES = [SMALL, Shape(2, 1, 2, 1, 1, 1, 1), Shape(2, 3, 1, 3, 1, 1, 3), Shape(3, 2, 1, 5, 4, 6, 3, 2)]
+SHAPES += [Shape(1, 2, 1, 3, 7, 2, 5), Shape(1, 3, 1, 17, 3, 4, 3), Shape(1, 2, 1, 33, 5, 9, 1, 2)]
+RUNS = [run for run in ALL_RUNS if run.backend == "triton"]
+CASES = [(shape, run, state) for shape in SHAPES for run in RUNS for state in ("state", "zero")]
+CASES += [(SMALL, RUNS[0], state) for state in ("h0 alone", "c0 alone")]
+FAST = [n for n, (shape, run, state) in enumerate(CASES) if shape == SMALL and (state == "state" or not run.recompute)]
+FAST += [CASES.index((SHAPES[5], Run("triton", torch.float16), "state"))]
+LOSS = {"state": "hs and cs", "c0 alone": "c_T"}  # for the other states: hs
 
 
 class Guarded:
-    """Make tensors that are full of NaN and lie between NaN, to see what a kernel wrote and what it read."""
+    """A recurrence whose tensors are full of NaN at first and lie between NaN: what it wrote and read is seen."""
 
-    def __init__(self) -> None:
+    def __init__(self, recurrence: TritonRecurrence) -> None:
+        self.recurrence = recurrence
         self.buffers: list[Tensor] = []
 
     def empty(self, *size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -53,83 +55,106 @@ class Guarded:
         if frames is None:
             return None
         last = frames.movedim(-3, -1)
-        return self.empty(*last.shape, dtype=frames.dtype, device=DEVICE).copy_(last).movedim(-1, -3)
+        return self.empty(*last.shape, dtype=frames.dtype, device=frames.device).copy_(last).movedim(-1, -3)
+
+    def run(self, call: Callable[..., Any], *operands: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "empty", self.empty)
+            return call(*operands)
+
+    def unsupported_reason(self, problem: Problem) -> str | None:
+        return self.recurrence.unsupported_reason(problem)
+
+    def forward(self, operands: Operands, keep_gates: bool) -> Outputs:
+        a, h0, c0 = map(self.copy, (operands.convolve_x(with_bias=False), operands.h0, operands.c0))
+        return self.run(self.recurrence.recur, a, operands.w_h, h0, c0, keep_gates, operands.bias)
+
+    def backward(self, operands: BackwardOperands) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        frames = {name: self.copy(getattr(operands, name)) for name in ("dhs", "dcs", "gates", "cs", "c0")}
+        return self.run(self.recurrence.backward, operands._replace(**frames))
 
     def check(self) -> None:
         """Assert that the guards are as they were, and that everything between them was written."""
+        assert self.buffers
         for buffer in self.buffers:
             assert buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all()
             assert not buffer[GUARD:-GUARD].isnan().any()
 
 
 @pytest.fixture
-def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guarded]:
-    """Also the backend's own allocations are guarded."""
-    guarded = Guarded()
-    monkeypatch.setattr(recurrence.torch, "empty", guarded.empty)
-    yield guarded
+def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[TritonRecurrence], Guarded]:
+    """Return a function that puts a recurrence, guarded, in the backend's place."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # the convolution of x is held to float32's limits
+
+    def put(recurrence: TritonRecurrence) -> Guarded:
+        guarded = Guarded(recurrence)
+        monkeypatch.setitem(dispatch.TABLE, "triton", dispatch.TABLE["triton"]._replace(recurrence=guarded))
+        return guarded
+
+    return put
 
 
-def run(backend: TritonRecurrence, inputs: dict[str, Tensor | None], guarded: Guarded) -> dict[str, Tensor | None]:
-    """Run a backend in float32 with all that can be given to it."""
-    return run_recurrence(backend, inputs, torch.float32, DEVICE, with_dcs=True, activated=True, copy=guarded.copy)
+Use = Callable[[TritonRecurrence], Guarded]
 
 
-@pytest.mark.parametrize("case", fast(CASES, *FAST), ids=str)
-def test_values_and_gradients_are_those_of_the_textbook(case: tuple[Any, ...], guarded: Guarded) -> None:
-    shape, dtype, state, activated = case
-    options: dict[str, Any] = {"with_dcs": state != "zero", "activated": activated, "copy": guarded.copy}
-    check_recurrence(TritonRecurrence(), shape, dtype, DEVICE, state=state, **options)
+def results(inputs: Tensors) -> dict[str, Tensor]:
+    """Return hs, cs and every gradient of one call in float32."""
+    inputs = [None if a is None else a.detach().to(DEVICE).requires_grad_() for a in inputs]
+    hs, cs = convlstm_cells(*inputs, backend="triton")
+    return {"hs": hs, "cs": cs} | gradients("hs and cs", hs, cs, inputs, torch.float32)
+
+
+@pytest.mark.parametrize("case", fast(CASES, *FAST), ids=lambda case: "-".join(map(str, case)))
+def test_values_and_gradients_are_those_of_the_textbook(case: tuple[Shape, Run, str], use: Use) -> None:
+    shape, run, state = case
+    guarded = use(TritonRecurrence())
+    check_call(shape, state, run, (LOSS.get(state, "hs"),), DEVICE)
     guarded.check()
 
 
 @pytest.mark.parametrize("tile", fast([Tile(32, 16, 16), Tile(64, 32, 64)], 1), ids=str)
-def test_a_tile_changes_no_number_beyond_rounding(tile: Tile, guarded: Guarded) -> None:
-    options: dict[str, Any] = {"with_dcs": False, "activated": True, "copy": guarded.copy}
-    check_recurrence(
-        TritonRecurrence(tile=tile), (1, 2, 1, 20, 7, 11, 3), torch.float16, DEVICE, state="state", **options
-    )
+def test_a_tile_changes_no_number_beyond_rounding(tile: Tile, use: Use) -> None:
+    guarded = use(TritonRecurrence(tile=tile))
+    check_call(Shape(1, 2, 1, 20, 7, 11, 3), "state", Run("triton", torch.float16), ("hs",), DEVICE)
     guarded.check()
 
 
 @pytest.mark.parametrize("state", ["state", "zero"])
 @pytest.mark.parametrize("steps", [1, 3])
-def test_launches_are_one_a_step_and_one_that_packs(steps: int, state: str, guarded: Guarded) -> None:
+def test_launches_are_one_a_step_and_one_that_packs(steps: int, state: str, use: Use) -> None:
     launches: Counter[str] = Counter()
 
     def count(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any]) -> None:
         launches[kernel.__name__] += 1
         recurrence.launch(kernel, grid, arguments)
 
-    run(TritonRecurrence(count), recurrence_inputs((1, steps, 1, 2, 2, 3, 1), torch.float32, state=state), guarded)
+    use(TritonRecurrence(count))
+    results(arguments(Shape(1, steps, 1, 2, 2, 3, 1), torch.float32, state))
     packs = 2 if state == "state" or steps > 1 else 0
-    want = {
-        "forward_step": steps,
-        "backward_step": steps,
-        "backward_state": int(state == "state"),
-        "pack_weight": packs,
-    }
-    assert launches == {name: number for name, number in want.items() if number}
+    want = Counter(forward_step=steps, backward_step=steps, backward_state=int(state == "state"), pack_weight=packs)
+    assert launches == want
 
 
-def test_wide_offsets_give_the_same_bits(guarded: Guarded) -> None:
+def test_wide_offsets_give_the_same_bits(use: Use) -> None:
     def wide(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any]) -> None:
         recurrence.launch(kernel, grid, arguments | ({"WIDE": True} if "WIDE" in arguments else {}))
 
-    inputs = recurrence_inputs(SMALL, torch.float32, state="state")
-    narrow = run(TritonRecurrence(), inputs, guarded)
-    for name, tensor in run(TritonRecurrence(wide), inputs, guarded).items():
-        assert torch.equal(tensor, narrow[name]), name
+    inputs, both = arguments(SMALL, torch.float32), []
+    for backend in (TritonRecurrence(), TritonRecurrence(wide)):
+        use(backend)
+        both.append(results(inputs))
+    for name, tensor in both[0].items():
+        assert torch.equal(tensor, both[1][name]), name
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")
-def test_extreme_numbers_saturate(guarded: Guarded) -> None:
-    inputs = recurrence_inputs((1, 2, 1, 2, 2, 3, 1), torch.float32, state="state")
-    inputs["a"] *= 1e4
-    ours = run(TritonRecurrence(), inputs, guarded)
+def test_extreme_numbers_saturate(use: Use) -> None:
+    use(TritonRecurrence())
+    x, w_x, w_h, bias, *state = arguments(Shape(1, 2, 1, 2, 2, 3, 1), torch.float32)
+    inputs = [torch.zeros_like(x), w_x, w_h, 1e4 * bias, *state]
+    ours = results(inputs)
     assert all(tensor.isfinite().all() for tensor in ours.values())
-    exact = literal_recurrence(inputs["a"], inputs["w_h"], inputs["h0"], inputs["c0"])
-    for name, want in zip(("hs", "cs"), exact, strict=False):
+    for name, want in zip(("hs", "cs"), literal(*(a.double() for a in inputs)), strict=True):
         torch.testing.assert_close(ours[name].double().cpu(), want, rtol=0, atol=2e-6)
 
 

@@ -99,28 +99,6 @@ class Histories(RuleBasedStateMachine):
         for row in rows:
             self.store(row[0])
 
-    @precondition(lambda self: self.clips)
-    @rule(data=st.data(), count=st.integers(1, 12), length=st.integers(1, MAX_LEN))
-    def add_arrays(self, data: st.DataObject, count: int, length: int) -> None:
-        """One array a part, and windows of one clip by arrays of starts."""
-        clip, frames = data.draw(st.sampled_from(self.clips))
-        indices = np.array(data.draw(st.lists(st.integers(0, len(frames) - 1), min_size=count, max_size=count)))
-        states, actions = np.stack([self.new_frames(length) for _ in range(count)]), self.new_frames(count)
-        lengths = np.minimum(length, len(frames) - indices)
-        windows = data.draw(st.booleans())
-        self.replay.add(
-            state=(clip, indices, lengths) if windows else states,
-            action=actions,
-            reward=np.arange(count, dtype=np.float32),
-            true_frame=(clip, indices),
-            position=np.arange(count),
-        )
-        for k in range(count):
-            start = indices[k]
-            state = frames[start : start + lengths[k]] if windows else states[k]
-            item = Item(state, actions[k], float(k), frames[start], k, False, False, self.max_priority)
-            self.store(item)
-
     def steps(self, id_: int) -> list[Item]:
         """The transitions that the n-step return from id_ goes over."""
         steps = [self.items[id_]]

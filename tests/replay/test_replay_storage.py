@@ -11,20 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from replay_cases import same
+from replay_cases import FRAME, filled, row, same
 
 from rlv2v.errors import UserError
 from rlv2v.replay import PrioritizedReplay, ReplayBatch
-
-FRAME = (8, 8, 3)
-
-
-def filled(count: int = 12, **options: Any) -> PrioritizedReplay:
-    replay = PrioritizedReplay(8, FRAME, 2, **options)
-    values = np.arange(count, dtype=np.uint8)
-    frames = np.broadcast_to(values[:, None, None, None], (count, *FRAME))
-    replay.add(state=frames[:, None], action=frames, reward=values.astype(float), true_frame=frames, position=values)
-    return replay
 
 
 def test_memory_is_reused_only_when_nothing_refers_to_it() -> None:
@@ -40,8 +30,8 @@ def test_memory_is_reused_only_when_nothing_refers_to_it() -> None:
     assert torch.equal(held[0].ids, twin.sample(4).ids)
     assert torch.equal(held_view, twin.sample(4).rewards[1:])
     assert torch.equal(torch.from_numpy(held_array), twin.sample(4).ids)
-    for row in held_rows:
-        assert torch.equal(row, twin.sample(4).states[0])
+    for state in held_rows:
+        assert torch.equal(state, twin.sample(4).states[0])
 
 
 def test_full_states_are_a_view_of_the_next_states() -> None:
@@ -72,31 +62,32 @@ def test_large_frames_and_batches_that_bypass_the_caches_are_right(lengths: tupl
         p = lengths[k % len(lengths)]
         replay.add(state=video[k : k + p], action=video[k + 5], reward=k, true_frame=video[k + 6], position=k)
     batch = replay.sample(n)
-    for row, k in enumerate(batch.positions.tolist()):
+    for j, k in enumerate(batch.positions.tolist()):
         p = lengths[k % len(lengths)]
-        assert np.array_equal(batch.states[row, :p], video[k : k + p]) and not batch.states[row, p:].any()
-        assert np.array_equal(batch.next_states[row, :p], video[k : k + p])
-        assert np.array_equal(batch.next_states[row, p], video[k + 5]) and not batch.next_states[row, p + 1 :].any()
-        assert np.array_equal(batch.actions[row], video[k + 5])
-        assert np.array_equal(batch.true_frames[row], video[k + 6])
+        next_state = np.concatenate((video[k : k + p], video[k + 5 : k + 6]))
+        assert np.array_equal(batch.states[j, :p], video[k : k + p]) and not batch.states[j, p:].any()
+        assert np.array_equal(batch.next_states[j, : p + 1], next_state) and not batch.next_states[j, p + 1 :].any()
+        assert np.array_equal(batch.actions[j], video[k + 5])
+        assert np.array_equal(batch.true_frames[j], video[k + 6])
+
+
+FORMS: list[Callable[[torch.Tensor], Any]] = [
+    lambda ids: ids,
+    lambda ids: ids.numpy(),
+    lambda ids: ids.clone(),
+    lambda ids: ids[:],
+    lambda ids: ids.tolist(),
+]
 
 
 @pytest.mark.parametrize("full", [False, True])
 def test_ids_of_a_batch_are_those_of_its_own_memory(full: bool) -> None:
     """The core recognises a batch's tensor of ids; every other form of the same ids must do the same."""
-    forms: list[Callable[[torch.Tensor], Any]] = [
-        lambda ids: ids,
-        lambda ids: ids.numpy(),
-        lambda ids: ids.clone(),
-        lambda ids: ids[:],
-        lambda ids: ids.tolist(),
-    ]
     states = []
-    for form in forms:
+    for form in FORMS:
         replay = PrioritizedReplay(16, FRAME, 2, seed=2)
         for k in range(20):
-            zero = np.zeros((2 if full else 1 + k % 2, *FRAME), np.uint8)
-            replay.add(state=zero, action=zero[0], reward=k, true_frame=zero[0], position=k)
+            replay.add(**row(k, 2 if full else 1 + k % 2))
         batches = [replay.sample(6) for _ in range(6)]  # more than the ring holds
         for batch in (batches[-1], batches[0], batches[3]):
             replay.update_priorities(form(batch.ids), np.linspace(0.1, 0.9, 6))
@@ -158,10 +149,6 @@ def run_script(script: str, *arguments: object) -> None:
     command = [sys.executable, "-c", script, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.stdout.strip(), done.returncode) == ("done", 0), done.stderr
-
-
-def test_a_forked_child_is_refused_and_the_owner_goes_on(tmp_path: Path) -> None:
-    run_script(FORK, tmp_path / "frames")
 
 
 def test_samples_go_into_the_callers_arrays() -> None:
@@ -227,8 +214,9 @@ print("done")
 """
 
 
-def test_a_full_disk_is_an_exception_and_changes_nothing(tmp_path: Path) -> None:
-    run_script(FULL_DISK, tmp_path / "frames")
+@pytest.mark.parametrize("script", [FORK, FULL_DISK], ids=["a forked child is refused", "a full disk changes nothing"])
+def test_in_a_process_of_its_own(script: str, tmp_path: Path) -> None:
+    run_script(script, tmp_path / "frames")
 
 
 def test_any_wrong_bit_of_a_file_is_seen(tmp_path: Path) -> None:
