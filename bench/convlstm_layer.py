@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from harness import Bench, Clock, Contender, Row, compare, copy_limit, cuda_us, wall_us
+from harness import CLOCKS, Bench, Contender, Row, compare, copy_limit
 from torch import Tensor
 from torch.nn.functional import conv2d
 
@@ -57,17 +57,16 @@ class Shape(NamedTuple):
         return {"gflop_s": 3 * flops, "gb_s": 3.0 * x + 3 * h + 2 * c + 2 * gates}
 
 
-@dataclass(frozen=True)
-class Data:
-    """Hold a layer's arguments and the gradient of its result, float64 values that every dtype holds exactly."""
+class Data(NamedTuple):
+    """Hold a layer's arguments, the gradient of its result, and what the float64 reference makes of them."""
 
     x: Tensor
     w_x: Tensor
     w_h: Tensor
     bias: Tensor
     dhs: Tensor
-    exact: tuple[Tensor, ...] = ()
-    """hs, and the gradients of x, w_x, w_h, bias; empty where nothing is checked."""
+    exact: tuple[Tensor, ...]
+    """hs, and the gradients of x, w_x, w_h, bias."""
 
 
 def rounded(tensor: Tensor) -> Tensor:
@@ -75,32 +74,24 @@ def rounded(tensor: Tensor) -> Tensor:
     return tensor.bfloat16().half().double()
 
 
-def noise(shape: Shape, seed: int = 0) -> Data:
-    """Return unit-sized random data, with weights that keep the pre-activations unit-sized."""
+def solved(shape: Shape, device: str = "cpu", seed: int = 0) -> Data:
+    """Return unit-sized random data, with weights that keep the pre-activations unit-sized, and the exact result."""
     rng = torch.Generator().manual_seed(seed)
-
-    def normal(*size: int, scale: float = 1.0) -> Tensor:
-        return rounded(torch.randn(*size, generator=rng) * scale)
-
     b, t, c_in, c, h, w, k = shape
     scale = ((c_in + c) * k * k) ** -0.5
-    w_x, w_h = normal(4 * c, c_in, k, k, scale=scale), normal(4 * c, c, k, k, scale=scale)
-    return Data(normal(b, t, c_in, h, w), w_x, w_h, normal(4 * c), normal(b, t, c, h, w))
-
-
-def solved(data: Data, device: str = "cpu") -> Data:
-    """Return the data with the exact results of the float64 reference."""
-    inputs = (data.x, data.w_x, data.w_h, data.bias)
-    leaves = x, w_x, w_h, bias = [tensor.to(device, copy=True).requires_grad_() for tensor in inputs]
+    sizes = ((b, t, c_in, h, w), (4 * c, c_in, k, k), (4 * c, c, k, k), (4 * c,), (b, t, c, h, w))
+    scales = (1.0, scale, scale, 1.0, 1.0)
+    tensors = [rounded(torch.randn(size, generator=rng) * s) for size, s in zip(sizes, scales, strict=True)]
+    *leaves, dhs = (tensor.to(device, copy=True) for tensor in tensors)
+    x, w_x, w_h, bias = (leaf.requires_grad_() for leaf in leaves)
     hs, _ = convlstm_ref(x, w_x, w_h, bias, None, None)
-    return replace(data, exact=(hs.detach(), *torch.autograd.grad(hs, leaves, data.dhs.to(device))))
+    return Data._make([*tensors, (hs.detach(), *torch.autograd.grad(hs, leaves, dhs))])
 
 
 def stacked(data: list[Data]) -> Data:
     """Return several layers of one shape as one with a leading group axis."""
-    names = ("x", "w_x", "w_h", "bias", "dhs")
-    tensors = {name: torch.stack([getattr(one, name) for one in data]) for name in names}
-    return Data(**tensors, exact=tuple(torch.stack(part) for part in zip(*(one.exact for one in data), strict=True)))
+    *tensors, exact = zip(*data, strict=True)
+    return Data._make([*map(torch.stack, tensors), tuple(map(torch.stack, zip(*exact, strict=True)))])
 
 
 def frame_major(frames: Tensor) -> Tensor:
@@ -204,13 +195,20 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def obstacle(form: Form, shape: Shape, device: str, groups: int = 1) -> str | None:
-    """Return why a backend of ours cannot run a shape; None if it can, and for a peer."""
-    if not form.backend:
-        return None
+def runnable(bench: Bench, case: str, forms: Iterable[Form], shape: Shape, device: str, groups: int = 1) -> list[Form]:
+    """Return the forms that can run a shape; record why a backend of ours cannot."""
     b, t, _, c, h, w, k = shape
-    problem = Problem(torch.device(device), form.dtype, groups, t, b, c, h, w, k)
-    return RUNNERS[form.backend].obstacle(problem)
+    can = []
+    for form in forms:
+        reason = None
+        if form.backend:
+            problem = Problem(torch.device(device), form.dtype, groups, t, b, c, h, w, k)
+            reason = RUNNERS[form.backend].obstacle(problem)
+        if reason is None:
+            can.append(form)
+        else:
+            bench.skip(f"{case}, {form.name} {name_of(form.dtype)}", reason)
+    return can
 
 
 def limits_of(shape: Shape, passes: str, dtypes: Iterable[torch.dtype], device: str) -> list[Contender]:
@@ -249,20 +247,16 @@ def layer_rows(
     A peer that raises, like a compiler that is not installed, is recorded as missing. An error of ours is a bug.
     """
     torch._dynamo.reset()
-    data, case, layers = solved(noise(shape), device), f"layer {shape}", list[tuple[Layer, dict[str, float]]]()
-    for form in forms:
-        reason = obstacle(form, shape, device)
-        if reason is None:
+    data, case, layers = solved(shape, device), f"layer {shape}", list[tuple[Layer, dict[str, float]]]()
+    for form in runnable(bench, case, forms, shape, device):
+        try:
             layer = Layer(form, data, device)
-            try:
-                layers.append((layer, layer.check()))
-            except Exception as error:
-                if form.backend:
-                    raise
-                reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        if reason is not None:
+            layers.append((layer, layer.check()))
+        except Exception as error:
+            if form.backend:
+                raise
+            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             bench.skip(f"{case}, {form.name} {name_of(form.dtype)}", reason)
-    clock: Clock = cuda_us if device == "cuda" else wall_us
     rows = list[Row]()
     for which in passes:
         contenders = []
@@ -270,10 +264,8 @@ def layer_rows(
             form = layer.form
             if which == "forward+backward" or not form.training_only:
                 dtype, work = name_of(form.dtype), shape.work(which, form.dtype)
-                contender = Contender(
-                    form.name, layer.call(which), dtype, work, ours=bool(form.backend), group=form.group
-                )
-                contenders.append(checked(contender, difference, form.dtype))
+                timed = Contender(form.name, layer.call(which), dtype, work, ours=bool(form.backend), group=form.group)
+                contenders.append(checked(timed, difference, form.dtype))
         contenders += limits_of(shape, which, dict.fromkeys(layer.form.dtype for layer, _ in layers), device)
-        rows += compare(case, which, contenders, rounds, clock)
+        rows += compare(case, which, contenders, rounds, CLOCKS[device])
     return rows

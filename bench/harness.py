@@ -24,9 +24,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +43,6 @@ Row = dict[str, Any]
 Call = Callable[[], object]
 Clock = Callable[[Call], float]
 
-QUICK_ROUNDS = 5
 SHORT_US = 2000
 """A call shorter than this is repeated in its turn, after one that does not count: it starts with another's caches."""
 MAX_REPEATS = 20
@@ -69,7 +70,7 @@ class TimedArgs(Args):
     @property
     def num_rounds(self) -> int:
         """Return the rounds to run: at most 5 with --quick."""
-        return min(self.rounds, QUICK_ROUNDS) if self.quick else self.rounds
+        return min(self.rounds, 5) if self.quick else self.rounds
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,11 @@ class Bench:
             raise UserError("--device cuda: PyTorch sees no GPU")
 
     def add(self, rows: Iterable[Row], **fields: Any) -> None:
-        """Append rows, set further fields, and write the file."""
-        self.rows += rows
+        """Append rows, print those without a time, set further fields, and write the file."""
+        for row in rows:
+            self.rows.append(row)
+            if "median_us" not in row:
+                print(" | ".join(f"{key} {value}" for key, value in row.items() if key != "ours"), flush=True)
         self.fields |= fields
         if self.path is not None:
             partial = self.path.with_name(f".{self.path.name}.partial")
@@ -133,11 +137,6 @@ class Bench:
             head["missing"] = self.missing
         return json.dumps(finite(head | {"rows": self.rows}), allow_nan=False)
 
-    @property
-    def failed(self) -> bool:
-        """Return whether a row of ours is not valid."""
-        return any(row.get("ours") and row.get("valid") is False for row in self.rows)
-
     def __enter__(self) -> Bench:
         return self
 
@@ -145,7 +144,7 @@ class Bench:
         if kind is None:
             self.add([])
             print(self.text())
-            if self.failed:
+            if any(row.get("ours") and row.get("valid") is False for row in self.rows):
                 raise SystemExit(1)
 
 
@@ -163,8 +162,6 @@ class Contender:
     """What a call stands for: FLOPs as `gflop_s`, bytes as `gb_s`. The row shows the first one's rate."""
     ours: bool = False
     limit: bool = False
-    backend: str = ""
-    """The row's `backend`, where it differs from the name."""
     group: str = ""
     """The fastest peer of a group counts as one more peer, `best <group>`."""
     valid: bool = True
@@ -177,11 +174,6 @@ class Contender:
     def key(self) -> tuple[str, str]:
         """Return what the contender's times are stored under."""
         return self.name, self.dtype
-
-    @property
-    def is_peer(self) -> bool:
-        """Return whether others are compared with it."""
-        return not (self.ours or self.limit)
 
 
 Times = dict[tuple[str, str], list[float]]
@@ -203,6 +195,9 @@ def cuda_us(call: Call) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) * 1e3
+
+
+CLOCKS: dict[str, Clock] = {"cpu": wall_us, "cuda": cuda_us}
 
 
 def time_in_turns(contenders: Sequence[Contender], rounds: int, clock: Clock = wall_us) -> Times:
@@ -244,12 +239,11 @@ def peers_of(contender: Contender, contenders: Iterable[Contender], medians: Map
     """Return the median of each timed peer of the contender's dtype, and of the fastest of each group."""
     peers: dict[str, float] = {}
     for peer in contenders:
-        if peer.is_peer and peer.dtype == contender.dtype and peer.key != contender.key and peer.key in medians:
-            peers[peer.name] = medians[peer.key]
-            if peer.group:
-                best = f"best {peer.group}"
-                peers[best] = min(peers.get(best, float("inf")), medians[peer.key])
-    return peers
+        if not (peer.ours or peer.limit) and peer.dtype == contender.dtype and peer is not contender:
+            us = medians.get(peer.key, math.inf)
+            for name in [peer.name] + [f"best {peer.group}"] * bool(peer.group):
+                peers[name] = min(peers.get(name, math.inf), us)
+    return {name: us for name, us in peers.items() if us < math.inf}
 
 
 def limit_us(contender: Contender, contenders: Iterable[Contender], medians: Mapping[Any, float]) -> float | None:
@@ -258,12 +252,8 @@ def limit_us(contender: Contender, contenders: Iterable[Contender], medians: Map
     With several kinds of work it is the longest of their times.
     """
     limits = [c for c in contenders if c.limit and c.dtype == contender.dtype and c.key in medians]
-    times = []
-    for unit, amount in contender.work.items():
-        rates = [c.work[unit] / medians[c.key] for c in limits if unit in c.work]
-        if rates:
-            times.append(amount / max(rates))
-    return max(times, default=None)
+    rates = {unit: [c.work[unit] / medians[c.key] for c in limits if unit in c.work] for unit in contender.work}
+    return max((contender.work[unit] / max(each) for unit, each in rates.items() if each), default=None)
 
 
 def rows_of(case: str, passes: str, contenders: Sequence[Contender], times: Mapping[Any, Sequence[float]]) -> list[Row]:
@@ -272,30 +262,24 @@ def rows_of(case: str, passes: str, contenders: Sequence[Contender], times: Mapp
     medians = {key: p50 for key, (_, p50, _) in spreads.items()}
     rows = []
     for contender in contenders:
-        row: Row = {"case": case, "backend": contender.backend or contender.name, "pass": passes}
+        row: Row = {"case": case, "backend": contender.name, "pass": passes}
         row |= {"dtype": contender.dtype, "median_us": None, "p20_us": None, "p80_us": None, "percent_of_limit": None}
         row |= {"speedup_over": {}, "ours": contender.ours, "valid": contender.valid, **contender.fields}
         rows.append(row)
-        label = f"{case} | {passes} | {row['backend']} {contender.dtype}"
-        if not contender.valid or contender.key not in medians:
-            print(f"{label} | REFUSED: {dict(contender.fields)}", flush=True)
-            continue
-        row["p20_us"], row["median_us"], row["p80_us"] = (round(us, 2) for us in spreads[contender.key])
-        median, shown = medians[contender.key], []
-        for unit, amount in list(contender.work.items())[:1]:
-            row[unit] = round(amount / median / 1e3, 3)
-            shown.append(f"{row[unit]:.1f} {unit.replace('_', '/')}")
-        if not contender.limit:
-            limit = limit_us(contender, contenders, medians)
-            if limit is not None:
-                row["percent_of_limit"] = round(100 * limit / median, 1)
-                shown.append(f"{row['percent_of_limit']:.0f} % of the limit")
-            peers = peers_of(contender, contenders, medians)
-            row["speedup_over"] = {name: round(us / median, 3) for name, us in peers.items()}
-            shown += [f"{ratio:.2f} x {name}" for name, ratio in list(row["speedup_over"].items())[:1]]
-        print(
-            f"{label} | {median:.1f} us ({row['p20_us']:.1f} to {row['p80_us']:.1f}) | {', '.join(shown)}", flush=True
-        )
+        result = f"REFUSED: {dict(contender.fields)}"
+        if contender.valid and contender.key in medians:
+            row["p20_us"], row["median_us"], row["p80_us"] = (round(us, 2) for us in spreads[contender.key])
+            median = medians[contender.key]
+            for unit, amount in list(contender.work.items())[:1]:
+                row[unit] = round(amount / median / 1e3, 3)
+            if not contender.limit:
+                limit, peers = limit_us(contender, contenders, medians), peers_of(contender, contenders, medians)
+                row["percent_of_limit"] = None if limit is None else round(100 * limit / median, 1)
+                row["speedup_over"] = {name: round(us / median, 3) for name, us in peers.items()}
+            result = f"{median:.1f} us ({row['p20_us']:.1f} to {row['p80_us']:.1f})"
+            result += "".join(f" | {ratio:.2f} x {name}" for name, ratio in list(row["speedup_over"].items())[:1])
+            result += f" | {row['percent_of_limit']:.0f} % of the limit" if row["percent_of_limit"] else ""
+        print(f"{case} | {passes} | {contender.name} {contender.dtype} | {result}", flush=True)
     return rows
 
 
@@ -311,6 +295,11 @@ def copy_limit(num_bytes: float, dtype: str = "float32", device: str = "cpu") ->
     target = torch.ones_like(source)
     work = {"gb_s": 2.0 * source.numel()}
     return Contender("copy", lambda: target.copy_(source), dtype, work, limit=True)
+
+
+def process_of_its_own(start: Callable[..., object] | None = None, *args: Any) -> ProcessPoolExecutor:
+    """Return an executor of one new process, with memory and caches of its own, that first calls `start(*args)`."""
+    return ProcessPoolExecutor(1, get_context("spawn"), initializer=start, initargs=args)
 
 
 def finite(value: Any) -> Any:

@@ -99,16 +99,15 @@ def test_kills_are_compared_bit_by_bit() -> None:
 
 def test_a_run_that_fails_is_a_row_of_quality(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality.sys, "executable", "false")
-    args = quality.Args(case=str(tmp_path), out=tmp_path)
+    args = quality.Args(case="synth16", out=tmp_path)
     bench = Bench("quality", args)
-    bench.add(quality.run_job(quality.Job("tiny", 0, tmp_path / "run"), args, tmp_path, 16, 1.0))
-    assert [row["valid"] for row in bench.rows] == [False] and bench.failed
-    (tmp_path / f"{tmp_path.name}-tiny-0").mkdir()
+    bench.add(quality.run_rows("tiny", 0, tmp_path / "run", args, tmp_path, 16, 1.0))
+    assert [row["valid"] for row in bench.rows] == [False] and bench.rows[0]["ours"]
+    (tmp_path / "synth16-tiny-0").mkdir()
     for changes, message in (
-        ({"methods": ("tiny",), "seeds": (0,)}, "already holds .*-tiny-0; choose another folder"),
+        ({"methods": ("tiny",), "seeds": (0,)}, "already holds synth16-tiny-0; choose another folder"),
         ({"budget": 0.0}, "--budget: expected seconds > 0, got 0"),
-        ({"case": "synth"}, "--case: expected synth<N>, real<N> or a dataset folder, got synth"),
-        ({"case": "synth32", "size": 16}, "--size: the case synth32 is of size 32, got 16"),
+        ({"case": "synth"}, "--case: expected synth<N> or real<N>, got synth"),
     ):
         with pytest.raises(UserError, match=message):
             quality.main(replace(args, **changes))
@@ -131,8 +130,7 @@ def test_quality_of_a_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.thorough
-def test_a_killed_run_and_a_lost_rank(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", "")  # put back what the bench sets
+def test_a_killed_run_and_a_lost_rank(capsys: pytest.CaptureFixture[str]) -> None:
     result = result_of(survive.main, survive.Args(kills=1, rank_kills=1, steps=10), capsys)
     assert [row["valid"] for row in result["rows"]] == [True, True]
     assert result["summary"]["identical"] == result["summary"]["ended_by_themselves"] == 1
