@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -65,8 +66,7 @@ class Data(NamedTuple):
     w_h: Tensor
     bias: Tensor
     dhs: Tensor
-    exact: tuple[Tensor, ...]
-    """hs, and the gradients of x, w_x, w_h, bias."""
+    exact: tuple[Tensor, ...]  # hs, and the gradients of x, w_x, w_h, bias
 
 
 def rounded(tensor: Tensor) -> Tensor:
@@ -111,22 +111,16 @@ class Form:
 
     name: str
     dtype: torch.dtype
-    run: Run
-    """x, then w_x and w_h or, `joined`, one weight of both, then the bias, to hs."""
+    run: Run  # x, then w_x and w_h or, `joined`, one weight of both, then the bias, to hs
     joined: bool = False
-    leaves: torch.dtype | None = None
-    """Dtype of x and the weights where it is not `dtype`: autocast."""
+    leaves: torch.dtype | None = None  # dtype of x and the weights where it is not `dtype`: autocast
     channels_last: bool = False
     frame_major: bool = False
-    cell_order: bool = False
-    """Gates i, f, g, o in the weights, as in aten's LSTM cell."""
-    backend: str = ""
-    """Of rlv2v.kernels; empty for a peer."""
+    cell_order: bool = False  # gates i, f, g, o in the weights, as in aten's LSTM cell
+    backend: str = ""  # of rlv2v.kernels; empty for a peer
     group: str = ""
-    training_only: bool = False
-    """Differs from another form in the backward alone."""
-    graphs: bool = False
-    """Runs in CUDA graphs, whose results the next call overwrites."""
+    training_only: bool = False  # differs from another form in the backward alone
+    graphs: bool = False  # runs in CUDA graphs, whose results the next call overwrites
 
 
 class Layer:
@@ -142,6 +136,7 @@ class Layer:
         dtype = form.leaves or form.dtype  # `to` keeps the strides
         self.leaves = [tensor.to(device, dtype, copy=True).requires_grad_() for tensor in (x, *weights)]
         self.dhs = dhs.to(device, form.dtype)
+        self.calls: dict[str, Callable[[], object]] = {"forward": self.forward, "forward+backward": self.train}
 
     def run(self) -> Tensor:
         """Return hs."""
@@ -158,10 +153,6 @@ class Layer:
         """Return hs and the gradients of x and all weights."""
         hs = self.run()
         return hs, *torch.autograd.grad(hs, self.leaves, self.dhs)
-
-    def call(self, passes: str) -> Callable[[], object]:
-        """Return the call to time."""
-        return self.forward if passes == "forward" else self.train
 
     def check(self) -> dict[str, float]:
         """Return the differences of both passes from the exact result."""
@@ -218,24 +209,21 @@ def limits_of(shape: Shape, passes: str, dtypes: Iterable[torch.dtype], device: 
     so little work does not fill, at sizes that do.
     """
     limits, n, c = list[Contender](), shape.batch * shape.steps, shape.channels
-
-    def limit(name: str, call: Callable[[], object], dtype: torch.dtype, flops: float) -> None:
-        limits.append(Contender(name, call, name_of(dtype), {"gflop_s": flops}, limit=True))
-
+    sizes = ((n, c, shape.height, shape.width), (4 * c, c, shape.kernel, shape.kernel))
+    rows, inner, columns = shape.batch * shape.height * shape.width, shape.kernel**2 * c, 4 * c
+    work = {"gflop_s": 2.0 * shape.steps * rows * inner * columns}
+    if device == "cuda":
+        rows = inner = columns = GPU_GEMM
+    product = {"gflop_s": 2.0 * rows * inner * columns}
     for dtype in dtypes:
-        frames, weight = (
-            torch.randn(size).to(device, dtype).contiguous(memory_format=torch.channels_last)
-            for size in ((n, c, shape.height, shape.width), (4 * c, c, shape.kernel, shape.kernel))
-        )
-        flops = 2.0 * n * shape.height * shape.width * 4 * c * c * shape.kernel**2
-        limit("convolution", lambda x=frames, w=weight: conv2d(x, w, padding="same"), dtype, flops)  # type: ignore[misc]
-        sizes = (shape.batch * shape.height * shape.width, shape.kernel**2 * c, 4 * c)
-        num_bytes = shape.work(passes, dtype)["gb_s"]
-        if device == "cuda":
-            sizes, num_bytes = (GPU_GEMM,) * 3, max(num_bytes, GPU_COPY_BYTES)
-        left, right = (torch.randn(size).to(device, dtype) for size in (sizes[:2], sizes[1:]))
-        limit("GEMM", lambda a=left, b=right: a @ b, dtype, 2.0 * sizes[0] * sizes[1] * sizes[2])  # type: ignore[misc]
-        limits.append(copy_limit(num_bytes, name_of(dtype), device))
+        tensors = [torch.randn(size).to(device, dtype).contiguous(memory_format=torch.channels_last) for size in sizes]
+        matrices = [torch.randn(size).to(device, dtype) for size in ((rows, inner), (inner, columns))]
+        num_bytes = max(shape.work(passes, dtype)["gb_s"], GPU_COPY_BYTES if device == "cuda" else 0)
+        limits += [
+            Contender("convolution", partial(conv2d, *tensors, padding="same"), name_of(dtype), work, limit=True),
+            Contender("GEMM", partial(torch.matmul, *matrices), name_of(dtype), product, limit=True),
+            copy_limit(num_bytes, name_of(dtype), device),
+        ]
     return limits
 
 
@@ -264,7 +252,7 @@ def layer_rows(
             form = layer.form
             if which == "forward+backward" or not form.training_only:
                 dtype, work = name_of(form.dtype), shape.work(which, form.dtype)
-                timed = Contender(form.name, layer.call(which), dtype, work, ours=bool(form.backend), group=form.group)
+                timed = Contender(form.name, layer.calls[which], dtype, work, ours=bool(form.backend), group=form.group)
                 contenders.append(checked(timed, difference, form.dtype))
         contenders += limits_of(shape, which, dict.fromkeys(layer.form.dtype for layer, _ in layers), device)
         rows += compare(case, which, contenders, rounds, CLOCKS[device])

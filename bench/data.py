@@ -18,8 +18,6 @@ import logging
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 from concurrent.futures import Executor
 from contextlib import ExitStack
@@ -32,7 +30,7 @@ import numpy as np
 import torch
 from av.video.reformatter import Colorspace
 from data_peers import FRAMES, PEERS, SIZE, WAYS, load, open_files, plain_names, stamp, time_clips
-from harness import Bench, Contender, Row, TimedArgs, process_of_its_own, rows_of, version, wall_us
+from harness import Bench, Contender, Row, TimedArgs, process_of_its_own, rows_of, run_python, version, wall_us
 from real_pair import street_clip
 
 from rlv2v.cli import run_command
@@ -208,11 +206,8 @@ def index_rows(root: Path, files: Files, repeats: int) -> list[Row]:
 
 def wait_row(data: Path, out: Path, steps: int) -> Row:
     """Return the share of a training's time that it waits for clips, by its own log, without the first log line."""
-    command = [sys.executable, "-m", "rlv2v.train", "--data", str(data), "--out", str(out), "--steps", str(steps)]
-    command += ["--warmup-steps", "2", "--snapshot-seconds", "1e9"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"training failed: {done.stderr[-2000:]}")
+    flags = ("--steps", steps, "--warmup-steps", 2, "--snapshot-seconds", "1e9")
+    run_python("-m", "rlv2v.train", "--data", data, "--out", out, *flags)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     counted, seconds = lines[-1]["step"] - lines[0]["step"], lines[-1]["seconds"] - lines[0]["seconds"]
     waited = sum(line["time_data"] * (line["step"] - last["step"]) for last, line in itertools.pairwise(lines))
@@ -226,12 +221,18 @@ def loader_memory(root: Path, unprepared: bool, marks: tuple[int, int]) -> list[
 
     unprepared: one clip of 16 frames a step, no cache; otherwise the default preset's batches.
     """
-    data = Config.of("default").data
-    frames, size, batch, cache = data.frames, data.size, {k: getattr(data, f"batch_{k}") for k in "xyzs"}, {}
-    if unprepared:
-        frames, size, batch, cache = FRAMES, SIZE, {"x": 1}, {"cache_mib": 0}
     torch.set_num_threads(1)
-    loader = Loader(open_dataset(root, frames=frames), batch=batch, frames=frames, size=size, seed=0, **cache)
+    if unprepared:
+        loader = Loader(
+            open_dataset(root, frames=FRAMES), batch={"x": 1}, frames=FRAMES, size=SIZE, seed=0, cache_mib=0
+        )
+    else:
+        data = Config.of("default").data
+        dataset, batch = (
+            open_dataset(root, frames=data.frames),
+            {name: getattr(data, f"batch_{name}") for name in "xyzs"},
+        )
+        loader = Loader(dataset, batch=batch, frames=data.frames, size=data.size, seed=0)
     resident = []
     for step in range(1, marks[1] + 1):
         next(loader)

@@ -131,27 +131,10 @@ def read_pyav(opened: Any, start: int) -> Array:
     return np.stack(frames)
 
 
-def open_opencv(path: str) -> Any:
-    """Return a `VideoCapture` on one thread."""
-    cv2.setNumThreads(1)
-    return cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
-
-
 def read_opencv(capture: Any, start: int) -> Array:
-    """Set the position by frame number."""
+    """Set the position of a `VideoCapture` by frame number."""
     capture.set(cv2.CAP_PROP_POS_FRAMES, start)
     return shrink(capture.read()[1] for _ in range(FRAMES))[..., ::-1]
-
-
-def open_decord(path: str) -> Any:
-    """Return a `VideoReader`, which scales by itself."""
-    return importlib.import_module("decord").VideoReader(path, num_threads=1, width=SIZE, height=SIZE)
-
-
-def read_decord(reader: Any, start: int) -> Array:
-    """Read a batch."""
-    frames: Array = reader.get_batch(range(start, start + FRAMES)).asnumpy()
-    return frames
 
 
 def open_torchcodec(path: str) -> Any:
@@ -160,18 +143,19 @@ def open_torchcodec(path: str) -> Any:
     return decoders.VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1)
 
 
-def read_torchcodec(decoder: Any, start: int) -> Array:
-    """Read a range."""
-    return shrink(decoder.get_frames_in_range(start, start + FRAMES).data.numpy())
-
-
 WAYS: dict[str, Callable[[Sequence[str]], Read]] = {
     "rlv2v": ours,
     "Loader": ours_end_to_end,
     "PyAV": peer(open_pyav, read_pyav),
-    "OpenCV": peer(open_opencv, read_opencv),
-    "decord": peer(open_decord, read_decord),
-    "torchcodec": peer(open_torchcodec, read_torchcodec),
+    "OpenCV": peer(lambda path: cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1]), read_opencv),
+    "decord": peer(
+        lambda path: importlib.import_module("decord").VideoReader(path, num_threads=1, width=SIZE, height=SIZE),
+        lambda reader, start: reader.get_batch(range(start, start + FRAMES)).asnumpy(),
+    ),
+    "torchcodec": peer(
+        open_torchcodec,
+        lambda decoder, start: shrink(decoder.get_frames_in_range(start, start + FRAMES).data.numpy()),
+    ),
 }
 PEERS = tuple(WAYS)[2:]
 MODULES = {"rlv2v": "rlv2v", "Loader": "rlv2v", "PyAV": "av", "OpenCV": "cv2"}
@@ -182,6 +166,7 @@ _reads: dict[str, Read] = {}  # of a process that runs a way: that of the files 
 
 def load(name: str) -> None:
     """Pin this process to one core and import a way's library."""
+    cv2.setNumThreads(1)
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     importlib.import_module(MODULES.get(name, name))
 

@@ -19,12 +19,14 @@ import math
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -36,8 +38,7 @@ import torch
 
 from rlv2v.errors import UserError
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "tests"))  # for `oracle`: the literal twins that benches time
+sys.path.append(str(Path(__file__).parents[1] / "tests"))  # for `oracle`: the literal twins that benches time
 
 Row = dict[str, Any]
 Call = Callable[[], object]
@@ -82,34 +83,23 @@ class DeviceArgs(TimedArgs):
 
 
 class Bench:
-    """Collect the rows of one bench, keep --json up to date, and print the JSON line at the end.
+    """Collect the rows of one bench, as a context manager; further fields go into the JSON before `rows`.
 
-        with Bench("losses", args) as bench:
-            bench.add(rows)
-
-    The file is replaced after each `add`, so an interrupted bench keeps the cases that it finished. Leaving the block
-    prints the line and raises SystemExit(1) if a row with `"ours": true` is not valid.
-
-    Args:
-        name: the bench's name in the JSON.
-        args: its flags, with `json`; those of `Args` are checked, and set torch's threads.
-        fields: further fields of the JSON, before `rows`.
-
-    Raises:
-        UserError: the folder of --json does not exist, or a shared flag is out of range.
+    The file of --json is replaced after each `add`, so an interrupted bench keeps the cases that it finished. Leaving
+    the block prints the JSON line and raises SystemExit(1) if a row with `"ours": true` is not valid. A flag that is
+    out of range, or a folder of --json that does not exist, raises UserError.
     """
 
-    def __init__(self, name: str, args: Any, **fields: Any) -> None:
+    def __init__(self, name: str, args: Args, **fields: Any) -> None:
         self.name, self.path, self.rows, self.fields = name, args.json, list[Row](), fields
         self.missing: dict[str, str] = {}
         if self.path is not None and not self.path.parent.is_dir():
             raise UserError(f"--json {self.path}: its folder does not exist; create it first")
         if isinstance(args, TimedArgs) and args.rounds < 2:
             raise UserError(f"--rounds: expected at least 2, got {args.rounds}")
-        if isinstance(args, Args):
-            if args.threads < 1:
-                raise UserError(f"--threads: expected at least 1, got {args.threads}")
-            torch.set_num_threads(args.threads)
+        if args.threads < 1:
+            raise UserError(f"--threads: expected at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
         if isinstance(args, DeviceArgs) and args.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: PyTorch sees no GPU")
 
@@ -152,23 +142,17 @@ class Bench:
 class Contender:
     """One way to do the work of a case: one of ours, a peer, or a limit (a bare copy, GEMM or convolution)."""
 
-    name: str
-    """Unique among the contenders of the same dtype."""
-    call: Call = lambda: None
-    """The work to time; unused where the times come from elsewhere."""
-    dtype: str = "float32"
-    """Of the arithmetic."""
+    name: str  # unique among the contenders of the same dtype
+    call: Call = lambda: None  # the work to time; unused where the times come from elsewhere
+    dtype: str = "float32"  # of the arithmetic
     work: Mapping[str, float] = field(default_factory=dict)
     """What a call stands for: FLOPs as `gflop_s`, bytes as `gb_s`. The row shows the first one's rate."""
     ours: bool = False
     limit: bool = False
-    group: str = ""
-    """The fastest peer of a group counts as one more peer, `best <group>`."""
+    group: str = ""  # the fastest peer of a group counts as one more peer, `best <group>`
     valid: bool = True
-    cleanup: Call | None = None
-    """Runs after each call, outside the time."""
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    """Further fields of the row."""
+    cleanup: Call | None = None  # runs after each call, outside the time
+    fields: Mapping[str, Any] = field(default_factory=dict)  # further fields of the row
 
     @property
     def key(self) -> tuple[str, str]:
@@ -302,6 +286,15 @@ def process_of_its_own(start: Callable[..., object] | None = None, *args: Any) -
     return ProcessPoolExecutor(1, get_context("spawn"), initializer=start, initargs=args)
 
 
+def run_python(*arguments: object, threads: int = 1) -> None:
+    """Run this Python with arguments; RuntimeError with the end of its stderr if it fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+
+
 def finite(value: Any) -> Any:
     """Return nested dicts and lists with null for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
@@ -314,8 +307,7 @@ def finite(value: Any) -> Any:
 def machine() -> dict[str, str | int | None]:
     """Return `cpu, gpu, threads, torch, triton`; gpu and triton are None where there is none."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.is_file() else []
     return {
         "cpu": names[0] if names else platform.processor() or platform.machine(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -327,10 +319,9 @@ def machine() -> dict[str, str | int | None]:
 
 def version(package: str) -> str | None:
     """Return the installed version of a package, or None."""
-    try:
+    with suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 @cache

@@ -4,7 +4,7 @@
 
 Bytes by weights, gradients, optimiser, activations and workspace: counted (`rlv2v.method.memory`) everywhere, on a
 GPU also measured, as the allocator's own peak over real steps, with CUDA graphs and without. Then, counted, what fits a
-card of `--card` GB at `--sizes`, with each way to keep activations. All counts are of one rank.
+card of `--card` GB, with each way to keep activations. All counts are of one rank.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from rlv2v.runtime.cuda_graphs import NUM_PLAIN
 from rlv2v.runtime.device import grow_segments
 from rlv2v.runtime.memory import CPU
 
+SIZES = (64, 128, 256)
+"""Sides of the frames in the table of what fits, pixels."""
 ROUNDS = 4
 """Of the timed generator steps."""
 
@@ -47,12 +49,8 @@ class Args(harness.Args):
     """Clip length T instead of the preset's."""
     memory: Literal["store", "recompute", "frames"] | None = None
     """Way to keep activations instead of the preset's."""
-    replicas: int = 1
-    """Replicas of the rank."""
     card: float = 8.0
     """Memory of the card to fill, GB (1e9 bytes); 0: no table of what fits."""
-    sizes: tuple[int, ...] = (64, 128, 256)
-    """Sides of the frames in that table, pixels."""
     timed: bool = False
     """Time a generator step with each way to keep activations, on this CPU, one thread."""
 
@@ -75,27 +73,27 @@ def name_of(config: Config) -> str:
     return f"{config.data.size}x{config.data.size} T={config.data.frames}"
 
 
-def counted_row(config: Config, num_replicas: int) -> Row:
+def counted_row(config: Config) -> Row:
     """Count the bytes of one step by what they are for."""
-    counts = estimate(config, num_replicas=num_replicas)
+    counts = estimate(config)
     fields = counts._asdict() | {"with_reserve": counts.reserved}
     return row_of(f"step {name_of(config)}", "counted", config, **fields)
 
 
-def measured_row(config: Config, num_replicas: int) -> Row:
+def measured_row(config: Config) -> Row:
     """Measure the peak of the CUDA allocator over real steps: what was allocated and what it holds."""
     torch.cuda.init()
     gc.collect()
     torch.cuda.empty_cache()
     device, steps_of_round = torch.device("cuda"), 2 * config.rl.every  # in which each domain has its turn
     settled = steps_of_round * (NUM_PLAIN + 1 if config.runtime.graphs else 1)  # moments exist, every phase is recorded
-    algorithm = Algorithm(config.replace(replicas=num_replicas), device)
+    algorithm = Algorithm(config, device)
     for number in range(settled + 2 * steps_of_round):
         if number == settled:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         with device:
-            clips = some_clips(config, num_replicas)
+            clips = some_clips(config, 1)
         algorithm.advance(float(number), algorithm.step(clips).pop("distance"))
     torch.cuda.synchronize()
     held, (free, total) = torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()
@@ -129,15 +127,14 @@ def timed_rows(config: Config) -> list[Row]:
     return compare(f"generators {name_of(config)}", "cpu", contenders, ROUNDS, process_us)
 
 
-def fitting_rows(args: Args, size: int, num_replicas: int) -> list[Row]:
+def fitting_rows(args: Args, size: int) -> list[Row]:
     """Return the longest clips at the config's batch, and its largest multiple at T=16, for each way."""
     card, rows = int(args.card * GB), list[Row]()
     for memory in MEMORY:
         config = args.config.replace(memory=memory, size=size)
-        shared: dict[str, Any] = {"num_replicas": num_replicas, "confirm": False}
         fields = {
-            "frames": largest(config.replace(frames=64), card, over="frames", **shared),
-            "batch_factor": largest(config.replace(frames=16), card, over="batch", **shared),
+            "frames": largest(config.replace(frames=64), card, over="frames", num_replicas=1, confirm=False),
+            "batch_factor": largest(config.replace(frames=16), card, over="batch", num_replicas=1, confirm=False),
         }
         rows.append(row_of(f"fits {size}x{size}", "counted", config, card=card, **fields))
     return rows
@@ -148,15 +145,15 @@ def main(args: Args) -> None:
     config = args.config
     reserve = {"context_bytes": CONTEXT_BYTES, "fragmentation": FRAGMENTATION}
     with Bench("memory", args, reserve=reserve) as bench:
-        bench.add([counted_row(config, args.replicas)])
+        bench.add([counted_row(config)])
         if torch.cuda.is_available():
             grow_segments()
             for graphs in (False, True):
-                bench.add([measured_row(config.replace(graphs=graphs), args.replicas)])
+                bench.add([measured_row(config.replace(graphs=graphs))])
         if args.timed:
             bench.add(timed_rows(Config.of("default", size=64, frames=16)))
-        for size in (args.sizes[:1] if args.quick else args.sizes) if args.card else ():
-            bench.add(fitting_rows(args, size, args.replicas))
+        for size in (SIZES[:1] if args.quick else SIZES) if args.card else ():
+            bench.add(fitting_rows(args, size))
 
 
 if __name__ == "__main__":

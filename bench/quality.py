@@ -8,9 +8,7 @@ Trains every (method, seed) with `python -m rlv2v.train` and evaluates each on a
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -19,7 +17,7 @@ from typing import Literal
 
 import real_pair
 from harness import Args as SharedArgs
-from harness import Bench, Row
+from harness import Bench, Row, run_python
 
 from rlv2v.cli import run_command
 from rlv2v.data.synth import write_dataset
@@ -77,18 +75,6 @@ def make_case(args: Args) -> tuple[Path, int]:
     return data, size
 
 
-def train(run: Path, flags: list[str], args: Args, budget: float) -> float:
-    """Run `python -m rlv2v.train` to its budget; return wall seconds with start-up. RuntimeError if it fails."""
-    command = [sys.executable, "-m", "rlv2v.train", "--out", str(run), "--budget", f"{budget:g}"]
-    command += ["--threads", str(args.threads), *flags]
-    start = time.perf_counter()
-    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
-    return time.perf_counter() - start
-
-
 def run_rows(method: Method, seed: int, run: Path, args: Args, data: Path, size: int, budget: float) -> list[Row]:
     """Train and evaluate one run: a row for each budget, and what copying the source scores.
 
@@ -102,7 +88,9 @@ def run_rows(method: Method, seed: int, run: Path, args: Args, data: Path, size:
     for total in (budget, 2 * budget) if args.twice else (budget,):
         row: Row = {"case": args.case, "method": method, "seed": seed, "budget_s": total, "ours": True}
         try:
-            seconds += train(run, flags, args, total)
+            start, common = time.perf_counter(), ("--out", run, "--budget", f"{total:g}", "--threads", args.threads)
+            run_python("-m", "rlv2v.train", *common, *flags, threads=args.threads)
+            seconds += time.perf_counter() - start  # with start-up
             result = evaluate_run(run, data, args.split, device="cpu", progress=False)
         except (RuntimeError, UserError) as error:
             print(f"{method} seed {seed}: {error}", file=sys.stderr)

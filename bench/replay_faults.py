@@ -31,21 +31,25 @@ LIMIT_S = 20
 STACK = 4
 Outcome = tuple[str, bool | None]
 Samples = tuple[Array, Array, Array]
-Stack = tuple[Callable[[int, Array, int, bool], object], Callable[[], Samples]]
+Stack = tuple[Callable[..., object], Callable[[], Samples]]
 """Add (row, frames, step, done), whose state is frames step .. step + STACK - 1 and whose next state is one frame on;
 return rows, states and next states of 32 draws."""
 
 
+def windows(frames: Array, step: int) -> tuple[Array, Array]:
+    """Return the state and the next state of a step."""
+    return frames[step : step + STACK], frames[step + 1 : step + 1 + STACK]
+
+
 def stacked_rlv2v(capacity: int) -> Stack:
     """Refer to the frames of one clip an episode."""
-    replay, clips = PrioritizedReplay(capacity, (1,), STACK), dict[str, Any]()
+    replay, clips = PrioritizedReplay(capacity, (1,), STACK), list[Any]()
 
     def add(row: int, frames: Array, step: int, done: bool) -> None:
         if step == 0:
-            clips["current"] = replay.put_clip(frames[:, None])
-        clip = clips["current"]
-        following = (clip, step + STACK)
-        shared = {"state": (clip, step, STACK), "action": following, "true_frame": following}
+            clips[:] = [replay.put_clip(frames[:, None])]
+        following = (clips[0], step + STACK)
+        shared = {"state": (clips[0], step, STACK), "action": following, "true_frame": following}
         replay.add(**shared, reward=float(row), position=row, terminal=done)
 
     def sample() -> Samples:
@@ -62,7 +66,7 @@ def stacked_cpprb(capacity: int) -> Stack:
     buffer = kind(capacity, fields, next_of="obs", stack_compress="obs")
 
     def add(row: int, frames: Array, step: int, done: bool) -> None:
-        state, next_state = frames[step : step + STACK], frames[step + 1 : step + 1 + STACK]
+        state, next_state = windows(frames, step)
         buffer.add(obs=state[None], next_obs=next_state[None], rew=float(row), done=float(done))
         if done:
             buffer.on_episode_end()
@@ -81,7 +85,7 @@ def stacked_tianshou(capacity: int) -> Stack:
     buffer = data.PrioritizedReplayBuffer(capacity, alpha=ALPHA, beta=BETA, **shared)
 
     def add(row: int, frames: Array, step: int, done: bool) -> None:
-        state, next_state = frames[step : step + STACK], frames[step + 1 : step + 1 + STACK]
+        state, next_state = windows(frames, step)
         rows = {"obs": state, "obs_next": next_state, "act": np.uint8(0), "rew": np.float64(row), "info": {}}
         buffer.add(data.Batch(**rows, terminated=np.bool_(done), truncated=np.bool_(False)))
 
@@ -115,7 +119,7 @@ def shared_frames(name: str, trials: int = 24) -> Outcome:
             frame += length + 1
             for step in range(length):
                 row, done = len(expected), step == length - 1
-                expected[row] = frames[step : step + STACK], frames[step + 1 : step + 1 + STACK], done
+                expected[row] = *windows(frames, step), done
                 add(row, frames, step, done)
                 for reward, state, next_state in zip(*sample(), strict=True) if row >= capacity else ():
                     right, right_next, last = expected[int(reward)]

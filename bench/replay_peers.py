@@ -61,29 +61,22 @@ class Peer:
     payload: Payload
     rows: Callable[[int, int], Any]
     """Return rows (first, count) of the stream in the form that `add` takes; never timed."""
-    add: Callable[[Any], object]
-    """Add rows at the largest priority."""
-    sample: Callable[..., Any]
-    """Draw `count` rows (default 256), with weights."""
-    update: Callable[[Any, Array], object]
-    """Set the priorities of rows by their id or index."""
+    add: Callable[[Any], object]  # add rows at the largest priority
+    sample: Callable[..., Any]  # draw `count` rows (default 256), with weights
+    update: Callable[[Any, Array], object]  # set the priorities of rows by their id or index
     read: Callable[[Any], tuple[Any, Array, Array]]
     """Return ids as `update` takes them, rewards and weights of a batch, (count,) each."""
     parts: Callable[[Any], list[tuple[Array, Array]]]
     """Return a batch's payload: arrays (count, ...) of frames, and each frame's offset to its row's value."""
-    bytes_used: Callable[[], int]
-    """Return the bytes of the rows' arrays and the trees."""
-    save: Callable[[Path], object]
-    """Save in the documented way that keeps most."""
-    load: Callable[[Path], object]
-    """Load into this new buffer."""
+    bytes_used: Callable[[], int]  # return the bytes of the rows' arrays and the trees
+    save: Callable[[Path], object]  # save in the documented way that keeps most
+    load: Callable[[Path], object]  # load into this new buffer
     row: Callable[[int], Any] | None = None
     """Return one row in the form that `add_one` takes, where it goes in another way."""
     add_one: Callable[[Any], object] | None = None
     columns: Callable[[Any], list[Array]] = lambda batch: []
     """Return further columns of a batch that equal the rows' numbers."""
-    replay: Any = None
-    """The buffer itself."""
+    replay: Any = None  # the buffer itself
     next_row: int = 0
 
     def prepare(self, count: int) -> Any:

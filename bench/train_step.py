@@ -20,9 +20,9 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")  # read once, by the first convolution
 
@@ -48,6 +48,9 @@ from rlv2v.runtime.cuda_graphs import NUM_PLAIN
 # so that norms of gradients differ more than losses do.
 LIMITS = {"losses": 1e-5, "gradients": 2e-3, "float64": 1e-9}
 SMALL = 1e-3  # a term below this share of the whole generators' loss is measured by that
+Draws = list[int]
+"""Ids of the stored transitions that a step drew."""
+Steps = Callable[[Sequence[Draws | None]], list[tuple[float, Draws]]]
 STRETCH = 3
 """Rounds of one form until the other's turn."""
 COMPARABLE: dict[str, dict[str, Any]] = {"default": {}, "paper": {"norm": "clip", "disc_norm": "clip"}}
@@ -65,13 +68,6 @@ class Args(DeviceArgs):
     """Side of the frames, pixels."""
     rounds: int = 6
     """Timed rounds of each form."""
-
-
-class Timed(NamedTuple):
-    """Hold a step of ours: its seconds, and the stored transitions that it drew."""
-
-    seconds: float
-    ids: list[int]
 
 
 def steps_of_round(config: Config) -> int:
@@ -138,14 +134,6 @@ class Pair:
         self.plain.advance(0.0, logs["distance"])
         return logs
 
-    def seconds(self, step: Callable[..., object], *args: object) -> float:
-        """Return the seconds of a step."""
-        start = time.perf_counter()
-        step(*args)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() - start
-
 
 _pairs: list[Pair] = []  # of a process that times one form; both are made, alike in every process, and one is used
 
@@ -157,19 +145,20 @@ def make_pair(config: Config, device: torch.device, threads: int) -> None:
     _pairs[:] = [Pair(config, device)]
 
 
-def time_fast(num: int) -> list[Timed]:
-    """Time the next steps of ours."""
-    (pair,), timed = _pairs, []
-    for _ in range(num):
-        seconds = pair.seconds(pair.fast_step, pair.clips(pair.fast.schedule.step))
-        timed.append(Timed(seconds, pair.ids))
+def time_steps(draws: Sequence[Draws | None]) -> list[tuple[float, Draws]]:
+    """Return the seconds and draws of the next steps: of ours where a draw is None, else of the twin with that draw."""
+    (pair,), timed = _pairs, list[tuple[float, Draws]]()
+    for drawn in draws:
+        clips = pair.clips((pair.fast if drawn is None else pair.plain).schedule.step)
+        start = time.perf_counter()
+        if drawn is None:
+            pair.fast_step(clips)
+        else:
+            pair.plain_step(clips, drawn)
+        if pair.device.type == "cuda":
+            torch.cuda.synchronize(pair.device)
+        timed.append((time.perf_counter() - start, pair.ids))
     return timed
-
-
-def time_plain(ids: list[list[int]]) -> list[float]:
-    """Time the next steps of the twin, with the draws of ours in each."""
-    (pair,) = _pairs
-    return [pair.seconds(pair.plain_step, pair.clips(pair.plain.schedule.step), drawn) for drawn in ids]
 
 
 def difference(ours: Mapping[str, float], theirs: Mapping[str, float], gradients: bool) -> float:
@@ -193,33 +182,24 @@ def compare_steps(pair: Pair, rounds: int) -> dict[str, float]:
     return largest
 
 
-def time_rounds(
-    fast: Callable[[int], list[Timed]], plain: Callable[[list[list[int]]], list[float]], round_steps: int, rounds: int
-) -> dict[str, list[float]]:
-    """Return the microseconds a step of each form, the mean of each round; fast, plain: see `time_fast`."""
+def time_rounds(fast: Steps, plain: Steps, round_steps: int, rounds: int) -> dict[str, list[float]]:
+    """Return the microseconds a step of each form, the mean of each round; fast, plain: `time_steps` of each."""
     times: dict[str, list[float]] = {"rlv2v": [], "plain": []}
     for first in range(0, rounds, STRETCH):
-        taken = fast(min(STRETCH, rounds - first) * round_steps)
-        seconds = {"rlv2v": [each.seconds for each in taken], "plain": plain([each.ids for each in taken])}
-        for form, steps in seconds.items():
-            means = [statistics.mean(steps[k : k + round_steps]) for k in range(0, len(steps), round_steps)]
+        taken = fast([None] * (min(STRETCH, rounds - first) * round_steps))
+        for form, steps in (("rlv2v", taken), ("plain", plain([drawn for _, drawn in taken]))):
+            seconds = [each for each, _ in steps]
+            means = [statistics.mean(seconds[k : k + round_steps]) for k in range(0, len(steps), round_steps)]
             times[form] += [1e6 * mean for mean in means]
     return times
 
 
 def time_forms(config: Config, args: Args, device: torch.device) -> dict[str, list[float]]:
     """Run `time_rounds`, each form in a process of its own."""
-    arguments = (config, device, args.threads)
+    arguments, round_steps = (config, device, args.threads), steps_of_round(config)
     with process_of_its_own(make_pair, *arguments) as ours, process_of_its_own(make_pair, *arguments) as theirs:
-
-        def fast(num: int) -> list[Timed]:
-            return ours.submit(time_fast, num).result()
-
-        def plain(ids: list[list[int]]) -> list[float]:
-            return theirs.submit(time_plain, ids).result()
-
-        round_steps = steps_of_round(config)
-        warm = NUM_PLAIN + 1 if config.runtime.graphs else 1 if args.quick else 2  # or every phase is recorded
+        fast, plain = (lambda draws, p=p: p.submit(time_steps, draws).result() for p in (ours, theirs))
+        warm = NUM_PLAIN + 1 if config.runtime.graphs else 1 if args.quick else 2  # with graphs until all are recorded
         time_rounds(fast, plain, round_steps, warm)
         return time_rounds(fast, plain, round_steps, args.num_rounds)
 

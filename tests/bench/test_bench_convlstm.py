@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import convlstm
-import convlstm_counts as counts
 import convlstm_gates as gates
 import convlstm_layer as layer
 import convlstm_peers as peers
+import harness
 import pytest
 import torch
 from harness import Args, Bench, Contender
@@ -25,7 +25,8 @@ F32, BF16 = torch.float32, torch.bfloat16
 
 
 @pytest.fixture
-def bench() -> Bench:
+def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    monkeypatch.setattr(harness, "MAX_REPEATS", 1)
     return Bench("convlstm", Args())
 
 
@@ -53,17 +54,14 @@ def test_every_form_returns_the_references_numbers(device: str, monkeypatch: pyt
         assert contender.valid, (one.name, one.dtype, difference)
 
 
-@pytest.mark.parametrize("value, gradient, valid", [
-    (0.0, 0.0, (True, True)), (1.5, 0.0, (False, True)), (0.0, 1.5, (False, True)), (2.5, 0.0, (False, False)),
-    (float("nan"), 0.0, (False, False)), (0.0, float("nan"), (False, False)),
-])  # fmt: skip
-def test_ours_may_be_off_by_the_limits_and_peers_by_twice_those(
-    value: float, gradient: float, valid: tuple[bool, bool]
-) -> None:
-    limit = layer.LIMITS[F32]
-    difference = {"value": value * limit.value, "gradient": gradient * limit.gradient}
-    made = [layer.checked(Contender("a", ours=ours), difference, F32).valid for ours in (True, False)]
-    assert tuple(made) == valid
+def test_ours_may_be_off_by_the_limits_and_peers_by_twice_those() -> None:
+    limit, nan = layer.LIMITS[F32], float("nan")
+    for value, gradient, valid in (
+        (0.0, 0.0, (True, True)), (1.5, 0.0, (False, True)), (0.0, 1.5, (False, True)), (2.5, 0.0, (False, False)),
+        (nan, 0.0, (False, False)), (0.0, nan, (False, False)),
+    ):  # fmt: skip
+        difference = {"value": value * limit.value, "gradient": gradient * limit.gradient}
+        assert valid == tuple(layer.checked(Contender("a", ours=o), difference, F32).valid for o in (True, False))
 
 
 def test_inputs_lie_as_their_form_says() -> None:
@@ -99,9 +97,8 @@ def test_ratios_are_like_for_like(bench: Bench) -> None:
     assert over["cpu", "bfloat16"] == over["cpu autocast", "bfloat16"] == eager | {"autocast", "autocast channels-last"}
     bare = {"GEMM", "convolution", "copy"}
     assert all((row["percent_of_limit"] is None) == (row["backend"] in bare) for row in rows)
-    names = {(one.name, one.dtype, one.group) for one in peers.cpu_forms(quick=False)}
-    assert {("autocast+compile", BF16, "autocast+compile"), ("compile", BF16, "compiled")} <= names
-    assert ("compile", F32, "compiled") in names
+    groups = {(one.dtype, one.group) for one in peers.cpu_forms(quick=False)}
+    assert groups == {(F32, ""), (F32, "compiled"), (BF16, ""), (BF16, "compiled"), (BF16, "autocast+compile")}
 
 
 class Wrong(PlainRecurrence):
@@ -149,12 +146,12 @@ def test_gates_are_checked(tamper: str | None, monkeypatch: pytest.MonkeyPatch) 
 
 def test_bytes_saved_are_those_counted_by_hand(bench: Bench) -> None:
     x, w = (torch.ones(8, 5, requires_grad=True) for _ in range(2))  # 160 bytes each
-    assert counts.saved_bytes(lambda: x * w, [x, w]) == {"saved": 0, "inputs": 320, "with_result": 160}
-    assert counts.saved_bytes(lambda: x.sigmoid(), [x, w]) == {"saved": 160, "inputs": 0, "with_result": 160}
+    assert convlstm.saved_bytes(lambda: x * w, [x, w]) == {"saved": 0, "inputs": 320, "with_result": 160}
+    assert convlstm.saved_bytes(lambda: x.sigmoid(), [x, w]) == {"saved": 160, "inputs": 0, "with_result": 160}
     # Two views of one storage: sigmoid keeps its result, whose halves are multiplied.
-    halves = counts.saved_bytes(lambda: torch.mul(*x.sigmoid().chunk(2)), [x, w])
+    halves = convlstm.saved_bytes(lambda: torch.mul(*x.sigmoid().chunk(2)), [x, w])
     assert halves == {"saved": 160, "inputs": 0, "with_result": 240}
-    rows = counts.saved_rows(bench, layer.Shape(2, 4, 6, 6, 5, 5))
+    rows = convlstm.saved_rows(bench, layer.Shape(2, 4, 6, 6, 5, 5))
     saved = {
         (row["backend"], row["pass"], row["dtype"]): (row["bytes_per_element_step"], row["bytes_with_result"])
         for row in rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import train_step
 from oracle.plain_nets import plain_weights
 from oracle.plain_step import Plain
-from train_step import Args, Pair, Timed, difference, steps_of_round
+from train_step import Args, Pair, difference, steps_of_round
 
 from rlv2v.config import Config
 from rlv2v.method.step import Algorithm
@@ -21,7 +22,7 @@ CLOSE = 1e-9
 NETS = ("g_x", "g_y", "p_x", "p_y", "d_x", "d_y", "q_x", "q_y")
 SMALL: dict[str, Any] = {"size": 16, "frames": 4, "widths": (4, 8), "disc_widths": (4, 8, 8), "replay_capacity": 5}
 CASES = [
-    ("default", 4, {"rl_every": 1, "eta1": (1.0, 1.0)}),
+    ("default", 4, {"rl_every": 1, "eta1": (1.0, 1.0), "frames": 3, "size": 8}),
     ("paper", 8, {"eta1": (0.5, 0.5), "q_positive": False}),
     ("default", 8, {"reward": "paper", "gan": "nonsaturating", "distance": "l2", "seed": 1}),
     ("default", 8, {"rl": False, "identity": 0.0, "colours": 0.0, "average": 0.0, "clip_grad": 0.5}),
@@ -78,7 +79,7 @@ def test_the_oldest_go_first() -> None:
 
 @pytest.mark.parametrize("name", slow_beyond(1, NETS))
 def test_a_weight_that_differs_is_seen(name: str) -> None:
-    pair = pair_of("paper", q_positive=False)
+    pair = pair_of("paper", q_positive=False, rl_every=1, frames=3, size=8)
     with torch.no_grad():
         next(getattr(pair.plain.nets, name).parameters()).mul_(1 + 1e-4)
     logs = [pair.step() for _ in range(steps_of_round(pair.config))]
@@ -110,28 +111,33 @@ def test_rows(small: Args, capsys: pytest.CaptureFixture[str]) -> None:
         assert set(row["difference"]) == {"losses", "gradients", "float64"}
 
 
-def test_what_differs_is_not_timed(
-    small: Args, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.thorough
+def test_a_wrong_loss_is_a_difference(small: Args, monkeypatch: pytest.MonkeyPatch) -> None:
     actor = Plain.actor
     monkeypatch.setattr(Plain, "actor", lambda *args: 1.001 * actor(*args))
-    with pytest.raises(SystemExit) as stop:
-        train_step.main(small)
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    assert stop.value.code == 1
+    rows = train_step.case_rows("default", 3, small)
+    assert not any(row["valid"] for row in rows) and rows[0]["difference"]["losses"] > 1e-4
+
+
+@pytest.mark.parametrize("losses, float64", [(1.1e-5, 0.0), (0.0, 1.1e-9)])
+def test_what_differs_is_not_timed(losses: float, float64: float, small: Args, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_step, "Pair", lambda config, device, dtype=torch.float32: dtype)
+    compared = {torch.float32: {"losses": losses, "gradients": 0.0}, torch.float64: {"losses": float64}}
+    monkeypatch.setattr(train_step, "compare_steps", lambda pair, rounds: compared[pair])
+    rows = train_step.case_rows("default", 3, small)
     assert all(not row["valid"] and row["median_us"] is None and not row["speedup_over"] for row in rows)
 
 
 def test_a_time_is_the_mean_of_a_round() -> None:
     seconds, stretches = itertools.cycle((4.0, 1.0, 2.0, 1.0)), []
 
-    def fast(num: int) -> list[Timed]:
-        stretches.append(num)
-        return [Timed(next(seconds), [k]) for k in range(num)]
+    def fast(draws: Sequence[list[int] | None]) -> list[tuple[float, list[int]]]:
+        stretches.append(len(draws))
+        return [(next(seconds), [k]) for k in range(len(draws))]
 
-    def plain(ids: list[list[int]]) -> list[float]:
-        assert ids == [[k] for k in range(stretches[-1])]
-        return [4.0] * len(ids)
+    def plain(draws: Sequence[list[int] | None]) -> list[tuple[float, list[int]]]:
+        assert draws == [[k] for k in range(stretches[-1])]
+        return [(4.0, []) for _ in draws]
 
     assert train_step.time_rounds(fast, plain, 4, 5) == {"rlv2v": [2e6] * 5, "plain": [4e6] * 5}
     assert stretches == [12, 8]
