@@ -51,16 +51,14 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         torch.manual_seed(0)
-        self.nets = build_nets(config)
-        self.parts: dict[str, Any] = {"nets": self.nets, "targets": build_nets(config)}
-        self.parts["average"] = build_nets(config, discriminators=False)
-        for name, prefixes in (("generators", "gp"), ("discriminators", "d"), ("critics", "q")):
-            weights = [p for n, p in self.nets.named_parameters() if n[0] in prefixes]
-            adam = torch.optim.AdamW(weights, fused=True)
-            for weight in weights:
+        nets, targets, average = build_nets(config), build_nets(config), build_nets(config, discriminators=False)
+        self.nets, self.parts = nets, dict[str, Any](nets=nets, targets=targets, average=average)
+        for prefixes in ("gp", "d", "q"):
+            adam = torch.optim.AdamW([p for n, p in nets.named_parameters() if n[0] in prefixes], fused=True)
+            for weight in adam.param_groups[0]["params"]:
                 weight.grad = torch.ones_like(weight)
             adam.step()
-            self.parts[f"adam_{name}"] = adam
+            self.parts[f"adam_{prefixes}"] = adam
         self.replays = {domain: full_replay(config) for domain in "xy"}
 
     def state(self) -> dict[str, Any]:

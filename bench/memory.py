@@ -87,7 +87,7 @@ def measured_row(config: Config) -> Row:
     torch.cuda.empty_cache()
     device, steps_of_round = torch.device("cuda"), 2 * config.rl.every  # in which each domain has its turn
     settled = steps_of_round * (NUM_PLAIN + 1 if config.runtime.graphs else 1)  # moments exist, every phase is recorded
-    algorithm = Algorithm(config, device)
+    algorithm = Algorithm(config.replace(replicas=1), device)
     for number in range(settled + 2 * steps_of_round):
         if number == settled:
             torch.cuda.synchronize()
@@ -124,7 +124,11 @@ def timed_rows(config: Config) -> list[Row]:
         fields = {"peak": count(changed, "generators").peak}
         call = lambda forward=forward: step(forward)  # noqa: E731
         contenders.append(Contender(memory, call, config.runtime.precision, ours=memory != "store", fields=fields))
-    return compare(f"generators {name_of(config)}", "cpu", contenders, ROUNDS, process_us)
+    rows = compare(f"generators {name_of(config)}", "cpu", contenders, ROUNDS, process_us)
+    for row in rows:
+        row |= {"backend": "cpu", "pass": row["backend"]}
+        row["time_ratio"] = round(row["median_us"] / rows[0]["median_us"], 3)
+    return rows
 
 
 def fitting_rows(args: Args, size: int) -> list[Row]:

@@ -119,7 +119,8 @@ def kill_rank(data: Path, run: Path, steps: int, delay: float, victim: int) -> R
 
 def rank_pid(agent: int, rank: int) -> int | None:
     """Return the process of a rank among the children of a torchrun (Linux)."""
-    for child in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
+    children = Path(f"/proc/{agent}/task/{agent}/children")
+    for child in children.read_text().split() if children.exists() else ():
         with suppress(OSError):
             if b"RANK=%d" % rank in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
                 return int(child)
