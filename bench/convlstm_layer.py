@@ -12,8 +12,9 @@ from harness import CLOCKS, Bench, Contender, Row, compare, copy_limit
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from rlv2v.kernels.dispatch import RUNNERS, Problem
-from rlv2v.kernels.frames import gates_dtype, state_dtype
+from rlv2v.kernels.dispatch import TABLE
+from rlv2v.kernels.driver import Problem
+from rlv2v.kernels.layout import gates_dtype, state_dtype
 from rlv2v.kernels.reference import LIMITS, convlstm_ref
 
 Run = Callable[..., Tensor]
@@ -194,7 +195,7 @@ def runnable(bench: Bench, case: str, forms: Iterable[Form], shape: Shape, devic
         reason = None
         if form.backend:
             problem = Problem(torch.device(device), form.dtype, groups, t, b, c, h, w, k)
-            reason = RUNNERS[form.backend].obstacle(problem)
+            reason = TABLE[form.backend].recurrence.unsupported_reason(problem)
         if reason is None:
             can.append(form)
         else:

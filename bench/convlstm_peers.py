@@ -104,7 +104,7 @@ def mine(backend: str, dtype: torch.dtype, kind: str = "") -> Form:
         return convlstm(*leaves, backend=backend, recompute="recompute" in kind)[0]
 
     return Form(
-        f"{backend} {kind}".strip(),
+        f"{'eager backend' if backend == 'eager' else backend} {kind}".strip(),
         dtype,
         autocast(run) if "autocast" in kind else run,
         leaves=F32 if "autocast" in kind else None,
@@ -136,7 +136,7 @@ def cpu_forms(*, quick: bool) -> list[Form]:
         forms += peers("eager", dtype, lambda run: run, PEERS)
         forms += [mine("cpu", dtype, kind) for kind in ("", "frame-major", "recompute")]
         if not quick:
-            forms += [*peers("compile", dtype, compiled, PEERS, group="compiled"), mine("plain", dtype)]
+            forms += [*peers("compile", dtype, compiled, PEERS, group="compiled"), mine("eager", dtype)]
     forms += [*peers("autocast", BF16, autocast, best, leaves=F32), mine("cpu", BF16, "autocast")]
     if not quick:
         name = "autocast+compile"
@@ -151,7 +151,7 @@ def cuda_forms(dtype: torch.dtype, *, quick: bool) -> list[Form]:
         Form("eager fused cell", dtype, partial(channels_last, fused=True), channels_last=True, cell_order=True),
         *(mine("triton", dtype, kind) for kind in ("", "frame-major", "recompute")),
         *(mine("cuda", dtype, kind) for kind in ("", "frame-major")),
-        mine("plain", dtype),
+        mine("eager", dtype),
     ]
     if not quick:
         tune, best = "max-autotune", ("", " channels-last")

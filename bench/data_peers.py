@@ -21,8 +21,8 @@ import cv2
 import numpy as np
 
 from rlv2v.data.index import Dataset, index_folder
-from rlv2v.data.loader import Cache, ClipReader, Loader
-from rlv2v.data.sampler import Draw
+from rlv2v.data.loader import ClipReader, Loader
+from rlv2v.data.sampler import ClipSample
 
 Array = np.ndarray[Any, Any]
 FRAMES, SIZE, BITS = 16, 64, 16
@@ -74,11 +74,11 @@ def sources_of(files: Sequence[str]) -> list[Any]:
 
 def ours(files: Sequence[str]) -> Read:
     """Do what a thread of the loader does for one draw, cache off."""
-    sources, reader = sources_of(files), ClipReader(Cache(0), SIZE)
+    sources, reader = sources_of(files), ClipReader(SIZE, cache_bytes=0)
 
     def read(draws: list[Place]) -> Iterator[tuple[int, int, Array]]:
         for file, start in draws:
-            yield file, start, reader.clip(Draw(sources[file], start, (0.5, 0.5), (False, False, False)), FRAMES)
+            yield file, start, reader.clip(ClipSample(sources[file], start, (0.5, 0.5), (False, False, False)), FRAMES)
 
     return read
 
@@ -91,10 +91,10 @@ def ours_end_to_end(files: Sequence[str]) -> Read:
 
     def read(draws: list[Place]) -> Iterator[tuple[int, int, Array]]:
         for _ in draws:
-            (draw,) = loader.draws("x", loader.step)
+            (sample,) = loader.sampler.samples("x", loader.step)
             clip = next(loader).x
             assert clip is not None
-            yield sources.index(draw.source), draw.start, clip[0].numpy()
+            yield sources.index(sample.source), sample.start, clip[0].numpy()
 
     return read
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from harness import Bench, Contender, Row, TimedArgs, compare
+from oracle.losses_ref import discriminator_losses_ref, generator_losses_ref
 from torch import Tensor
 
 from rlv2v.cli import run_command
 from rlv2v.config import Config
 from rlv2v.errors import UserError
 from rlv2v.method.clips import Clips, Gains
-from rlv2v.method.losses_ref import discriminator_losses_ref, generator_losses_ref
 from rlv2v.method.objective import discriminator_losses, generator_losses
 from rlv2v.model.build import Nets, build_nets
 

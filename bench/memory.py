@@ -137,8 +137,8 @@ def fitting_rows(args: Args, size: int) -> list[Row]:
     for memory in MEMORY:
         config = args.config.replace(memory=memory, size=size)
         fields = {
-            "frames": largest(config.replace(frames=64), card, over="frames", num_replicas=1, confirm=False),
-            "batch_factor": largest(config.replace(frames=16), card, over="batch", num_replicas=1, confirm=False),
+            "frames": largest(config.replace(frames=64), card, over="frames"),
+            "batch_factor": largest(config.replace(frames=16), card, over="batch"),
         }
         rows.append(row_of(f"fits {size}x{size}", "counted", config, card=card, **fields))
     return rows

@@ -22,8 +22,8 @@ from harness import Bench, Row, run_python
 from rlv2v.cli import run_command
 from rlv2v.data.synth import write_dataset
 from rlv2v.errors import UserError, one_line
-from rlv2v.evaluate import evaluate_run
-from rlv2v.metrics.with_truth import METRIC_KEYS
+from rlv2v.metrics import METRICS
+from rlv2v.metrics.evaluation import evaluate_run
 
 Method = Literal["default", "bf16", "paper", "cyclegan", "no-rl", "tiny"]
 FLAGS: dict[Method, list[str]] = {
@@ -94,7 +94,7 @@ def run_rows(method: Method, seed: int, run: Path, args: Args, data: Path, size:
             result = evaluate_run(run, data, args.split, device="cpu", progress=False)
         except (RuntimeError, UserError) as error:
             print(f"{method} seed {seed}: {error}", file=sys.stderr)
-            row |= {"valid": False, "steps": None, "seconds": None, **dict.fromkeys(METRIC_KEYS)}
+            row |= {"valid": False, "steps": None, "seconds": None, **dict.fromkeys(METRICS)}
             return [*rows, row]
         last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
         rows.append(row | {"steps": int(last["step"]), "seconds": round(seconds, 1), **result["rows"]["model"]})

@@ -11,6 +11,7 @@ where it imports. reverb no longer installs; bench/results/replay-reverb.json ke
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import tempfile
 import time
@@ -26,7 +27,6 @@ from harness import Bench, Contender, Row, TimedArgs, copy_limit, rows_of, wall_
 from replay_faults import CHECKS, fault_rows, torn_rows
 from replay_peers import ADDED, DRAWN, FRAME, MAKERS, STATE, Payload, Peer, available
 
-from rlv2v import _native
 from rlv2v.cli import run_command
 from rlv2v.errors import UserError
 from rlv2v.replay import PrioritizedReplay
@@ -168,7 +168,7 @@ def thread_rows(case: str, peer: Peer, samples: int, repeats: int = 15, seconds:
 
     def hashing(count: int) -> None:
         for _ in range(count):
-            _native.checksum(hashed)
+            hashlib.sha256(hashed.data)
 
     def rate(work: Callable[[int], None], threads: int, count: int) -> float:
         with ThreadPoolExecutor(threads) as pool:

@@ -1,4 +1,4 @@
-// The fused gates for Python: addresses as integers, 0 for null, no keywords; the core checks sizes and nulls.
+// The fused gates and the memory pool in rlv2v._native: addresses are integers, 0 for null, which the core checks.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -18,35 +18,37 @@ namespace {
 using Address = std::uintptr_t;
 
 template <class T>
-T* at(Address address) {
+T* ptr(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
 void forward(int dtype, std::int64_t rows, std::int64_t length, Address a, Address a_h, Address c_prev, Address h,
              Address c, Address gates, int num_threads) {
-  rlv2v::gates_forward({static_cast<rlv2v::GatesType>(dtype), rows, length, at<const void>(a), at<const void>(a_h),
-                        at<const float>(c_prev), at<void>(h), at<float>(c), at<void>(gates), num_threads});
+  rlv2v::gates_forward({static_cast<rlv2v::GatesType>(dtype), rows, length, ptr<const void>(a),
+                        ptr<const void>(a_h), ptr<const float>(c_prev), ptr<void>(h), ptr<float>(c),
+                        ptr<void>(gates), num_threads});
 }
 
 void backward(int dtype, bool activated, std::int64_t rows, std::int64_t length, Address dh1, Address dh2,
               Address dc_out, Address carry_in, Address gates, Address c, Address c_prev, Address da, Address carry_out,
               int num_threads) {
-  rlv2v::gates_backward({static_cast<rlv2v::GatesType>(dtype), activated, rows, length, at<const void>(dh1),
-                         at<const void>(dh2), at<const float>(dc_out), at<const float>(carry_in), at<const void>(gates),
-                         at<const float>(c), at<const float>(c_prev), at<void>(da), at<float>(carry_out), num_threads});
+  rlv2v::gates_backward({static_cast<rlv2v::GatesType>(dtype), activated, rows, length, ptr<const void>(dh1),
+                         ptr<const void>(dh2), ptr<const float>(dc_out), ptr<const float>(carry_in),
+                         ptr<const void>(gates), ptr<const float>(c), ptr<const float>(c_prev),
+                         ptr<void>(da), ptr<float>(carry_out), num_threads});
 }
 
-// Never destroyed: blocks may be dropped while the interpreter ends.
+// The pool is never destroyed: blocks may be dropped while the interpreter ends.
 rlv2v::MemoryPool& pool() {
   static auto* const pool = new rlv2v::MemoryPool();
   return *pool;
 }
 
-// A block of the pool as a writable buffer of bytes; whoever refers to the buffer keeps it.
+// A block of the pool as a writable buffer of bytes, held as long as anything refers to the buffer.
 class Block {
  public:
   explicit Block(std::size_t bytes) : pages_(pool().take(bytes)), bytes_(bytes) {}
-  ~Block() { pool().give(std::move(pages_)); }
+  ~Block() { pool().give_back(std::move(pages_)); }
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
 
@@ -62,9 +64,9 @@ class Block {
 }  // namespace
 
 void rlv2v::bind_gates(py::module_& m) {
-  using Free = py::call_guard<py::gil_scoped_release>;
-  m.def("gates_forward", &forward, Free());
-  m.def("gates_backward", &backward, Free());
+  using ReleaseGil = py::call_guard<py::gil_scoped_release>;
+  m.def("gates_forward", &forward, ReleaseGil());
+  m.def("gates_backward", &backward, ReleaseGil());
   py::class_<Block>(m, "Block", py::buffer_protocol()).def(py::init<std::size_t>()).def_buffer(&Block::buffer);
   m.def("pool_bytes", [] { return std::make_pair(pool().used_bytes(), pool().idle_bytes()); });
   m.def("gates_isa", [] { return std::string(rlv2v::gates_kernels().name); });

@@ -1,5 +1,4 @@
-// The persistent ConvLSTM in rlv2v._native: device pointers and the stream come as integers, so that no torch is needed
-// here.
+// The persistent ConvLSTM in rlv2v._native: device pointers and the stream are integers, so the module needs no torch.
 #include "bindings.h"
 
 #include <pybind11/stl.h>
@@ -10,40 +9,34 @@
 
 #include "convlstm/persistent.h"
 
-namespace py = pybind11;
-
 namespace rlv2v {
+
+namespace py = pybind11;
 
 namespace {
 
+using namespace py::literals;
 using Address = std::uintptr_t;
-using Free = py::call_guard<py::gil_scoped_release>;
+using ReleaseGil = py::call_guard<py::gil_scoped_release>;
 
-Sixteen dtype_of(const std::string& name) {
-  if (name == "float16") return Sixteen::kHalf;
-  if (name == "bfloat16") return Sixteen::kBfloat;
+Half16 dtype_of(const std::string& name) {
+  if (name == "float16") return Half16::kFloat16;
+  if (name == "bfloat16") return Half16::kBfloat16;
   throw std::invalid_argument("persistent: dtype must be float16 or bfloat16, got " + name);
 }
 
 py::object plan(const ConvLstmShape& shape, bool backward, int sms, int shared_bytes) {
-  PersistentPlan found{};
-  if (const std::string reason = plan_persistent(shape, backward, {sms, shared_bytes}, found); !reason.empty()) {
+  PersistentPlan plan{};
+  if (const std::string reason = plan_persistent(shape, backward, {sms, shared_bytes}, plan); !reason.empty()) {
     return py::str(reason);
   }
-  py::dict values;
-  values["slice"] = found.slice;
-  values["slices"] = found.slices;
-  values["tile"] = py::make_tuple(1 << found.log_batch, 1 << found.log_height, 1 << found.log_width);
-  values["tiles"] = found.tiles();
-  values["ctas"] = found.ctas;
-  values["blocks"] = found.blocks;
-  values["chunk"] = found.chunk;
-  values["weight_bytes"] = found.weight_bytes;
-  values["shared_bytes"] = found.shared_bytes;
-  return values;
+  const auto tile = py::make_tuple(1 << plan.log_batch, 1 << plan.log_height, 1 << plan.log_width);
+  return py::dict("slice"_a = plan.slice, "slices"_a = plan.slices, "tile"_a = tile, "tiles"_a = plan.tiles,
+                  "ctas"_a = plan.ctas, "blocks"_a = plan.blocks, "chunk"_a = plan.chunk,
+                  "weight_bytes"_a = plan.weight_bytes, "shared_bytes"_a = plan.shared_bytes);
 }
 
-// The address as a pointer, aligned for the kernels' wide loads; 0 stands for None where that is allowed.
+// Converts an address to a pointer, aligned for the kernels' wide loads; 0 is None where that is allowed.
 template <class T>
 T* pointer(Address address, const char* name, bool optional = false) {
   if ((address == 0 && !optional) || address % 16 != 0) {
@@ -52,10 +45,16 @@ T* pointer(Address address, const char* name, bool optional = false) {
   }
   return reinterpret_cast<T*>(address);
 }
+std::uint16_t* halves(Address address, const char* name, bool optional = false) {
+  return pointer<std::uint16_t>(address, name, optional);
+}
+float* floats(Address address, const char* name, bool optional = false) {
+  return pointer<float>(address, name, optional);
+}
 
 template <class Pass>
 void run(const ConvLstmShape& shape, const std::string& dtype, int device, const Pass& pass, Address stream) {
-  [[maybe_unused]] const Sixteen type = dtype_of(dtype);
+  [[maybe_unused]] const Half16 type = dtype_of(dtype);
 #ifdef RLV2V_CUDA
   run_persistent(shape, type, device, pass, reinterpret_cast<void*>(stream));
 #else
@@ -66,14 +65,8 @@ void run(const ConvLstmShape& shape, const std::string& dtype, int device, const
 
 void forward(const ConvLstmShape& shape, const std::string& dtype, int device, Address stream, Address a, Address w_h,
              Address h0, Address c0, Address hs, Address cs, Address gates, Address counters) {
-  const PersistentForward pass{{},
-                               pointer<const std::uint16_t>(a, "a"),
-                               pointer<const std::uint16_t>(w_h, "w_h"),
-                               pointer<const std::uint16_t>(h0, "h0", true),
-                               pointer<const float>(c0, "c0", true),
-                               pointer<std::uint16_t>(hs, "hs"),
-                               pointer<float>(cs, "cs"),
-                               pointer<std::uint16_t>(gates, "gates", true),
+  const PersistentForward pass{{}, halves(a, "a"), halves(w_h, "w_h"), halves(h0, "h0", true), floats(c0, "c0", true),
+                               halves(hs, "hs"), floats(cs, "cs"), halves(gates, "gates", true),
                                pointer<std::uint32_t>(counters, "counters")};
   run(shape, dtype, device, pass, stream);
 }
@@ -81,17 +74,9 @@ void forward(const ConvLstmShape& shape, const std::string& dtype, int device, A
 void backward(const ConvLstmShape& shape, const std::string& dtype, int device, Address stream, Address dhs,
               Address dcs, Address gates, bool activated, Address cs, Address c0, Address w_h, Address da, Address dh0,
               Address dc0, Address counters) {
-  const PersistentBackward pass{{},
-                                pointer<const std::uint16_t>(dhs, "dhs"),
-                                pointer<const float>(dcs, "dcs", true),
-                                pointer<const std::uint16_t>(gates, "gates"),
-                                activated,
-                                pointer<const float>(cs, "cs"),
-                                pointer<const float>(c0, "c0", true),
-                                pointer<const std::uint16_t>(w_h, "w_h"),
-                                pointer<std::uint16_t>(da, "da"),
-                                pointer<std::uint16_t>(dh0, "dh0", true),
-                                pointer<float>(dc0, "dc0"),
+  const PersistentBackward pass{{}, halves(dhs, "dhs"), floats(dcs, "dcs", true), halves(gates, "gates"), activated,
+                                floats(cs, "cs"), floats(c0, "c0", true), halves(w_h, "w_h"), halves(da, "da"),
+                                halves(dh0, "dh0", true), floats(dc0, "dc0"),
                                 pointer<std::uint32_t>(counters, "counters")};
   run(shape, dtype, device, pass, stream);
 }
@@ -110,15 +95,12 @@ void bind_persistent(py::module_& m) {
       .def(py::init([](int groups, int steps, int batch, int channels, int height, int width, int kernel) {
              return ConvLstmShape{groups, steps, batch, channels, height, width, kernel};
            }),
-           py::arg("groups"), py::arg("steps"), py::arg("batch"), py::arg("channels"), py::arg("height"),
-           py::arg("width"), py::arg("kernel"));
-  m.def("persistent_plan", &plan, py::arg("shape"), py::arg("backward"), py::arg("sms"), py::arg("shared_bytes"));
-  m.def("persistent_forward", &forward, py::arg("shape"), py::arg("dtype"), py::arg("device"), py::arg("stream"),
-        py::arg("a"), py::arg("w_h"), py::arg("h0"), py::arg("c0"), py::arg("hs"), py::arg("cs"), py::arg("gates"),
-        py::arg("counters"), Free());
-  m.def("persistent_backward", &backward, py::arg("shape"), py::arg("dtype"), py::arg("device"), py::arg("stream"),
-        py::arg("dhs"), py::arg("dcs"), py::arg("gates"), py::arg("activated"), py::arg("cs"), py::arg("c0"),
-        py::arg("w_h"), py::arg("da"), py::arg("dh0"), py::arg("dc0"), py::arg("counters"), Free());
+           "groups"_a, "steps"_a, "batch"_a, "channels"_a, "height"_a, "width"_a, "kernel"_a);
+  m.def("persistent_plan", &plan, "shape"_a, "backward"_a, "sms"_a, "shared_bytes"_a);
+  m.def("persistent_forward", &forward, "shape"_a, "dtype"_a, "device"_a, "stream"_a, "a"_a, "w_h"_a, "h0"_a, "c0"_a,
+        "hs"_a, "cs"_a, "gates"_a, "counters"_a, ReleaseGil());
+  m.def("persistent_backward", &backward, "shape"_a, "dtype"_a, "device"_a, "stream"_a, "dhs"_a, "dcs"_a, "gates"_a,
+        "activated"_a, "cs"_a, "c0"_a, "w_h"_a, "da"_a, "dh0"_a, "dc0"_a, "counters"_a, ReleaseGil());
 }
 
 }  // namespace rlv2v

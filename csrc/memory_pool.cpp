@@ -8,40 +8,41 @@
 namespace rlv2v {
 namespace {
 
-constexpr std::size_t kStep = std::size_t{1} << 20;  // sizes are rounded up to it, so that near ones serve each other
-constexpr std::size_t kSpare = 8;                    // a block serves requests that leave at most an eighth of it unused
+constexpr std::size_t kStep = std::size_t{1}
+                              << 20;   // sizes are rounded up to it, so that similar requests share blocks
+constexpr std::size_t kMaxUnused = 8;  // a block serves requests that leave at most an eighth of it unused
 
 }  // namespace
 
 Pages MemoryPool::take(std::size_t bytes) {
-  if (bytes > kMostBytes) throw std::bad_alloc();
+  if (bytes > kMaxBytes) throw std::bad_alloc();
   bytes = (bytes + kStep - 1) / kStep * kStep;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    // The block that was given back last is the likeliest to be in the caches.
+    // The block that came back last is the likeliest to be in the caches.
     for (auto block = idle_.rbegin(); block != idle_.rend(); ++block) {
-      if (block->bytes() < bytes || block->bytes() - bytes > block->bytes() / kSpare) continue;
-      Pages found = std::move(*block);
+      if (block->bytes() < bytes || block->bytes() - bytes > block->bytes() / kMaxUnused) continue;
+      Pages reused = std::move(*block);
       idle_.erase(std::next(block).base());
-      idle_bytes_ -= found.bytes();
-      count_used(found.bytes());
-      return found;
+      idle_bytes_ -= reused.bytes();
+      count_used(reused.bytes());
+      return reused;
     }
   }
-  Pages made(bytes);
+  Pages block(bytes);
   const std::lock_guard<std::mutex> lock(mutex_);
   count_used(bytes);
-  return made;
+  return block;
 }
 
-void MemoryPool::give(Pages block) noexcept {
+void MemoryPool::give_back(Pages block) noexcept {
   const std::lock_guard<std::mutex> lock(mutex_);
   const std::size_t bytes = block.bytes();
   used_bytes_ -= bytes;
   try {
     idle_.push_back(std::move(block));
     idle_bytes_ += bytes;
-  } catch (const std::bad_alloc&) {  // no room to remember it: it goes back to the system
+  } catch (const std::bad_alloc&) {  // no room in the list: the block goes back to the system
   }
 }
 
@@ -57,12 +58,12 @@ std::size_t MemoryPool::idle_bytes() const {
 
 void MemoryPool::count_used(std::size_t bytes) {
   used_bytes_ += bytes;
-  most_used_bytes_ = std::max(most_used_bytes_, used_bytes_);
-  // Half as much again: two steps whose buffers overlap in time would drive out each other's at exactly as much.
-  const std::size_t most_bytes = most_used_bytes_ + most_used_bytes_ / 2;
-  auto kept = idle_.begin();
-  for (; kept != idle_.end() && used_bytes_ + idle_bytes_ > most_bytes; ++kept) idle_bytes_ -= kept->bytes();
-  idle_.erase(idle_.begin(), kept);
+  max_used_bytes_ = std::max(max_used_bytes_, used_bytes_);
+  // Half as much again: at exactly as much, two steps whose buffers overlap in time would evict each other's.
+  const std::size_t max_bytes = max_used_bytes_ + max_used_bytes_ / 2;
+  auto block = idle_.begin();
+  for (; block != idle_.end() && used_bytes_ + idle_bytes_ > max_bytes; ++block) idle_bytes_ -= block->bytes();
+  idle_.erase(idle_.begin(), block);
 }
 
 }  // namespace rlv2v

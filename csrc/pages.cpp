@@ -14,7 +14,9 @@ namespace {
 
 constexpr std::size_t kHuge = std::size_t{1} << 21;
 
-[[noreturn]] void fail(int code, const std::string& what) { throw std::system_error(code, std::generic_category(), what); }
+[[noreturn]] void fail(int code, const std::string& message) {
+  throw std::system_error(code, std::generic_category(), message);
+}
 
 }  // namespace
 
@@ -35,7 +37,7 @@ std::size_t ScratchFile::grow(std::size_t bytes) {
 
 Pages::Pages(std::size_t bytes) : bytes_(bytes) {
   if (bytes == 0) return;
-  // Room to begin at a multiple of 2 MiB, where that is worth it.
+  // Leaves room to begin at a multiple of 2 MiB.
   const std::size_t slack = bytes >= kHuge ? kHuge : 0;
   mapped_bytes_ = bytes + slack;
   mapped_ = ::mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -47,7 +49,7 @@ Pages::Pages(std::size_t bytes) : bytes_(bytes) {
   if (slack > 0) address = (address + kHuge - 1) / kHuge * kHuge;
   data_ = reinterpret_cast<unsigned char*>(address);
 #ifdef MADV_HUGEPAGE
-  if (slack > 0) ::madvise(data_, bytes, MADV_HUGEPAGE);  // advice: without it all is slower and as right
+  if (slack > 0) ::madvise(data_, bytes, MADV_HUGEPAGE);  // only advice: without it all is slower
 #endif
 }
 

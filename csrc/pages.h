@@ -1,6 +1,6 @@
-// Pages: zeroed memory straight from the system, or a hidden file mapped into memory; its pages are touched when first written.
+// Zeroed pages from the system, or of a hidden file mapped into memory; each is touched when first written.
 //
-// Anonymous memory asks for 2 MiB pages: a million leaves then need a few entries of the TLB, not a thousand.
+// Anonymous memory asks for pages of 2 MiB: a million leaves then need a few entries of the TLB, not a thousand.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@
 
 namespace rlv2v {
 
-// A scratch file: created (it must not exist), unlinked at once, so that nothing is left behind however the process ends.
+// A scratch file: created (it must not exist) and unlinked at once, so nothing stays behind however the process ends.
 class ScratchFile {
  public:
   // Throws std::system_error.
@@ -18,8 +18,8 @@ class ScratchFile {
   ScratchFile(const ScratchFile&) = delete;
   ScratchFile& operator=(const ScratchFile&) = delete;
 
-  // Grows the file by bytes that the disk has set aside, and returns where they begin. Throws std::system_error when the
-  // disk is full: writing to them later cannot fail.
+  // Grows the file by bytes that the disk reserves, and returns their offset. Throws std::system_error if the disk is
+  // full: writing to them later cannot fail.
   std::size_t grow(std::size_t bytes);
   int descriptor() const noexcept { return descriptor_; }
 
@@ -34,7 +34,7 @@ class Pages {
   Pages() = default;
   // Throws std::bad_alloc.
   explicit Pages(std::size_t bytes);
-  // bytes of the file from offset on, which must be a multiple of the page size.
+  // Maps bytes of the file from offset on, which must be a multiple of the page size.
   Pages(const ScratchFile& file, std::size_t offset, std::size_t bytes);
   ~Pages();
   Pages(Pages&& other) noexcept { swap(other); }
@@ -43,7 +43,7 @@ class Pages {
     return *this;
   }
 
-  // Memory that somebody else owns and that outlives this; only to read.
+  // Refers to read-only memory that somebody else owns and that outlives this.
   static Pages borrowed(const void* data, std::size_t bytes) noexcept {
     Pages pages;
     pages.data_ = static_cast<unsigned char*>(const_cast<void*>(data));
@@ -68,13 +68,13 @@ class Pages {
   std::size_t mapped_bytes_ = 0;
 };
 
-// count values of a plain type, all zero bytes at first.
+// An array of count values of a plain type, at first all zero bytes.
 template <class T>
 class PageArray {
  public:
   PageArray() = default;
   explicit PageArray(std::size_t count) : pages_(count * sizeof(T)), count_(count) {}
-  // Only to read; see Pages::borrowed.
+  // Refers to read-only memory; see Pages::borrowed.
   PageArray(const T* values, std::size_t count) : pages_(Pages::borrowed(values, count * sizeof(T))), count_(count) {}
   T* data() const noexcept { return reinterpret_cast<T*>(pages_.data()); }
   T& operator[](std::size_t index) const noexcept { return data()[index]; }

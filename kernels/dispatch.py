@@ -1,6 +1,6 @@
-"""Which backend runs a ConvLSTM: what each can run, and the table by which `backend="auto"` chooses.
+"""The table of backends, and the choice that `backend="auto"` makes from it.
 
-A requested backend that cannot run raises; only "auto" falls back, and says so once.
+A backend that is asked for by name and cannot run raises; only "auto" falls back, and logs a failed self check once.
 """
 
 from __future__ import annotations
@@ -15,101 +15,46 @@ import torch
 from torch import Tensor
 
 from rlv2v import _native
-from rlv2v.kernels import driver, fused_triton, persistent
+from rlv2v.kernels import driver
 from rlv2v.kernels.cpu import CpuRecurrence
-from rlv2v.kernels.driver import Recurrence
-from rlv2v.kernels.frames import dense, state_dtype
-from rlv2v.kernels.plain import PlainRecurrence
+from rlv2v.kernels.cuda import CudaRecurrence
+from rlv2v.kernels.driver import Operands, Problem, Recurrence
+from rlv2v.kernels.eager import EagerRecurrence
+from rlv2v.kernels.layout import dense, state_dtype
 from rlv2v.kernels.reference import LIMITS
-
-BACKENDS = ("reference", "plain", "cpu", "triton", "cuda")
-
-
-class Problem(NamedTuple):
-    """What a choice may depend on: device, x's dtype, and the numbers G,T,B,C,H,W,k."""
-
-    device: torch.device
-    dtype: torch.dtype
-    groups: int
-    steps: int
-    batch: int
-    channels: int
-    height: int
-    width: int
-    kernel: int
-
-    @classmethod
-    def of(cls, x: Tensor, w_h: Tensor) -> Problem:
-        """From x (G,T,B,C_in,H,W) and w_h (G,4C,C,k,k)."""
-        groups, steps, batch, _, height, width = x.shape
-        return cls(x.device, x.dtype, groups, steps, batch, w_h.shape[2], height, width, w_h.shape[-1])
+from rlv2v.kernels.triton.recurrence import TritonRecurrence
 
 
 class Backend(NamedTuple):
-    """An implementation of the recurrence, and what stands in its way: None when it can run the problem."""
+    """A line of the table: an implementation, the problems that "auto" gives to it, and why."""
 
     recurrence: Recurrence
-    obstacle: Callable[[Problem], str | None]
-
-
-class Rule(NamedTuple):
-    """A line of the table: where `applies` holds, `backend` is chosen, because of `why`."""
-
-    backend: str
-    applies: Callable[[Problem], bool]
+    auto: Callable[[Problem], bool]
     why: str
 
 
-def cpu_obstacle(problem: Problem) -> str | None:
-    if problem.device.type != "cpu":
-        return f"it runs on the CPU, x is on {problem.device}"
-    return None if problem.dtype.itemsize < 8 else f"it computes in float32 at most, x is {problem.dtype}"
+def cpu_is_fast(problem: Problem) -> bool:
+    """Return whether the CPU backend beats eager: not with portable gates in 16 bits, converted one by one."""
+    return problem.device.type == "cpu" and (problem.dtype.itemsize == 4 or _native.gates_isa() != "portable")
 
 
-def cpu_is_fast(dtype: torch.dtype) -> bool:
-    """Not with 16 bits where the gates are portable: they are converted one by one, and PyTorch's are faster."""
-    return dtype.itemsize == 4 or _native.gates_isa() != "portable"
-
-
-def triton_obstacle(problem: Problem) -> str | None:
-    if problem.dtype.itemsize == 8:
-        return f"it computes in float32 at most, x is {problem.dtype}"
-    return fused_triton.available(problem.device)
-
-
-def cuda_obstacle(problem: Problem) -> str | None:
-    missing = persistent.available(problem.device)
-    if missing is not None:
-        return missing
-    properties = torch.cuda.get_device_properties(problem.device)
-    return persistent.fits(problem.channels, problem.kernel, problem.dtype, properties, problem.groups)
-
-
-RUNNERS = {
-    "plain": Backend(PlainRecurrence(), lambda _: None),
-    "cpu": Backend(CpuRecurrence(), cpu_obstacle),
-    "triton": Backend(fused_triton.FusedTriton(), triton_obstacle),
-    "cuda": Backend(persistent.PersistentRecurrence(), cuda_obstacle),
+# "auto" takes the first line that wants the problem and can run it; bench/convlstm.py measures what the lines claim.
+TABLE = {
+    "cpu": Backend(CpuRecurrence(), cpu_is_fast, "faster than eager and compiled at every shape of bench/convlstm.py"),
+    "triton": Backend(
+        TritonRecurrence(),
+        lambda problem: problem.device.type == "cuda",
+        "one launch a step where eager needs ten; not yet timed on a GPU",
+    ),
+    "cuda": Backend(CudaRecurrence(), lambda _: False, "one launch a sequence; not yet timed on a GPU"),
+    "eager": Backend(EagerRecurrence(), lambda _: True, "it runs everywhere"),
 }
-
-# The first line that applies and whose backend can run the problem is chosen; bench/convlstm.py measures what it says.
-TABLE = (
-    Rule("plain", lambda p: p.dtype.itemsize == 8, "float64 is for checking"),
-    Rule(
-        "cpu",
-        lambda p: p.device.type == "cpu" and cpu_is_fast(p.dtype),
-        "faster than eager and compiled at every shape of bench/convlstm.py",
-    ),
-    Rule(
-        "triton", lambda p: p.device.type == "cuda", "one launch a step where eager needs ten; not yet timed on a GPU"
-    ),
-    Rule("plain", lambda _: True, "it runs everywhere"),
-)
+BACKENDS = ("reference", *TABLE)
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What `backend="auto"` runs and why; `others`: why each other backend is not it."""
+class Selection:
+    """The backend that `backend="auto"` runs, why, and for each other backend why not."""
 
     backend: str
     why: str
@@ -121,56 +66,54 @@ class Choice:
 
 
 @lru_cache(maxsize=4096)
-def choose(problem: Problem) -> Choice:
-    """The table's answer for a problem."""
+def select(problem: Problem) -> Selection:
+    """Return the table's answer for a problem."""
     others = {"reference": "it is the definition, kept plain"}
-    chosen: Rule | None = None
-    for rule in TABLE:
-        if chosen is not None or not rule.applies(problem):
-            continue
-        reason = RUNNERS[rule.backend].obstacle(problem) or distrust(
-            rule.backend, problem.device, problem.dtype, problem.channels, problem.kernel
-        )
-        if reason is None:
-            chosen = rule
-        else:
-            others[rule.backend] = reason
-    assert chosen is not None
-    for name, (_, obstacle) in RUNNERS.items():
-        if name != chosen.backend and name not in others:
-            others[name] = obstacle(problem) or f"{chosen.backend} comes first in the table"
-    return Choice(chosen.backend, chosen.why, others)
+    selected: str | None = None
+    for name, backend in TABLE.items():
+        reason = backend.recurrence.unsupported_reason(problem)
+        if reason is None and selected is None and backend.auto(problem):
+            reason = self_check_failure(name, problem.device, problem.dtype, problem.channels, problem.kernel)
+            if reason is None:
+                selected = name
+                continue
+        others[name] = reason or ""
+    assert selected is not None
+    others = {name: reason or f"{selected} is preferred" for name, reason in others.items()}
+    return Selection(selected, TABLE[selected].why, others)
 
 
 def check_backend(backend: object) -> None:
-    """Raise ValueError for a name that is not in `BACKENDS`, nor "auto"."""
+    """Raise ValueError for a name that is neither "auto" nor in `BACKENDS`."""
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"convlstm: backend must be 'auto' or one of {list(BACKENDS)}, got {backend!r}")
 
 
 def recurrence(backend: str, problem: Problem) -> Recurrence:
-    """The implementation behind a name; ValueError where it is unknown or cannot run the problem."""
+    """Return the implementation behind a name; ValueError if it is unknown or cannot run the problem."""
     if backend == "auto":
-        return RUNNERS[choose(problem).backend].recurrence
+        return TABLE[select(problem).backend].recurrence
     check_backend(backend)
-    reason = RUNNERS[backend].obstacle(problem)
+    reason = TABLE[backend].recurrence.unsupported_reason(problem)
     if reason is not None:
         raise ValueError(f"convlstm: backend {backend!r} cannot run this: {reason}")
-    return RUNNERS[backend].recurrence
+    return TABLE[backend].recurrence
 
 
 @cache
-def distrust(backend: str, device: torch.device, dtype: torch.dtype, channels: int, kernel: int) -> str | None:
-    """Why "auto" must not use a GPU backend for C and k on a device: None when a small layer of them comes out right.
+def self_check_failure(
+    backend: str, device: torch.device, dtype: torch.dtype, channels: int, kernel: int
+) -> str | None:
+    """Return why "auto" must not use a GPU backend for C and k on a device, or None if a small layer comes out right.
 
-    Compiled kernels meet drivers and cards that no test has seen; wrong numbers in silence would cost a training. Asked
-    once a process; it compiles what the layer itself would.
+    Compiled kernels meet drivers and cards that no test has seen, and silently wrong numbers would cost a training.
+    Runs once a process for each C and k; it compiles what the layer itself would.
     """
-    if device.type == "cpu" or backend == "plain":
+    if device.type == "cpu" or backend == "eager":
         return None
     try:
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            value, gradient = errors(RUNNERS[backend].recurrence, device, dtype, channels, kernel)
+            value, gradient = self_check_errors(TABLE[backend].recurrence, device, dtype, channels, kernel)
     except Exception as failure:
         reason = f"its check on {device} failed: {failure}"
     else:
@@ -182,12 +125,12 @@ def distrust(backend: str, device: torch.device, dtype: torch.dtype, channels: i
     return reason
 
 
-def errors(
+def self_check_errors(
     run: Recurrence, device: torch.device, dtype: torch.dtype, channels: int, kernel: int
 ) -> tuple[float, float]:
-    """Of a small layer beside float64 in plain PyTorch: the largest of h, the largest relative one of a gradient.
+    """Compare a small layer with eager float64; return the largest error of h and the largest relative gradient error.
 
-    With gates that are kept and with gates that are recomputed, and gradients to h and c of every step.
+    Covers kept and recomputed gates, and gradients that arrive at h and c of every step.
     """
     rng = torch.Generator().manual_seed(0)
     taps = kernel * kernel
@@ -198,7 +141,7 @@ def errors(
     def frames(*shape: int, like: torch.dtype = dtype) -> Tensor:
         return dense(normal(*shape, like=like))
 
-    given = (
+    tensors = (
         frames(1, 3, 2, 4, 7, 9),
         normal(1, 4 * channels, 4, kernel, kernel, scale=(4 * taps) ** -0.5),
         normal(1, 4 * channels, channels, kernel, kernel, scale=(channels * taps) ** -0.5),
@@ -208,17 +151,16 @@ def errors(
     )
     dhs, dcs = (frames(1, 3, 2, channels, 7, 9, like=like) for like in (dtype, state_dtype(dtype)))
 
-    def outcome(run: Recurrence, place: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        x, w_x, w_h, bias, h0, c0 = (place(tensor) for tensor in given)
-        hs, cs, kept = driver.forward(run, x, w_x, w_h, bias, h0, c0, keep_gates=True)
-        found: list[Tensor | None] = [hs]
-        for gates in (kept, None):
-            found += driver.backward(
-                run, place(dhs), place(dcs), x, w_x, w_h, bias, h0, c0, hs, cs, gates, need=[True] * 6
-            )
-        return [tensor.double().cpu() for tensor in found if tensor is not None]
+    def results(run: Recurrence, convert: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        operands = Operands(*(convert(tensor) for tensor in tensors))
+        outputs = run.forward(operands, keep_gates=True)
+        computed: list[Tensor | None] = [outputs.hs]
+        for saved in (outputs, outputs._replace(gates=None)):
+            computed += driver.backward(run, operands, saved, convert(dhs), convert(dcs), need=[True] * 6)
+        return [tensor.double().cpu() for tensor in computed if tensor is not None]
 
-    (h, *exact), (h_ours, *ours) = outcome(PlainRecurrence(), torch.Tensor.double), outcome(run, lambda b: b.to(device))
+    h, *exact = results(EagerRecurrence(), torch.Tensor.double)
+    h_ours, *ours = results(run, lambda tensor: tensor.to(device))
     # torch's max, not Python's, which passes over a NaN.
     gradients = torch.stack([(b - e).norm() / e.norm() for b, e in zip(ours, exact, strict=True)])
     return (h - h_ours).abs().max().item(), gradients.max().item()

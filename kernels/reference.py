@@ -1,4 +1,4 @@
-"""The ConvLSTM in plain PyTorch: the definition that every faster backend is held to, within `LIMITS`.
+"""The definition of the ConvLSTM in PyTorch; every faster backend is held to it within `LIMITS`.
 
     a_t = w_x * x_t + w_h * h_{t-1} + bias            (* is a convolution, stride 1, same padding)
     i, f, o = sigmoid(a_i, a_f, a_o);   g = tanh(a_g)
@@ -16,12 +16,10 @@ from torch.nn.functional import conv2d
 
 
 class Limit(NamedTuple):
-    """What a backend may differ by from this definition in float64 on the same rounded inputs, unit-sized, T = 8."""
+    """The largest difference from this definition in float64: of h absolute, of a gradient as a ratio of norms."""
 
     value: float
-    """Of h, absolute."""
     gradient: float
-    """Of any gradient, ratio of norms."""
 
 
 LIMITS = {
@@ -30,15 +28,16 @@ LIMITS = {
     torch.float16: Limit(2e-3, 2e-3),
     torch.bfloat16: Limit(1.5e-2, 2.5e-2),
 }
+"""Limits of the self check on a GPU: the same rounded inputs of unit size, T = 3, sums of a few hundred terms."""
 
 
 def convlstm_ref(
     x: Tensor, w_x: Tensor, w_h: Tensor, bias: Tensor, h0: Tensor | None, c0: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """All hidden states and all cells of a sequence: `hs, cs`, each (B,T,C,H,W); arguments as in `convlstm`.
+    """Return all hidden states and all cells of a sequence: `hs, cs`, each (B,T,C,H,W); arguments as in `convlstm`.
 
-    The convolution of x runs once over all B*T frames; only the one of h is inside the loop. A missing h0 is zero,
-    so its convolution is left out. With 16-bit inputs the cells are float32, as everywhere.
+    The convolution of x runs once over all B*T frames; only that of h is inside the loop, and is left out for a missing
+    h0, which is zero. With 16-bit inputs the cells are float32, as everywhere.
     """
     batch, steps = x.shape[:2]
     channels, padding = w_h.shape[1], w_h.shape[-1] // 2

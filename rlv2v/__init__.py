@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlv2v.replay import PrioritizedReplay
 
-    __version__: str
-
 __all__ = ["PrioritizedReplay", "__version__"]
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
@@ -21,8 +20,4 @@ def __getattr__(name: str) -> Any:
         from rlv2v.replay import PrioritizedReplay
 
         return PrioritizedReplay
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("rlv2v")
     raise AttributeError(f"module 'rlv2v' has no attribute {name!r}")

@@ -1,87 +1,88 @@
-"""Everything a run depends on: frozen dataclasses by section, checked once, saved as `config.json`.
+"""The settings of a run: frozen dataclasses by section, checked once, saved as `config.json`.
 
-A setting has a flag of its own name, without its section's; `FLAGS` says which section holds it.
+A setting has a flag of its own name, without its section's; `FLAGS` says which section holds it. The docstring of a
+field is the flag's text in `--help`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlv2v.errors import UserError, nearest
+from rlv2v.errors import UserError, first_line, nearest
 from rlv2v.method.baselines import METHODS
 from rlv2v.method.rewards import REWARDS
 from rlv2v.method.terms import TERMS
 
 DEFAULT_BUDGET = 300.0  # seconds
 SYNTHETIC = Path("@synthetic")
-BATCH = ("batch_x", "batch_y", "batch_z", "batch_s", "transitions")  # what a step takes of each
+BATCH = ("batch_x", "batch_y", "batch_z", "batch_s", "transitions")  # the sizes of a step's mini-batches
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which clips are drawn, and how a batch is made of them."""
+    """Say which clips are drawn, and how a batch is made of them."""
 
     folder: Path = SYNTHETIC
-    """Folder with trainX, trainY and perhaps trainZ, trainS (or CycleGAN's trainA, trainB); @synthetic: the synthetic
+    """Folder with trainX, trainY and perhaps trainZ, trainS (or CycleGAN's trainA, trainB). @synthetic is the synthetic
     set, which the run writes to data/synth-<size>x<frames>."""
     size: int = 32
-    """Side of the square training crops, pixels; the short side of a video is resized to it."""
+    """Side of the square training crops in pixels; the short side of a video is resized to it."""
     frames: int = 8
-    """Clip length T."""
+    """Clip length T in frames."""
     augment: Literal["none", "flip", "dihedral"] = "flip"
-    """Same for all frames of a clip: left-right, or all eight flips and transposes of the square."""
+    """Random left-right flips, or all eight flips and transposes of the square; the same for all frames of a clip."""
     batch_x: int = 2
-    """Clips of X a step and replica."""
+    """Clips of X in a step, per replica."""
     batch_y: int = 1
-    """Clips of Y a step and replica; twice as many when there is no Z."""
+    """Clips of Y in a step, per replica; doubled when there is no Z."""
     batch_z: int = 2
-    """Clips of Z a step and replica."""
+    """Clips of Z in a step, per replica."""
     batch_s: int = 4
-    """Stills of S a step and replica."""
+    """Stills of S in a step, per replica."""
     loader_threads: int = 1
-    """Threads that read and decode the next batches; without influence on what is drawn."""
+    """Threads that read and decode the next batches; their number does not change what is drawn."""
     decode: Literal["cpu", "gpu"] = "cpu"
-    """Where clips are decoded and resized: by the loader's threads, or on the CUDA device by DALI and NVDEC."""
+    """Decode and resize clips on the loader's threads, or on the CUDA device by DALI and NVDEC."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The networks."""
+    """Describe the networks."""
 
     widths: tuple[int, ...] = (8, 16, 24)
-    """Channels after each RPB of G and P; mirrored by the URBs."""
+    """Channels after each RPB of G and P; the URBs mirror them."""
     disc_widths: tuple[int, ...] = (8, 16, 24, 32, 32)
     """Channels after each RPB of D and Q."""
     patch: int = 2
     """Addition: space-to-depth factor in front of every network; the ConvLSTMs run on frames this much smaller."""
     head: Literal["convlstm", "mask"] = "mask"
-    """convlstm: the paper's; mask: addition, a full-resolution head that can copy its input by a soft mask."""
+    """convlstm is the paper's; mask is an addition, a full-resolution head that can copy its input by a soft mask."""
     norm: Literal["clip", "batch"] = "clip"
-    """Sequence-wise normalisation of G and P: each clip for itself, or over the mini-batch as in the paper."""
+    """Sequence-wise normalisation of G and P: over each clip, or over the mini-batch as in the paper."""
     disc_norm: Literal["clip", "batch", "none"] = "none"
-    """The same for D and Q; none lets them see the level of a colour, which normalisation takes away."""
+    """The same for D and Q; none lets them see the level of a colour, which normalisation removes."""
     chrono: bool = True
-    """Addition: ConvLSTM biases that start out remembering over all times up to T; off: zero."""
+    """Addition: start with ConvLSTM biases that remember over all times up to T; off: they start at zero."""
     q_positive: bool = False
-    """ReLU at the critics' end, as in the paper; it clips a negative value to zero."""
+    """End the critics in a ReLU, as in the paper; it clips negative values to zero."""
 
     @property
     def multiple(self) -> int:
-        """Of how many pixels the height and width of a frame must be multiples."""
+        """The number of pixels that the height and width of a frame must be multiples of."""
         return self.patch * 2 ** len(self.widths)
 
 
 @dataclass(frozen=True)
 class EquationConfig:
-    """The objective of eq. 10."""
+    """Weigh the objective of eq. 10."""
 
     gan: Literal["log", "nonsaturating", "hinge"] = "hinge"
-    """What D's logits add to L: log is the paper's."""
+    """Form of the adversarial loss; log is the paper's."""
     l_adv: float = 1.0
     """Weight of L_g, eq. 1 and 2."""
     l_v: float = 2.0
@@ -91,11 +92,12 @@ class EquationConfig:
     l_rc: float = 10.0
     """Weight of L_rc, eq. 5 and 6."""
     distance: Literal["l1", "l2"] = "l1"
-    """||.|| of the recurrent and recycle losses; l2 is the paper's."""
+    """Norm of the recurrent and recycle losses; l2 is the paper's."""
     disc_frames: int = 2
-    """Single frames of each clip that D judges a step; 0: all of them, as in the paper."""
+    """Single frames of each clip that D sees in a step; 0: all of them, as in the paper."""
     ramp_at: float = 0.3
-    """Contrast and mask terms rise when the translations' distance to the target is this share of the domains'."""
+    """Contrast and mask terms rise once the translations' distance to the target is below this share of the distance
+    between the domains."""
     adversarial_end: float = 0.3
     """Share of the adversarial terms that is left after that ramp; 1: they stay as they are."""
 
@@ -106,23 +108,24 @@ class EquationConfig:
 
 if TYPE_CHECKING:
     LossConfig = EquationConfig
-else:  # a weight for each term of the registry
+else:  # eq. 10 and a weight for each term of the registry
     LossConfig = make_dataclass(
         "LossConfig",
         [(name, float, term.default) for name, term in TERMS.items()],
         bases=(EquationConfig,),
+        namespace={"__module__": __name__},  # by which pickle finds it: ranks send each other the config
         frozen=True,
     )
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimisers, the pre-training and the moving average."""
+    """Set the optimisers, the pre-training and the moving average."""
 
     lr: float = 2e-3
-    """Adam's learning rate of G and P."""
+    """Learning rate of G and P."""
     disc_lr: float = 2e-3
-    """Adam's learning rate of D and Q."""
+    """Learning rate of D and Q."""
     betas: tuple[float, float] = (0.5, 0.99)
     """Adam's decay rates."""
     weight_decay: float = 1e-3
@@ -130,39 +133,39 @@ class OptimConfig:
     clip_grad: float = 5.0
     """Largest norm of the gradient of G and P together, and of D; 0: no limit."""
     average: float = 0.98
-    """Addition: decay of the weights' moving average, which is what translates; 0: the last weights."""
+    """Addition: decay of the weights' moving average, which is what translates; 0: the last weights do."""
     warmup_steps: int = 80
-    """Steps of pre-training as auto-encoder and predictor (section 6.2), copied to both domains."""
+    """Steps of pre-training as auto-encoder and predictor (section 6.2); both domains start from its weights."""
     warmup_lr: float = 3e-3
-    """Adam's learning rate of the warm-up."""
+    """Learning rate of the pre-training."""
 
 
 @dataclass(frozen=True)
 class RLConfig:
-    """The policy gradient (section 3.3)."""
+    """Set the policy gradient (section 3.3)."""
 
     enabled: bool = True
-    """The policy gradient; --no-rl leaves critics, replay and reward out."""
+    """Train with the policy gradient; --no-rl leaves critics, replay and reward out."""
     weight: float = 0.3
-    """Weight of the actor's loss beside L."""
+    """Weight of the actor's loss, which is added to L."""
     transitions: int = 2
-    """m: transitions a mini-batch and replica."""
+    """Transitions m in a mini-batch, per replica."""
     every: int = 2
     """Steps from one mini-batch of transitions to the next; the two domains take turns."""
     gamma: float = 0.9
-    """Discount."""
+    """Discount factor."""
     tau: float = 0.03
     """Polyak rate of the target networks."""
     eta1: tuple[float, float] = (0.8, 0.8)
-    """Probability of a stored transition, at the start and the end of training."""
+    """Probability of a stored transition instead of a new one, at the start and the end of training."""
     eta2: tuple[float, float] = (0.8, 0.8)
-    """Probability of the critic's choice over a random frame, at the start and the end."""
+    """Probability of the critic's choice instead of a random frame, at the start and the end."""
     reward: str = "transition"
     """What a transition earns."""
     reward_distance: float = 1.0
-    """c of the reward above."""
+    """Weight c in the reward."""
     replay_capacity: int = 1024
-    """Transitions kept for each domain and replica."""
+    """Transitions that a replay buffer holds; there is one for each domain and replica."""
     replay_alpha: float = 0.0
     """Exponent of prioritised replay; 0: uniform, as in the paper."""
     replay_beta: float = 0.4
@@ -171,53 +174,75 @@ class RLConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """The machine: without influence on what is learned, but for rounding."""
+    """Say how the machine is used; but for rounding, this does not change what is learned."""
 
     device: str = "auto"
     """Torch device: cpu, cuda, cuda:1; auto: cuda where there is one."""
     threads: int = 1
     """CPU threads; 0: as many as torch finds. One is fastest below 64 pixels."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """What the networks compute in; weights, statistics, losses and optimisers are float32. fp16 scales its losses."""
+    """Number format of the networks; weights, statistics, losses and optimisers stay float32. fp16 scales its losses.
+    """
     memory: Literal["store", "recompute", "frames"] = "store"
-    """What the backward pass finds: all that was computed; without the gates, which are computed again; or only the
-    state after every few frames, from which they are run again. Least time first, least memory last."""
+    """What is kept for the backward pass: all activations; all but the gates, which are computed again; or only the
+    state every few frames, from which they are run again. The first is fastest, the last needs least memory."""
     graphs: bool = True
     """Record a GPU's work of a step as CUDA graphs and replay it, instead of launching every kernel anew."""
     replicas: int = 0
-    """Equal shares that the work of a step is cut into: each has the batch of the config and a replay buffer of its
-    own, and every rank takes as many. 0: one a rank."""
+    """Equal shares that a step is cut into; each has the batch of the config and a replay buffer of its own, and every
+    rank takes as many. 0: one per rank."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What is kept of a run."""
+    """Say when a run is saved, and what stays of it."""
 
     snapshot_seconds: float = 60.0
-    """Seconds between checkpoints, each with a strip of samples."""
+    """Seconds between checkpoints; each comes with a grid of samples."""
     keep: int = 2
-    """How many of the newest checkpoints are kept; the best one is kept besides."""
+    """How many of the newest checkpoints are kept; the best one is kept as well."""
+
+
+def rules() -> Iterator[tuple[Iterable[str], str, Callable[[Any], bool]]]:
+    """Yield the ranges of single settings: flags, what is expected, and whether a value is in range (NaN is not)."""
+    yield ["budget"], "seconds > 0", lambda value: value is None or value > 0
+    yield ["steps"], "a number >= 0", lambda value: value is None or value >= 0
+    yield ["seed"], "0 <= seed < 2**63", lambda value: 0 <= value < 2**63
+    yield ["size"], "at least 8 pixels", lambda value: value >= 8
+    yield ["frames"], "at least 2", lambda value: value >= 2
+    yield ["patch"], "1, 2 or 4", lambda value: value in (1, 2, 4)
+    yield ["widths", "disc_widths"], "positive numbers", lambda value: min(value, default=0) > 0
+    counts = ("rl_every", "replay_capacity", "loader_threads", "keep")
+    yield [*BATCH, *counts], "at least 1", lambda value: value >= 1
+    weights = ("l_adv", "l_v", "l_tau", "l_rc", "rl_weight", "reward_distance", "replay_alpha", *TERMS)
+    others = ("threads", "disc_frames", "warmup_steps", "replicas", "weight_decay", "clip_grad", "snapshot_seconds")
+    yield [*weights, *others], "a number >= 0", lambda value: value >= 0
+    yield ["lr", "disc_lr", "warmup_lr"], "a number > 0", lambda value: value > 0
+    yield ["gamma", "average"], "0 <= value < 1", lambda value: 0 <= value < 1
+    yield ["tau"], "0 < tau <= 1", lambda value: 0 < value <= 1
+    yield ["betas"], "two numbers >= 0 and < 1", lambda value: all(0 <= beta < 1 for beta in value)
+    yield ["eta1", "eta2"], "two probabilities", lambda value: all(0 <= share <= 1 for share in value)
 
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of a run; `Config.of("tiny", size=16)` names them as the flags do."""
+    """Hold the settings of a run; `Config.of("tiny", size=16)` names them as the flags do."""
 
     preset: str = "default"
-    """Where every other flag starts: default (with the additions), paper (nothing beyond it), tiny (seconds; tests),
-    workstation (128x128, T=16, bf16, one replica a rank on cards of 8 GB)."""
+    """Where every other flag starts: default (with the additions), paper (nothing beyond it), tiny (seconds, for
+    tests), workstation (128x128, T=16, bf16, one replica per rank on cards of 8 GB)."""
     method: str = "rlv2v"
     """What is trained."""
     out: Path = Path("runs/rlv2v")
     """Folder of this run."""
     resume: bool = False
-    """Go on with the run in `out`; its own settings then serve as defaults."""
+    """Resume the run in `out`; its own settings are then the defaults."""
     steps: int | None = None
-    """Length of training in steps; `--budget` otherwise."""
+    """Length of training in steps, instead of `--budget`."""
     budget: float | None = None
-    """Length of training in seconds, warm-up included (300 when neither is given)."""
+    """Length of training in seconds, pre-training included (300 when neither is given)."""
     seed: int = 0
-    """Seed of every draw."""
+    """Seed of every random draw."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -258,12 +283,12 @@ class Config:
 
     @property
     def length(self) -> tuple[str, float]:
-        """How long to train: ("step", number) or ("s", seconds)."""
+        """The length of training: ("step", number) or ("s", seconds)."""
         return ("step", float(self.steps)) if self.steps is not None else ("s", self.budget or DEFAULT_BUDGET)
 
     @property
     def per_frame(self) -> bool:
-        """Whether every frame is a video of its own: the state is forgotten between frames."""
+        """Whether every frame is a video of its own, without a state between frames."""
         return METHODS[self.method].per_frame
 
     def check(self) -> Config:
@@ -276,38 +301,25 @@ class Config:
             if not ok:
                 raise UserError(f"--{flag.replace('_', '-')}: expected {expected}, got {self.get(flag)!r}")
 
-        for flag, names in (("method", METHODS), ("reward", REWARDS)):
-            check_name(flag, self.get(flag), names)
-        need(self.budget is None or self.budget > 0, "budget", "seconds > 0")
+        check_name("method", self.method, METHODS)
+        check_name("reward", self.rl.reward, REWARDS)
+        for flags, expected, in_range in rules():
+            for flag in flags:
+                need(in_range(self.get(flag)), flag, expected)
         need(self.steps is None or self.budget is None, "steps", "--steps or --budget, not both")
-        need(0 <= self.seed < 2**63, "seed", "0 <= seed < 2**63")
-        need(self.data.size >= 8, "size", "at least 8 pixels")
-        need(self.data.frames >= 2, "frames", "at least 2")
-        need(self.model.patch in (1, 2, 4), "patch", "1, 2 or 4")
         need(self.model.patch == 1 or self.model.head == "mask", "patch", "1 with --head convlstm")
-        for flag in ("widths", "disc_widths"):
-            need(min(self.get(flag), default=0) > 0, flag, "positive numbers")
         multiple = self.model.multiple
         need(self.data.size % multiple == 0, "size", f"a multiple of {multiple} (patch * 2 ** number of widths)")
-        for flag in (*BATCH, "rl_every", "replay_capacity", "loader_threads", "keep"):
-            need(self.get(flag) >= 1, flag, "at least 1")
-        not_negative = ("threads", "disc_frames", "warmup_steps", "replicas", "weight_decay", "clip_grad")
-        weights = ("l_adv", "l_v", "l_tau", "l_rc", "rl_weight", "reward_distance", *TERMS)
-        for flag in (*not_negative, *weights, "snapshot_seconds", "replay_alpha"):
-            need(self.get(flag) >= 0, flag, "a number >= 0")
-        need(self.steps is None or self.steps >= 0, "steps", "a number >= 0")
-        for flag in ("lr", "disc_lr", "warmup_lr"):
-            need(self.get(flag) > 0, flag, "a number > 0")
-        for flag in ("gamma", "average"):
-            need(0 <= self.get(flag) < 1, flag, "0 <= value < 1")
-        need(0 < self.rl.tau <= 1, "tau", "0 < tau <= 1")
-        for flag in ("eta1", "eta2"):
-            need(all(0 <= p <= 1 for p in self.get(flag)), flag, "two probabilities")
         return self
 
     def to_json(self) -> str:
         """Return the config as JSON text, an object a section; paths are strings."""
         return json.dumps(dataclasses.asdict(self), indent=2, default=str)
+
+    @classmethod
+    def read(cls, path: Path) -> Config:
+        """Return the config of a run's `config.json`; for the errors see `from_json`."""
+        return cls.from_json(path.read_text(errors="replace"), str(path))
 
     @classmethod
     def from_json(cls, text: str, name: str) -> Config:
@@ -318,14 +330,17 @@ class Config:
         """
         try:
             values: dict[str, Any] = json.loads(text)
+            if not isinstance(values["data"], dict):
+                raise KeyError("the sections of settings")
             settings = {flag: _from_json(flag, values) for flag in FLAGS}
             if len(settings) != sum(len(v) if isinstance(v, dict) else 1 for v in values.values()):
-                raise KeyError("a setting that this version does not know")
+                raise TypeError("a setting more than it has")
             return cls().replace(**settings).check()
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            got = f"one without {error}" if isinstance(error, KeyError) else first_line(error)
             raise UserError(
-                f"{name}: expected a config of this version of rlv2v, got one that lacks or adds {error}; "
-                "train anew, or use the version that wrote it"
+                f"{name}: expected a config of this version of rlv2v, got {got}; train anew, or use the version that "
+                "wrote it"
             ) from None
 
 
@@ -341,8 +356,8 @@ def _flags() -> Iterator[tuple[str, tuple[str, str]]]:
         if own.default_factory is dataclasses.MISSING:
             yield own.name, ("", own.name)
         else:
-            for part in dataclasses.fields(own.default_factory()):
-                yield names.get((own.name, part.name), part.name), (own.name, part.name)
+            for setting in dataclasses.fields(own.default_factory()):
+                yield names.get((own.name, setting.name), setting.name), (own.name, setting.name)
 
 
 FLAGS: Mapping[str, tuple[str, str]] = dict(_flags())
@@ -350,7 +365,7 @@ FLAGS: Mapping[str, tuple[str, str]] = dict(_flags())
 
 
 def _from_json(flag: str, values: Mapping[str, Any]) -> Any:
-    """Return a setting out of parsed JSON, as its field has it: tuples and paths instead of lists and strings."""
+    """Return a setting from parsed JSON, with the field's own type: tuples and paths instead of lists and strings."""
     section, name = FLAGS[flag]
     value = (values[section] if section else values)[name]
     if isinstance(value, list):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterable
 
 
@@ -25,6 +26,18 @@ def one_line(text: object) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, at most 200 characters of it; its type's name if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def get_logger(name: str) -> logging.Logger:
+    """Return the logger `name`, with newlines and control characters in its messages escaped."""
+    logger = logging.getLogger(name)
+    logger.addFilter(_escape)
+    return logger
+
+
+def _escape(record: logging.LogRecord) -> bool:
+    record.msg, record.args = one_line(record.getMessage()), None
+    return True
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

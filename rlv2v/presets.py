@@ -37,8 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "transitions": 2,
         "replay_capacity": 32,
     },
-    # Counted by rlv2v.method.memory, with its reserve: 7.1 GB. Widths are multiples of 32, which the tensor
-    # cores take whole.
+    # rlv2v.method.memory counts 7.1 GB, its reserve included. Widths are multiples of 32, to fill the tensor cores.
     "workstation": {
         "size": 128,
         "frames": 16,

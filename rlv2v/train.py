@@ -1,7 +1,7 @@
 """`python -m rlv2v.train`: RL-V2V-GAN, from a folder of videos to a translator.
 
-Alone, or as one rank of `torchrun -m rlv2v.train`. Top to bottom: the ranks, the run's folder and data, the networks
-(`rlv2v.method.step`), the pre-training (section 6.2) or the checkpoint to go on from, the loop, the end.
+It runs alone, or as one rank of `torchrun -m rlv2v.train`. Read it from top to bottom: the ranks, the run's folder and
+data, the networks (`rlv2v.method.step`), the pre-training (section 6.2) or the checkpoint to resume, the loop, the end.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from rlv2v.checkpoint.export import pack_translators
-from rlv2v.checkpoint.resume import restore, save
-from rlv2v.checkpoint.run_folder import create_run_folder, settle
+from rlv2v.checkpoint.resume import create_run_folder, restore, save, settle
 from rlv2v.checkpoint.store import Checkpoints
 from rlv2v.cli import run_command
 from rlv2v.config import Config
@@ -25,10 +24,11 @@ from rlv2v.data.index import open_dataset
 from rlv2v.errors import UserError
 from rlv2v.flags import DESCRIPTION, flags_type, resolve
 from rlv2v.method.clips import Clips, make_loader
-from rlv2v.method.memory import advise, out_of_memory
+from rlv2v.method.memory import advise
 from rlv2v.method.pretrain import warm_up
-from rlv2v.method.samples import pick_samples, render_samples
+from rlv2v.method.samples import Samples, pick_samples, render_samples
 from rlv2v.method.step import Algorithm
+from rlv2v.runtime.device import out_of_memory
 from rlv2v.runtime.distributed import StepControl, World, connect, restarts
 from rlv2v.runtime.interrupt import Interrupt
 from rlv2v.runtime.log import RunLog
@@ -40,10 +40,11 @@ log = logging.getLogger(__name__)
 
 
 def train(config: Config) -> None:
-    """Train as `config` says, in `config.out`; see the module.
+    """Train as `config` says, into `config.out`.
 
     Raises:
-        UserError: a setting, folder, file or checkpoint that the user can mend; a NaN or infinite loss; no memory.
+        UserError: a setting, folder, file or checkpoint that the user can mend; a NaN or infinite loss; too little
+            memory.
     """
     config.check()
     torch.set_num_threads(config.runtime.threads or torch.get_num_threads())
@@ -62,7 +63,7 @@ def train(config: Config) -> None:
 
 def run(config: Config, world: World, interrupted: Interrupt) -> None:
     """Do one rank's part of the run."""
-    # the run's folder and data; torchrun restarts a job with the same flags
+    # the run's folder and data; torchrun restarts a job with the same flags, which must then resume it
     device = world.device
     if config.data.decode == "gpu" and device.type != "cuda":
         raise UserError(f"--decode gpu: expected to train on a CUDA device, got {device}; use --decode cpu")
@@ -102,9 +103,8 @@ def run(config: Config, world: World, interrupted: Interrupt) -> None:
         samples = pick_samples(config) if world.first else []
         run_log = None
         if world.first:
-            frames = world.size * sum(
-                num * (1 if name == "s" else config.data.frames) for name, num in loader.plan.batch.items()
-            )
+            lengths = {name: 1 if name == "s" else config.data.frames for name in loader.sampler.batch}
+            frames = world.size * sum(num * lengths[name] for name, num in loader.sampler.batch.items())
             run_log = RunLog(
                 config.out, step=schedule.step, seconds=schedule.seconds, total=config.length, frames=frames
             )
@@ -114,15 +114,7 @@ def run(config: Config, world: World, interrupted: Interrupt) -> None:
             timer.mark("")
             guard.read(everything=True)
             check_weights(algorithm.nets.named_children(), schedule.step)
-            metric, run_files = None, dict[str, bytes]()
-            if run_log:
-                g: Any = algorithm.average if config.optim.average else algorithm.nets
-                rows, metric = render_samples(g.g_y, config, samples)
-                run_log.sample_grid(config.out / "samples" / f"{schedule.step:08d}.png", rows)
-                metric = schedule.remaining_gap.item() if metric is None and schedule.step else metric
-                run_files["model.safetensors"] = pack_translators(g.g_x, g.g_y, config)
-                if metric is not None and (store.best is None or metric < store.best[1]):
-                    run_files["best.safetensors"] = run_files["model.safetensors"]
+            metric, run_files = summarise(algorithm, store, samples, run_log) if run_log else (None, {})
             save(store, algorithm, loader, world, metric=metric, run_files=run_files)
             timer.mark("checkpoint")
 
@@ -144,9 +136,9 @@ def run(config: Config, world: World, interrupted: Interrupt) -> None:
             is_logged = schedule.step % LOG_EVERY == 0 or schedule.step == 1 or schedule.progress >= 1.0
             values = guard.read(everything=is_logged)
             timer.mark("host")
-            if is_logged and run_log:
-                run_log.write(schedule.step, schedule.seconds, values | timer.read())
             if run_log:
+                if is_logged:
+                    run_log.write(schedule.step, schedule.seconds, values | timer.read())
                 run_log.advance(schedule.step, schedule.seconds)
             store.check()
             if control.save:
@@ -157,6 +149,25 @@ def run(config: Config, world: World, interrupted: Interrupt) -> None:
         world.barrier()
     if control.stop:
         say_stopped(interrupted, f"at step {schedule.step}", config, world)
+
+
+def summarise(
+    algorithm: Algorithm, store: Checkpoints, samples: Samples, run_log: RunLog
+) -> tuple[float | None, dict[str, bytes]]:
+    """Draw the sample grid of a checkpoint; return the metric that ranks it and the models that are written with it.
+
+    The metric is the error on the samples where their truth is known, else the remaining gap; None before any step.
+    """
+    config, schedule = algorithm.config, algorithm.schedule
+    g: Any = algorithm.average if config.optim.average else algorithm.nets
+    rows, metric = render_samples(g.g_y, config, samples)
+    run_log.sample_grid(config.out / "samples" / f"{schedule.step:08d}.png", rows)
+    if metric is None and schedule.step:
+        metric = schedule.remaining_gap.item()
+    files = {"model.safetensors": pack_translators(g.g_x, g.g_y, config)}
+    if metric is not None and (store.best is None or metric < store.best[1]):
+        files["best.safetensors"] = files["model.safetensors"]
+    return metric, files
 
 
 def say_stopped(interrupted: Interrupt, moment: str, config: Config, world: World) -> None:

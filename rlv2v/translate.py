@@ -1,8 +1,8 @@
 """`python -m rlv2v.translate RUN IN OUT.mp4`: translate a video of any length with a trained run, in constant memory.
 
-The generator runs frame by frame with its recurrent state carried along, so a chunked run equals the whole one. Frames
-are scaled so that the short side is the size that the model was trained at, padded by replication to what the network
-needs, cropped and scaled back: the output has the frame count, rate, size and audio of the input.
+The generator runs frame by frame with its recurrent state carried along, so that chunks give what one pass would. A
+frame is scaled so that its short side is the size that the model was trained at, padded by replication to what the
+network needs, cropped and scaled back. The output has the frame count, rate, size and audio of the input.
 """
 
 from __future__ import annotations
@@ -10,54 +10,50 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
 from rlv2v.checkpoint.export import load_translator
-from rlv2v.cli import run_command
+from rlv2v.cli import Device, RunFolder, run_command
 from rlv2v.data.video import probe, read_frames
 from rlv2v.data.writer import VideoWriter
-from rlv2v.errors import UserError, one_line
+from rlv2v.errors import UserError
 from rlv2v.method.translation import translate_stream
 from rlv2v.runtime.device import pick_device
 
-Direction = Literal["x2y", "y2x"]
 SUFFIXES = (".mp4", ".mov", ".mkv")
 MAX_FPS = 1000
 
 
 @dataclass(frozen=True)
 class Args:
-    """Translate a video (or a folder of frames) with a trained run; the model's architecture is read from the run."""
+    """Translate a video (or a folder of frames) with a trained run, whose model is read from its folder."""
 
-    run: tyro.conf.Positional[Path]
-    """Run folder that `python -m rlv2v.train` wrote."""
-    source: tyro.conf.Positional[Path]
+    run: RunFolder
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
     """Video file that PyAV reads, or a folder of numbered images."""
-    out: tyro.conf.Positional[Path]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Video to write (.mp4, .mov or .mkv; H.264), in a folder that exists. It appears when all frames are done."""
-    direction: Direction = "x2y"
+    direction: Literal["x2y", "y2x"] = "x2y"
     """x2y: source domain to target domain; y2x: back."""
     best: bool = False
     """Use the best checkpoint's model instead of the newest."""
     side_by_side: bool = False
     """Show the source on the left of the translation."""
-    size: int | None = None
+    size: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Short side in pixels that the model sees; default: what it was trained at; 0: the video's own."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1 ...; auto: cuda where there is one."""
+    device: Device = "auto"
 
 
 def check_paths(source: Path, out: Path) -> None:
-    """Refuse, before any work, an output that cannot be written or that is the input."""
+    """Raise UserError, before any work, for an output that cannot be written or that is the input."""
     if not source.exists():
         raise UserError(f"{source}: no such video file or folder of frames")
     if out.suffix.lower() not in SUFFIXES:
-        got = one_line(out.suffix) or "none"
-        raise UserError(f"{out}: expected the suffix {', '.join(SUFFIXES)}, got {got}")
+        raise UserError(f"{out}: expected the suffix {', '.join(SUFFIXES)}, got {out.suffix or 'none'}")
     if not out.parent.is_dir():
         raise UserError(f"{out}: folder {out.parent} does not exist; create it first")
     if out.is_dir():
@@ -66,31 +62,31 @@ def check_paths(source: Path, out: Path) -> None:
         raise UserError(f"{out}: output and input are the same file; choose another output name")
 
 
-def beside(source: np.ndarray, translated: np.ndarray) -> np.ndarray:
-    """Both frames in one, source left; an odd height gains a row, so that every player shows it (yuv420p)."""
+def side_by_side(source: np.ndarray, translated: np.ndarray) -> np.ndarray:
+    """Return both frames in one, source left; an odd height gains a row, so that every player shows it (yuv420p)."""
     both = np.concatenate([source, translated], axis=1)
     return np.pad(both, ((0, len(both) % 2), (0, 0), (0, 0)), mode="edge")
 
 
 def main(args: Args) -> None:
-    """Check everything, then stream."""
+    """Check everything, then translate frame by frame."""
     check_paths(args.source, args.out)
     if args.size is not None and args.size != 0 and args.size < 8:
         raise UserError(f"--size: expected 0 (the video's own) or at least 8 pixels, got {args.size}")
-    about = probe(args.source)
-    if not 0 < about.fps <= MAX_FPS:
-        raise UserError(f"{args.source}: expected a rate of up to {MAX_FPS} frames a second, got {about.fps}")
+    video = probe(args.source)
+    if not 0 < video.fps <= MAX_FPS:
+        raise UserError(f"{args.source}: expected a rate of up to {MAX_FPS} frames a second, got {video.fps}")
     g, config = load_translator(args.run, args.direction, device=pick_device(args.device), best=args.best)
     size = config.data.size if args.size is None else args.size
 
     started = time.perf_counter()
     stream = translate_stream(g, config, read_frames(args.source), size=size)
-    with VideoWriter(args.out, about.fps, audio_from=args.source) as writer:
-        for source, translated in tqdm(stream, total=about.num_frames, unit="frame", desc=args.source.name):
-            writer.write(beside(source, translated) if args.side_by_side else translated)
+    with VideoWriter(args.out, video.fps, audio_from=args.source) as writer:
+        for source, translated in tqdm(stream, total=video.num_frames, unit="frame", desc=args.source.name):
+            writer.write(side_by_side(source, translated) if args.side_by_side else translated)
     rate = writer.count / (time.perf_counter() - started)
-    shape = f"{about.width}x{about.height}" + (" twice" if args.side_by_side else "")
-    print(f"{args.out}: {writer.count} frames, {shape}, {float(about.fps):g} fps; translated {rate:.1f} frames/s")
+    shape = f"{video.width}x{video.height}" + (" twice" if args.side_by_side else "")
+    print(f"{args.out}: {writer.count} frames, {shape}, {float(video.fps):g} fps; translated {rate:.1f} frames/s")
 
 
 if __name__ == "__main__":

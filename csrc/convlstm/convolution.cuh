@@ -1,9 +1,9 @@
-// The convolution that both passes of the persistent ConvLSTM share: a CTA's slice of the weight in shared memory,
-// tiles of the state staged beside it, the product on the tensor cores.
+// The convolution of both passes of the persistent ConvLSTM: a CTA's slice of the weight stays in shared memory, tiles
+// of the state are staged next to it, and the tensor cores multiply.
 //
 // Of the 16 input channels of a segment, lane l holds the four from 4 (l % 4) on, where the PTX ISA's fragment layout
 // says 2q, 2q+1, 2q+8, 2q+9 with q = l % 4: a sum has no order, so weight and state need only agree, and a lane's share
-// is 8 bytes in a row. No load from shared memory has a bank conflict where a tile is at least 4 pixels wide.
+// is 8 contiguous bytes. No load from shared memory has a bank conflict if a tile is at least 4 pixels wide.
 #pragma once
 
 #include "convlstm/device.cuh"
@@ -11,16 +11,16 @@
 
 namespace rlv2v {
 
-// Where a block stands in the grid, and a thread in its block.
-struct Place {
+// The place of a block in the grid, and of a thread in its block.
+struct GridPosition {
   int group, slice, cta, warp, lane;
 
-  RLV2V_DEVICE explicit Place(const PersistentGeometry& geo)
+  RLV2V_DEVICE explicit GridPosition(const PersistentGeometry& geo)
       : group(device::block() / (geo.slices * geo.ctas)), slice(device::block() / geo.ctas % geo.slices),
         cta(device::block() % geo.ctas), warp(device::thread() / 32), lane(device::thread() % 32) {}
 };
 
-// kRows tiles of 16 pixels by kColumns tiles of 8 columns a warp; kAcross warps beside each other, the others below.
+// Each warp has kRows tiles of 16 pixels by kColumns tiles of 8 columns; kAcross warps share the same pixels.
 template <class D, int kRows, int kColumns, int kAcross>
 class Convolution {
  public:
@@ -28,26 +28,26 @@ class Convolution {
   using Sums = float[kRows][kColumns][4];
   using Pixels = int[kRows][2];
 
-  RLV2V_DEVICE Convolution(const PersistentGeometry& geometry, const Place& place, int inputs)
-      : geo_(geometry), inputs_(inputs), segments_((inputs + 15) / 16), lane_(place.lane),
-        across_(place.warp % kAcross), weight_(device::shared()), stages_(device::shared() + geometry.weight_bytes) {
+  RLV2V_DEVICE Convolution(const PersistentGeometry& geometry, const GridPosition& position, int inputs)
+      : geo_(geometry), inputs_(inputs), segments_((inputs + 15) / 16), lane_(position.lane),
+        across_(position.warp % kAcross), weight_(device::shared()), stages_(device::shared() + geometry.weight_bytes) {
     RLV2V_UNROLL for (int m = 0; m < kRows; ++m) {
       RLV2V_UNROLL for (int half = 0; half < 2; ++half) {
-        const Position at(geo_, tile_row(place.warp, m, half));
-        rows_[m][half] = at.row << 16 | at.column | at.image << 8;
-        patch_[m][half] = (at.image * geo_.patch_height + at.row) * geo_.patch_width + at.column;
+        const Position in_tile(geo_, tile_row(position.warp, m, half));
+        rows_[m][half] = in_tile.row << 16 | in_tile.column | in_tile.image << 8;
+        patch_[m][half] = (in_tile.image * geo_.patch_height + in_tile.row) * geo_.patch_width + in_tile.column;
       }
     }
   }
 
   RLV2V_DEVICE void clear_weight() const {
-    for (int at = 16 * device::thread(); at < geo_.weight_bytes; at += 16 * kPersistentThreads) {
-      device::store(weight_ + at, device::Words4{0, 0, 0, 0});
+    for (int offset = 16 * device::thread(); offset < geo_.weight_bytes; offset += 16 * kPersistentThreads) {
+      device::store(weight_ + offset, device::Words4{0, 0, 0, 0});
     }
     device::sync_threads();
   }
 
-  // A weight's place in shared memory: in the order in which the lanes load it.
+  // Stores a weight in shared memory in the order in which the lanes load it.
   RLV2V_DEVICE void set_weight(int tap, int input, int column, std::uint16_t value) const {
     constexpr int kTogether = kColumns > 1 ? 2 : 1;  // column tiles that a lane loads at once
     const int tile = column / 8;
@@ -57,13 +57,14 @@ class Convolution {
     device::store(weight_ + 4 * word + 2 * (input % 2), value);
   }
 
-  // Index in the frame of the pixels that the lane's sums belong to, -1 where the tile or its channels hang over.
+  // Finds the pixels in the frame that the lane's sums belong to, -1 outside the frame or past C.
   RLV2V_DEVICE void locate(int tile, int channels, Pixels& pixels) const {
     const Corner corner(geo_, tile);
     RLV2V_UNROLL for (int m = 0; m < kRows; ++m) {
       RLV2V_UNROLL for (int half = 0; half < 2; ++half) {
-        const int at = rows_[m][half];
-        const int in_frame = pixel(corner.image + (at >> 8 & 255), corner.row + (at >> 16), corner.column + (at & 255));
+        const int packed = rows_[m][half];
+        const int in_frame =
+            pixel(corner.image + (packed >> 8 & 255), corner.row + (packed >> 16), corner.column + (packed & 255));
         pixels[m][half] = channels > 0 ? in_frame : -1;
       }
     }
@@ -72,13 +73,13 @@ class Convolution {
   // Starts to stage the first chunk of a tile.
   RLV2V_DEVICE void begin(int tile, const std::uint16_t* frame) const { stage(tile, 0, buffer_, frame); }
 
-  // sums += the convolution of the frame at the tile, which has begun; begins the next one too, unless it is -1.
+  // sums += the convolution of the frame at the tile, which has begun; also begins the next tile, unless it is -1.
   RLV2V_DEVICE void accumulate(Sums& sums, int tile, int next, const std::uint16_t* frame) {
     const int chunks = (segments_ + geo_.chunk - 1) / geo_.chunk;
     for (int chunk = 0; chunk < chunks; ++chunk) {
       const bool last = chunk + 1 == chunks;
       device::copy_wait();
-      device::sync_threads();  // this stage is there for all threads, and none reads the other one any more
+      device::sync_threads();  // all threads see this stage, and none reads the other one any more
       if (!last) stage(tile, chunk + 1, buffer_ ^ 1, frame);
       if (last && next >= 0) stage(next, 0, buffer_ ^ 1, frame);
       multiply(sums, chunk);
@@ -89,9 +90,9 @@ class Convolution {
  private:
   struct Position {
     int image, row, column;
-    RLV2V_DEVICE Position(const PersistentGeometry& geo, int at)
-        : image(at >> (geo.log_height + geo.log_width)), row(at >> geo.log_width & ((1 << geo.log_height) - 1)),
-          column(at & ((1 << geo.log_width) - 1)) {}
+    RLV2V_DEVICE Position(const PersistentGeometry& geo, int index)
+        : image(index >> (geo.log_height + geo.log_width)), row(index >> geo.log_width & ((1 << geo.log_height) - 1)),
+          column(index & ((1 << geo.log_width) - 1)) {}
   };
   struct Corner {
     int image, row, column;
@@ -110,8 +111,8 @@ class Convolution {
     return inside ? (image * geo_.height + row) * geo_.width + column : -1;
   }
 
-  // A patch holds `chunk` segments of 32 bytes a pixel, turned by the pixel: four in a row are in different banks.
-  RLV2V_DEVICE int turn(int patch_pixel) const {
+  // A patch holds `chunk` segments of 32 bytes a pixel, rotated by the pixel: four neighbours are in different banks.
+  RLV2V_DEVICE int rotation(int patch_pixel) const {
     return (geo_.chunk == 2 ? patch_pixel >> 1 : patch_pixel) & (geo_.chunk - 1);
   }
   RLV2V_DEVICE char* stage_at(int buffer) const { return stages_ + buffer * geo_.patch_pixels * geo_.chunk * 32; }
@@ -127,18 +128,19 @@ class Convolution {
     const int log_units = (geo_.chunk == 4 ? 2 : geo_.chunk - 1) + (wide ? 1 : 4);
     char* const to = stage_at(buffer);
     for (int k = device::thread(); k < geo_.patch_pixels << log_units; k += kPersistentThreads) {
-      const int at = k >> log_units;
+      const int patch_pixel = k >> log_units;
       const int unit = k & ((1 << log_units) - 1);
       const int channel = wide ? 8 * unit : unit;
-      if (channel >= channels) continue;  // beyond the last segment: never read
-      const auto image = static_cast<int>(static_cast<std::uint32_t>(at) * geo_.per_image >> 20);
-      const int in_image = at - image * geo_.patch_height * geo_.patch_width;
+      if (channel >= channels) continue;  // past the last segment: never read
+      const auto image = static_cast<int>(static_cast<std::uint32_t>(patch_pixel) * geo_.per_image >> 20);
+      const int in_image = patch_pixel - image * geo_.patch_height * geo_.patch_width;
       const auto row = static_cast<int>(static_cast<std::uint32_t>(in_image) * geo_.per_row >> 20);
       const int column = in_image - row * geo_.patch_width;
       const int from = pixel(corner.image + image, corner.row + row - halo, corner.column + column - halo);
       const bool inside = from >= 0 && first + channel < inputs_;
       const std::uint16_t* source = inside ? frame + from * inputs_ + first + channel : frame;
-      char* const target = to + (at * geo_.chunk + (channel / 16 ^ turn(at))) * 32 + channel % 16 * 2;
+      char* const target =
+          to + (patch_pixel * geo_.chunk + (channel / 16 ^ rotation(patch_pixel))) * 32 + channel % 16 * 2;
       if (wide) {
         device::copy_async(target, source, inside);
       } else {
@@ -159,8 +161,9 @@ class Convolution {
           std::uint32_t state[kRows][4];
           RLV2V_UNROLL for (int m = 0; m < kRows; ++m) {
             RLV2V_UNROLL for (int half = 0; half < 2; ++half) {
-              const int at = patch_[m][half] + shift;
-              const auto words = device::load<device::Words2>(from + (at * geo_.chunk + (segment ^ turn(at))) * 32);
+              const int patch_pixel = patch_[m][half] + shift;
+              const auto words = device::load<device::Words2>(
+                  from + (patch_pixel * geo_.chunk + (segment ^ rotation(patch_pixel))) * 32);
               state[m][half] = words.x;
               state[m][half + 2] = words.y;
             }

@@ -1,5 +1,5 @@
-// What the kernels ask of a GPU, and nothing else: threads, barriers, asynchronous copies, the tensor cores' product,
-// 16-bit floats. Under nvcc these are instructions; elsewhere tests/emulation.h runs the same kernels on fibers.
+// All that the kernels use of a GPU: threads, barriers, asynchronous copies, the tensor cores' product, 16-bit floats.
+// Under nvcc these are instructions; elsewhere tests/emulation.h runs the same kernels on fibers.
 #pragma once
 
 #include <cstdint>
@@ -21,10 +21,10 @@ namespace rlv2v::device {
 
 // Aligned groups that one instruction loads or stores.
 struct alignas(4) Halves {
-  std::uint16_t of[2];
+  std::uint16_t v[2];
 };
 struct alignas(8) Floats {
-  float of[2];
+  float v[2];
 };
 struct alignas(8) Words2 {
   std::uint32_t x, y;
@@ -69,20 +69,20 @@ RLV2V_DEVICE void sync_threads() { __syncthreads(); }
 RLV2V_DEVICE float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 RLV2V_DEVICE float tanh(float x) { return 1.0f - __fdividef(2.0f, 1.0f + __expf(2.0f * x)); }
 
-// From L2: memory that other CTAs wrote during this launch may be stale in L1.
+// Loads from L2: memory that other CTAs wrote during this launch may be stale in L1.
 RLV2V_DEVICE std::uint16_t load_l2(const std::uint16_t* from) { return __ldcg(from); }
 
-// 16 bytes to shared memory by way of L2, zeros when !valid; `from` must be readable either way.
+// Copies 16 bytes to shared memory by way of L2, zeros if !valid; `from` must be readable either way.
 RLV2V_DEVICE void copy_async(void* to, const void* from, bool valid) {
   const auto target = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(from), "r"(valid ? 16 : 0)
                : "memory");
 }
-// Until all of this thread's copies are done.
+// Waits until all of this thread's copies are done.
 RLV2V_DEVICE void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Two halves of a barrier between CTAs, by one thread of each: what its CTA wrote before is seen by those that waited.
-// The fence also covers what other threads of the CTA wrote before its last sync_threads.
+// Two halves of a barrier between CTAs, called by one thread of each: the CTAs that waited see what those that arrived
+// had written. The fence also covers what other threads of the CTA wrote before its last sync_threads.
 RLV2V_DEVICE void arrive(std::uint32_t* counter) {
   asm volatile("fence.acq_rel.gpu;" ::: "memory");
   asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");

@@ -18,7 +18,7 @@ extern const GatesKernels kGatesAvx512Bf16;
 
 namespace {
 
-constexpr std::size_t kWorthThreads = 32768;  // elements of a state, some 50 us of work; chosen, not measured
+constexpr std::size_t kMinPerThread = 32768;  // elements of a state, some 50 us of work; chosen, not measured
 
 std::atomic<const GatesKernels*>& chosen() {
   static std::atomic<const GatesKernels*> kernels{available_gates().back()};
@@ -35,28 +35,28 @@ void check_sizes(const Step& step) {
   if (type < 0 || type > 2) refuse("dtype", "0 (f32), 1 (bf16) or 2 (f16)", std::to_string(type));
   if (step.rows < 0) refuse("rows", ">= 0", std::to_string(step.rows));
   if (step.length < 0) refuse("length", ">= 0", std::to_string(step.length));
-  constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max() / 16;  // 4 gates of 4 bytes
-  if (step.length > 0 && step.rows > kMost / step.length) {
-    refuse("rows * length", "at most " + std::to_string(kMost),
+  constexpr std::int64_t kMaxElements = std::numeric_limits<std::int64_t>::max() / 16;  // 4 gates of 4 bytes
+  if (step.length > 0 && step.rows > kMaxElements / step.length) {
+    refuse("rows * length", "at most " + std::to_string(kMaxElements),
            std::to_string(step.rows) + " * " + std::to_string(step.length));
   }
   if (step.num_threads < 1) refuse("num_threads", ">= 1", std::to_string(step.num_threads));
 }
 
-void check_given(const void* address, const char* name) {
+void require(const void* address, const char* name) {
   if (address == nullptr) refuse(name, "an address", "null");
 }
 
-// Runs a kernel on all rows: on whole rows each thread where there are enough, else on a part of every row.
+// Runs a kernel on all rows: each thread takes complete rows if there are enough, else a part of every row.
 template <class Step>
 void split(void (*kernel)(const Step&, const GatesBlock&), const Step& step) {
   const auto rows = static_cast<std::size_t>(step.rows);
   const auto length = static_cast<std::size_t>(step.length);
 #ifdef _OPENMP
-  const std::size_t threads = std::min(static_cast<std::size_t>(step.num_threads), rows * length * 2 / kWorthThreads);
-  if (threads > 1 && rows * length > kWorthThreads) {
+  const std::size_t threads = std::min(static_cast<std::size_t>(step.num_threads), rows * length * 2 / kMinPerThread);
+  if (threads > 1 && rows * length > kMinPerThread) {
     const bool by_rows = rows >= 8 * threads;
-    const std::size_t unit = by_rows ? 1 : 64;  // whole cache lines of every type, but for what the address adds
+    const std::size_t unit = by_rows ? 1 : 64;  // complete cache lines of every type, if the address is aligned
     const std::size_t units = by_rows ? rows : (length + unit - 1) / unit;
 #pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads))
     for (std::size_t thread = 0; thread < threads; ++thread) {
@@ -73,7 +73,7 @@ void split(void (*kernel)(const Step&, const GatesBlock&), const Step& step) {
 }  // namespace
 
 const std::vector<const GatesKernels*>& available_gates() {
-  static const std::vector<const GatesKernels*> found = [] {
+  static const std::vector<const GatesKernels*> all = [] {
     std::vector<const GatesKernels*> sets{&kGatesPortable};
 #ifdef RLV2V_X86
     __builtin_cpu_init();
@@ -88,7 +88,7 @@ const std::vector<const GatesKernels*>& available_gates() {
 #endif
     return sets;
   }();
-  return found;
+  return all;
 }
 
 const GatesKernels& gates_kernels() { return *chosen().load(std::memory_order_relaxed); }
@@ -108,18 +108,18 @@ void choose_gates(const char* name) {
 void gates_forward(const GatesForward& step) {
   check_sizes(step);
   if (step.rows == 0 || step.length == 0) return;
-  check_given(step.a, "a");
-  check_given(step.h, "h");
-  check_given(step.c, "c");
+  require(step.a, "a");
+  require(step.h, "h");
+  require(step.c, "c");
   split(gates_kernels().forward[static_cast<int>(step.type)], step);
 }
 
 void gates_backward(const GatesBackward& step) {
   check_sizes(step);
   if (step.rows == 0 || step.length == 0) return;
-  check_given(step.gates, "gates");
-  check_given(step.c, "c");
-  check_given(step.da, "da");
+  require(step.gates, "gates");
+  require(step.c, "c");
+  require(step.da, "da");
   split(gates_kernels().backward[static_cast<int>(step.type)], step);
 }
 

@@ -19,7 +19,7 @@ namespace rlv2v {
 enum class GatesType : int { kF32 = 0, kBf16 = 1, kF16 = 2 };  // of a, h and their gradients
 
 // Each element is read before it is written, so an output may be an input of equal element size, but not overlap it
-// otherwise. gates in the place of a, and da in the place of gates, is the fast way: no line is fetched to be written.
+// otherwise. Writing gates over a, and da over gates, is fastest: no cache line is fetched only to be written.
 struct GatesForward {
   GatesType type;
   std::int64_t rows, length;
@@ -28,13 +28,13 @@ struct GatesForward {
   const float* c_prev;  // (rows, length); null: zero
   void* h;              // (rows, length) type
   float* c;             // (rows, length)
-  void* gates;          // (rows, 4 length) activated, f32 for kF32, else IEEE half; null: not kept
+  void* gates;          // (rows, 4 length) activated, f32 for kF32, else IEEE half; null: not stored
   int num_threads;
 };
 
 struct GatesBackward {
   GatesType type;
-  bool activated;  // what gates holds: as forward wrote it, or pre-activations in type
+  bool activated;  // gates are as forward wrote them; else pre-activations in type
   std::int64_t rows, length;
   const void* dh1;        // (rows, length) type; null: zero
   const void* dh2;        // the same
@@ -44,29 +44,29 @@ struct GatesBackward {
   const float* c;         // (rows, length)
   const float* c_prev;    // (rows, length); null: zero
   void* da;               // (rows, 4 length) type
-  float* carry_out;       // (rows, length); null: not wanted
+  float* carry_out;       // (rows, length); null: not stored
   int num_threads;
 };
 
-// Throw std::invalid_argument for a null where none may be, an unknown type, a negative or overflowing size,
+// Both throw std::invalid_argument for a null that is not allowed, an unknown type, a negative or overflowing size, and
 // num_threads < 1.
 void gates_forward(const GatesForward& step);
 void gates_backward(const GatesBackward& step);
 
-// The part of all rows' elements that one thread does: elements [begin, end) of rows [first, last).
+// The share of one thread: elements [begin, end) of rows [first, last).
 struct GatesBlock {
   std::size_t first, last, begin, end;
 };
 
-// One instruction set; functions by GatesType.
+// The functions of one instruction set, by GatesType.
 struct GatesKernels {
   const char* name;
   void (*forward[3])(const GatesForward& step, const GatesBlock& block);
   void (*backward[3])(const GatesBackward& step, const GatesBlock& block);
 };
 
-// Those that this CPU can run, the plainest first; the last is used, until another is chosen by name. Steps that run
-// meanwhile end with the one they began with. Throws std::invalid_argument for a name that is not among them.
+// The sets that this CPU can run, the plainest first. The last is used until another is chosen by name; steps that are
+// running end with the set they began with. choose_gates throws std::invalid_argument for an unknown name.
 const std::vector<const GatesKernels*>& available_gates();
 const GatesKernels& gates_kernels();
 void choose_gates(const char* name);

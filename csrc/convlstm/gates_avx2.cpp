@@ -13,9 +13,9 @@ struct Vec256 {
   static constexpr std::size_t kWidth = 8;
   static constexpr bool kPacksRows = false;
 
-  struct All {};
-  struct Some {
-    explicit Some(std::size_t n)
+  struct AllLanes {};
+  struct SomeLanes {
+    explicit SomeLanes(std::size_t n)
         : count(n),
           mask(_mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7))) {}
     std::size_t count;
@@ -24,30 +24,30 @@ struct Vec256 {
 
   static Real set(float value) { return _mm256_set1_ps(value); }
   static Real fma(Real a, Real b, Real c) { return _mm256_fmadd_ps(a, b, c); }
-  static Real less_product(Real c, Real a, Real b) { return _mm256_fnmadd_ps(a, b, c); }  // c - a b
-  // x scale as n + f, clamped to +-most. Of two operands min and max give back the second when one is NaN. Adding
+  static Real fnmadd(Real a, Real b, Real c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a b
+  // Splits x scale into n + f, clamped to +-max. Of two operands min and max return the second if one is NaN. Adding
   // magic rounds to n and leaves n + 127 in the low bits.
-  static Power<Real> power(Real x, float scale, float most) {
+  static Exp2Parts<Real> exp2_parts(Real x, float scale, float max) {
     const Real magic = set(0x1.8p+23F + 127.0F);
-    const float bound = most / (scale < 0.0F ? -scale : scale);
+    const float bound = max / (scale < 0.0F ? -scale : scale);
     const Real y = _mm256_min_ps(set(bound), _mm256_max_ps(set(-bound), x));
     const Real shifted = fma(y, set(scale), magic);
     const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
     return {_mm256_castsi256_ps(exponent), fma(y, set(scale), magic - shifted)};
   }
-  static Real inverse(Real x) { return set(1.0F) / x; }
+  static Real reciprocal(Real x) { return set(1.0F) / x; }
   static Real quotient(Real a, Real b) { return a / b; }
 
-  static Real load(const float* from, All) { return _mm256_loadu_ps(from); }
-  static Real load(const float* from, const Some& lanes) { return _mm256_maskload_ps(from, lanes.mask); }
+  static Real load(const float* from, AllLanes) { return _mm256_loadu_ps(from); }
+  static Real load(const float* from, const SomeLanes& lanes) { return _mm256_maskload_ps(from, lanes.mask); }
   template <class T, class Lanes>
   static Real load(const T* from, const Lanes& lanes) {
     return wide(bits(from, lanes), T{});
   }
 
-  static void store(float* to, Real x, All) { _mm256_storeu_ps(to, x); }
-  // No masked store, slow on Zen 4: with it rows of 3 took 10 ns an element backward, so 4.
-  static void store(float* to, Real x, const Some& lanes) {
+  static void store(float* to, Real x, AllLanes) { _mm256_storeu_ps(to, x); }
+  // A masked store is slow on Zen 4: with it rows of 3 took 10 ns an element backward, without it 4.
+  static void store(float* to, Real x, const SomeLanes& lanes) {
     __m128 left = _mm256_castps256_ps128(x);
     if ((lanes.count & 4U) != 0) {
       _mm_storeu_ps(to, left);
@@ -61,11 +61,11 @@ struct Vec256 {
     if ((lanes.count & 1U) != 0) _mm_store_ss(rest + (lanes.count & 2U), left);
   }
   template <class T>
-  static void store(T* to, Real x, All) {
+  static void store(T* to, Real x, AllLanes) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), narrow(x, T{}));
   }
   template <class T>
-  static void store(T* to, Real x, const Some& lanes) {
+  static void store(T* to, Real x, const SomeLanes& lanes) {
     const __m128i all = narrow(x, T{});
     const auto low = static_cast<std::uint64_t>(_mm_cvtsi128_si64(all));
     if (lanes.count < 4) return store_few(to, low, lanes.count);
@@ -74,8 +74,8 @@ struct Vec256 {
   }
 
  private:
-  // Up to three 16-bit numbers. By way of a register: a vector read from where parts of it were just written would
-  // wait.
+  // Loads up to three 16-bit numbers by way of a register: reading a vector from where parts of it were just written
+  // would stall.
   static std::uint64_t load_few(const std::uint16_t* from, std::size_t count) {
     std::uint64_t few = 0;
     for (std::size_t k = count; k-- > 0;) few = few << 16U | from[k];
@@ -85,9 +85,9 @@ struct Vec256 {
   static void store_few(T* to, std::uint64_t few, std::size_t count) {
     for (std::size_t k = 0; k < count; ++k) to[k].bits = static_cast<std::uint16_t>(few >> 16U * k);
   }
-  static __m128i bits(const void* from, All) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
+  static __m128i bits(const void* from, AllLanes) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
   template <class T>
-  static __m128i bits(const T* from, const Some& lanes) {
+  static __m128i bits(const T* from, const SomeLanes& lanes) {
     const std::uint16_t* numbers = &from->bits;
     std::uint64_t low = 0;
     if (lanes.count < 4) return _mm_cvtsi64_si128(static_cast<long long>(load_few(numbers, lanes.count)));

@@ -1,45 +1,31 @@
-// Launches the persistent kernels: picks the instance that the plan asks for, raises the shared-memory limit, starts it
-// as one cooperative launch: all its CTAs are resident, so that their barrier waits for none that has not begun.
+// Launches the persistent kernels: picks the instance of the plan, raises the shared-memory limit, and starts one
+// cooperative launch. All its CTAs are resident, so their barrier never waits for one that has not begun.
 #include <cuda_runtime.h>
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "convlstm/persistent_kernel.cuh"
 
 namespace rlv2v {
-
 namespace {
 
-template <class D, int kSlice>
-__global__ void __launch_bounds__(kPersistentThreads, kMostBlocksPerSm)
-    forward_kernel(const __grid_constant__ PersistentForward pass) {
-  forward_pass<D, kSlice>(pass);
+template <class D, int kSlice, class Pass>
+__global__ void __launch_bounds__(kPersistentThreads, kMaxBlocksPerSm) run_kernel(const __grid_constant__ Pass pass) {
+  run_pass<D, kSlice>(pass);
 }
 
-template <class D, int kSlice>
-__global__ void __launch_bounds__(kPersistentThreads, kMostBlocksPerSm)
-    backward_kernel(const __grid_constant__ PersistentBackward pass) {
-  backward_pass<D, kSlice>(pass);
+template <class D, class Pass>
+const void* kernel_of(int slice) {
+  return slice == 16 ? reinterpret_cast<const void*>(&run_kernel<D, 16, Pass>)
+                     : reinterpret_cast<const void*>(&run_kernel<D, 8, Pass>);
 }
 
-using Kernel = const void*;
-
-template <class D>
-Kernel kernel_of(const PersistentForward&, int slice) {
-  return slice == 16 ? reinterpret_cast<Kernel>(&forward_kernel<D, 16>)
-                     : reinterpret_cast<Kernel>(&forward_kernel<D, 8>);
-}
-template <class D>
-Kernel kernel_of(const PersistentBackward&, int slice) {
-  return slice == 16 ? reinterpret_cast<Kernel>(&backward_kernel<D, 16>)
-                     : reinterpret_cast<Kernel>(&backward_kernel<D, 8>);
-}
-
-void check(cudaError_t error, const std::string& what) {
+void check(cudaError_t error, const std::string& action) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // or the next call, of whoever it is, would report it again
-  throw std::runtime_error("persistent: " + what + ": " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
+  cudaGetLastError();  // or the next call of any library would report it again
+  throw std::runtime_error("persistent: " + action + ": " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
 }
 
 int attribute(cudaDeviceAttr name, int device) {
@@ -48,41 +34,38 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
+}  // namespace
+
 template <class Pass>
-void run(const ConvLstmShape& shape, bool backward, Sixteen dtype, int device, Pass pass, cudaStream_t stream) {
+void run_persistent(const ConvLstmShape& shape, Half16 dtype, int device, Pass pass, void* stream) {
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
   check(cudaSetDevice(device), "choosing device " + std::to_string(device));
   const DeviceLimits limits{attribute(cudaDevAttrMultiProcessorCount, device),
                             attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
   PersistentPlan plan{};
-  if (const std::string reason = plan_persistent(shape, backward, limits, plan); !reason.empty()) {
+  constexpr bool kBackward = std::is_same_v<Pass, PersistentBackward>;
+  if (const std::string reason = plan_persistent(shape, kBackward, limits, plan); !reason.empty()) {
     throw std::invalid_argument("persistent: " + reason);
   }
   pass.geometry = persistent_geometry(shape, plan);
-  const Kernel kernel =
-      dtype == Sixteen::kHalf ? kernel_of<device::Half>(pass, plan.slice) : kernel_of<device::Bfloat>(pass, plan.slice);
-  const std::string what = "launching " + std::to_string(plan.blocks) + " CTAs with " +
+  const void* kernel = dtype == Half16::kFloat16 ? kernel_of<device::Half, Pass>(plan.slice)
+                                                 : kernel_of<device::Bfloat, Pass>(plan.slice);
+  const std::string action = "launching " + std::to_string(plan.blocks) + " CTAs with " +
                            std::to_string(plan.shared_bytes) + " bytes of shared memory each on device " +
                            std::to_string(device);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes), what);
-  // All of an SM's shared memory: the plan counts on it for how many CTAs are resident.
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes), action);
+  // All of an SM's shared memory: the plan relies on it for the number of resident CTAs.
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
-        what);
+        action);
   const std::size_t counters = sizeof(std::uint32_t) * kCounterStride * static_cast<std::size_t>(shape.groups);
-  check(cudaMemsetAsync(pass.counters, 0, counters, stream), what);
+  check(cudaMemsetAsync(pass.counters, 0, counters, cuda_stream), action);
   void* arguments[] = {&pass};
   check(cudaLaunchCooperativeKernel(kernel, dim3(static_cast<unsigned>(plan.blocks)), dim3(kPersistentThreads),
-                                    arguments, static_cast<std::size_t>(plan.shared_bytes), stream),
-        what);
+                                    arguments, static_cast<std::size_t>(plan.shared_bytes), cuda_stream),
+        action);
 }
 
-}  // namespace
-
-void run_persistent(const ConvLstmShape& shape, Sixteen dtype, int device, PersistentForward pass, void* stream) {
-  run(shape, false, dtype, device, pass, static_cast<cudaStream_t>(stream));
-}
-
-void run_persistent(const ConvLstmShape& shape, Sixteen dtype, int device, PersistentBackward pass, void* stream) {
-  run(shape, true, dtype, device, pass, static_cast<cudaStream_t>(stream));
-}
+template void run_persistent(const ConvLstmShape&, Half16, int, PersistentForward, void*);
+template void run_persistent(const ConvLstmShape&, Half16, int, PersistentBackward, void*);
 
 }  // namespace rlv2v

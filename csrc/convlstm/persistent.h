@@ -1,6 +1,5 @@
 // The persistent ConvLSTM recurrence for NVIDIA GPUs: one cooperative launch runs all T steps of a pass, with the
-// weight of the hidden state in shared memory throughout. 16-bit states, fp32 maths and cells; formulas in
-// kernels/persistent.py.
+// weight of the hidden state in shared memory throughout. 16-bit states, fp32 maths and cells; formulas in gates.h.
 //
 // The convolution of a step is a matrix product: rows are the B*H*W pixels of a group, K is k*k taps by the input
 // channels (C forward, 4C backward), N the four gates of a slice of hidden channels (forward) or the slice itself
@@ -16,10 +15,10 @@ namespace rlv2v {
 
 constexpr int kPersistentThreads = 128;
 constexpr int kTilePixels = 64;
-constexpr int kMostBlocksPerSm = 3;  // as many as the registers are limited for
+constexpr int kMaxBlocksPerSm = 3;   // as many as the registers are limited for
 constexpr int kCounterStride = 32;   // uint32 a group in the barrier's counters: one 128-byte line each
 
-enum class Sixteen { kHalf, kBfloat };
+enum class Half16 { kFloat16, kBfloat16 };
 
 struct ConvLstmShape {
   int groups, steps, batch, channels, height, width, kernel;
@@ -34,22 +33,17 @@ struct PersistentPlan {
   int slice;  // hidden channels of a CTA: 8 or 16
   int slices;
   int log_batch, log_height, log_width;  // a tile is 2^log images by rows by columns, 64 in all
-  int tiles_batch, tiles_height, tiles_width;
+  int tiles_height, tiles_width, tiles;
   int ctas;   // CTAs that share the tiles of one slice
   int chunk;  // segments of 16 input channels in a stage, of which there are two: 1, 2 or 4
   int weight_bytes, shared_bytes;
   int blocks;  // CTAs in all, resident at once
-
-  int tiles() const { return tiles_batch * tiles_height * tiles_width; }
 };
 
-// What the kernel is given of the shape and the plan.
-struct PersistentGeometry {
-  int steps, batch, channels, height, width, kernel;
-  int slices, ctas, tiles, tiles_height, tiles_width, log_height, log_width, log_batch, chunk;
+// The shape and the plan as the kernel gets them.
+struct PersistentGeometry : ConvLstmShape, PersistentPlan {
   int patch_height, patch_width, patch_pixels;  // a tile with its halo
   std::uint32_t per_row, per_image;             // ceil(2^20 / d): x / d is x * per >> 20 within a patch
-  int weight_bytes;
 };
 
 // Layouts: dense in the order group, step, image, row, column, channel; D is the 16-bit type; w (G,4C,C,k,k).
@@ -61,7 +55,7 @@ struct PersistentForward {
   const float* c0;          // (G,B,C,H,W), or null: zero
   std::uint16_t* hs;        // (G,T,B,C,H,W) D
   float* cs;                // (G,T,B,C,H,W)
-  std::uint16_t* gates;     // (G,T,B,4C,H,W) fp16 after their activation, or null: not kept
+  std::uint16_t* gates;     // (G,T,B,4C,H,W) fp16 after their activation, or null: not stored
   std::uint32_t* counters;  // (G, kCounterStride): run_persistent zeroes them
 };
 
@@ -75,7 +69,7 @@ struct PersistentBackward {
   const float* c0;          // (G,B,C,H,W), or null: zero
   const std::uint16_t* w;   // D
   std::uint16_t* da;        // (G,T,B,4C,H,W) D
-  std::uint16_t* dh0;       // (G,B,C,H,W) D, or null: not asked for
+  std::uint16_t* dh0;       // (G,B,C,H,W) D, or null: not stored
   float* dc0;               // (G,B,C,H,W): the carry of dc, at the end the gradient of c0
   std::uint32_t* counters;  // (G, kCounterStride): run_persistent zeroes them
 };
@@ -85,9 +79,10 @@ std::string plan_persistent(const ConvLstmShape& shape, bool backward, const Dev
                             PersistentPlan& plan);
 PersistentGeometry persistent_geometry(const ConvLstmShape& shape, const PersistentPlan& plan);
 
-// Enqueue a pass on the stream (a cudaStream_t); geometry is filled in. Throw std::invalid_argument when the shape does
-// not fit the device, std::runtime_error when CUDA reports an error. A build without CUDA has no such functions.
-void run_persistent(const ConvLstmShape& shape, Sixteen dtype, int device, PersistentForward pass, void* stream);
-void run_persistent(const ConvLstmShape& shape, Sixteen dtype, int device, PersistentBackward pass, void* stream);
+// Enqueues a pass, PersistentForward or PersistentBackward, on the stream (a cudaStream_t) and fills in its geometry.
+// Throws std::invalid_argument if the shape does not fit the device, std::runtime_error if CUDA reports an error. A
+// build without CUDA has no such function.
+template <class Pass>
+void run_persistent(const ConvLstmShape& shape, Half16 dtype, int device, Pass pass, void* stream);
 
 }  // namespace rlv2v

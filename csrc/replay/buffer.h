@@ -1,15 +1,16 @@
 // Prioritised replay of video transitions (state, action, reward, next state, true frame, position, terminal, end).
 //
-//   P(i) = p_i^alpha / sum_j p_j^alpha;   weight_i = (N P(i))^-beta / max_j (N P(j))^-beta = (min_j p_j / p_i)^(alpha beta)
-// Source: Schaul et al. 2016, arXiv:1511.05952, eq. 1 and section 3.4, algorithm 1: a new transition gets the maximum
+//   P(i) = p_i^alpha / sum_j p_j^alpha;   weight_i = (N P(i))^-beta / max_j (N P(j))^-beta = (min_j p_j / p_i)^(alpha
+//   beta)
+// Source: Schaul et al. 2016, arXiv:1511.05952, eq. 1 and section 3.4, algorithm 1: a new transition gets the largest
 // priority so far, at first 1. A transition holds references to frames, so overlapping states share their memory.
-// Ids count up from 0 and live in slot id % capacity; those kept are always oldest_id <= id < next_id.
+// Ids count up from 0 and live in slot id % capacity; those stored are always oldest_id <= id < next_id.
 //
 //   n steps: r = sum_{k<m} gamma^k r_{i+k}, s' and terminal of transition i+m-1, discount gamma^m
-// Source: Sutton 1988, doi:10.1007/BF00115009. m <= n, less where a terminal, an episode's end or the newest id comes first.
-// Every public method locks: samplers share, writers exclude. In a forked child it throws std::runtime_error. Users'
-// mistakes throw std::invalid_argument or std::out_of_range, a full memory or disk std::bad_alloc or std::system_error, with
-// nothing changed.
+// Source: Sutton 1988, doi:10.1007/BF00115009. m <= n, less if a terminal, an episode's end or the newest id comes
+// first. Every public method locks: samplers share, writers exclude. In a forked child it throws std::runtime_error. A
+// user's mistake throws std::invalid_argument or std::out_of_range, a full memory or disk std::bad_alloc or
+// std::system_error, with nothing changed.
 #pragma once
 
 #include <atomic>
@@ -19,10 +20,10 @@
 #include <unordered_map>
 #include <vector>
 
-#include "replay/fair_lock.h"
-#include "replay/frame_arena.h"
-#include "replay/owner.h"
 #include "pages.h"
+#include "replay/fair_lock.h"
+#include "replay/fork_guard.h"
+#include "replay/frame_arena.h"
 #include "replay/sum_tree.h"
 
 namespace rlv2v {
@@ -31,10 +32,10 @@ using ClipId = std::uint64_t;
 constexpr ClipId kNoClip = 0;
 
 struct BufferConfig {
-  std::size_t capacity;     // most transitions kept
+  std::size_t capacity;     // most transitions
   std::size_t frame_bytes;  // bytes of one frame
   std::size_t max_len;      // most frames of a state
-  std::size_t max_frames;   // most frames kept, clips included
+  std::size_t max_frames;   // most frames, clips included
   double alpha;             // in [0, 1]; 0 draws uniformly
   double beta;              // in [0, 1]; 1 corrects the bias fully
   bool stratified;          // one draw from each of n equal parts of the total
@@ -44,7 +45,7 @@ struct BufferConfig {
   std::string path;    // scratch file for the frames; empty: memory
 };
 
-// `length` frames: frames `start`... of a clip that the buffer holds, or with kNoClip the bytes at `frames`.
+// `length` frames: frames `start`... of a clip in the buffer, or with kNoClip the bytes at `frames`.
 struct Window {
   ClipId clip;
   std::size_t start;
@@ -62,79 +63,114 @@ struct Transition {
   bool end;       // the next transition belongs to another episode
 };
 
-// Where sample(n) writes, each contiguous; F = frame_bytes, L = max_len.
+// The arrays that sample(n) writes to, each contiguous; F = frame_bytes, L = max_len.
 struct SampleOut {
-  std::uint8_t* states;       // (n, L, F), zero after the state's length
-  std::int64_t* lengths;      // (n)
-  std::uint8_t* actions;      // (n, F)
-  float* rewards;             // (n), sums over n steps
-  std::uint8_t* next_states;  // (n, L + 1, F): the last step's state, then its action, then zeros
-  std::int64_t* next_lengths; // (n)
-  float* discounts;           // (n), gamma^m
-  std::uint8_t* true_frames;  // (n, F)
-  std::int64_t* positions;    // (n)
-  bool* terminals;            // (n), of the last step
-  std::int64_t* ids;          // (n)
-  float* weights;             // (n), in (0, 1]
+  enum class Row { kNumber, kFrame, kState, kNextState };  // a number, F, (L, F) or (L + 1, F)
+
+  std::uint8_t* states;        // zero after the state's length
+  std::int64_t* lengths;
+  std::uint8_t* actions;
+  float* rewards;              // sums over n steps
+  std::uint8_t* next_states;   // the last step's state, then its action, then zeros
+  std::int64_t* next_lengths;
+  float* discounts;            // gamma^m
+  std::uint8_t* true_frames;
+  std::int64_t* positions;
+  bool* terminals;             // of the last step
+  std::int64_t* ids;
+  float* weights;              // in (0, 1]
+
+  // Calls f(name, pointer, row) for each array; the names are those of rlv2v.replay.ReplayBatch.
+  template <class F>
+  void for_each(const F& f) {
+    f("states", states, Row::kState);
+    f("lengths", lengths, Row::kNumber);
+    f("actions", actions, Row::kFrame);
+    f("rewards", rewards, Row::kNumber);
+    f("next_states", next_states, Row::kNextState);
+    f("next_lengths", next_lengths, Row::kNumber);
+    f("discounts", discounts, Row::kNumber);
+    f("true_frames", true_frames, Row::kFrame);
+    f("positions", positions, Row::kNumber);
+    f("terminals", terminals, Row::kNumber);
+    f("ids", ids, Row::kNumber);
+    f("weights", weights, Row::kNumber);
+  }
 };
 
 struct BufferStats {
-  std::size_t size;      // transitions kept
-  std::size_t frames;    // frames kept
-  std::size_t clips;     // clips held
-  std::uint64_t added;   // transitions ever added: the next id
-  std::uint64_t evicted; // the oldest id kept
-  std::uint64_t sampled; // draws ever made
-  std::uint64_t stale;   // priority updates ignored because the transition was gone
+  std::size_t size;       // transitions in the buffer
+  std::size_t frames;     // frames in the buffer
+  std::size_t clips;      // clips not released
+  std::uint64_t added;    // transitions added so far: the next id
+  std::uint64_t evicted;  // transitions evicted so far: the oldest id
+  std::uint64_t sampled;  // draws so far
+  std::uint64_t stale;    // priority updates ignored because the transition was evicted
   float max_priority;
   std::size_t bytes_used;
 };
 
-// Everything a saved buffer holds, oldest transition first; see Buffer::save.
+// Everything that a saved buffer holds, oldest transition first; see Buffer::save.
 struct Contents {
-  PageArray<std::uint8_t> frames;     // (num_frames, F)
-  PageArray<std::int32_t> table;      // (size, L + 2) into frames: action, true frame, state; -1 after its length
-  PageArray<std::int64_t> lengths;    // (size)
-  PageArray<float> rewards;           // (size)
-  PageArray<std::int64_t> positions;  // (size)
-  PageArray<std::uint8_t> terminals;  // (size), 0 or 1
-  PageArray<std::uint8_t> ends;       // (size), 0 or 1
-  PageArray<float> priorities;        // (size), before alpha
-  std::uint64_t oldest_id;
-  std::uint64_t sampled;
-  std::uint64_t stale;
-  std::uint64_t seed;
-  double alpha;
-  double beta;
-  float max_priority;
-  bool stratified;
+  PageArray<std::uint8_t> frames;  // (num_frames, F)
+  PageArray<std::int32_t> table;   // (size, L + 2) into frames: action, true frame, state; -1 after its length
+  PageArray<std::int64_t> lengths, positions;
+  PageArray<float> rewards, priorities;        // priorities before alpha
+  PageArray<std::uint8_t> terminals, ends;     // 0 or 1
+  std::uint64_t oldest_id = 0, sampled = 0, stale = 0, seed = 0;
+  double alpha = 0.0, beta = 0.0;
+  float max_priority = 1.0F;
+  bool stratified = false;
+
+  // Calls f(name, array) for each column of one number a transition.
+  template <class F>
+  void for_columns(const F& f) {
+    f("lengths", lengths);
+    f("rewards", rewards);
+    f("positions", positions);
+    f("terminals", terminals);
+    f("ends", ends);
+    f("priorities", priorities);
+  }
+  // Calls f(name, value) for each number of the complete buffer.
+  template <class F>
+  void for_numbers(const F& f) {
+    f("oldest_id", oldest_id);
+    f("sampled", sampled);
+    f("stale", stale);
+    f("seed", seed);
+    f("alpha", alpha);
+    f("beta", beta);
+    f("max_priority", max_priority);
+    f("stratified", stratified);
+  }
 };
 
 // Throws std::invalid_argument unless value is in [0, 1].
 void check_exponent(const char* name, double value);
-// Leaves of priorities: priority^alpha, 1 for every priority at alpha = 0.
-void leaves_of(const float* priorities, float* leaves, std::size_t count, double alpha) noexcept;
+// leaves[k] = priorities[k]^alpha, 1 for every priority at alpha = 0.
+void priorities_to_leaves(const float* priorities, float* leaves, std::size_t count, double alpha) noexcept;
 
 class Buffer {
  public:
   explicit Buffer(const BufferConfig& config);
 
-  // Stores frames once and holds them until release_clip; transitions that refer to them keep theirs alive after it.
+  // Stores frames once and holds them until release_clip; transitions that refer to them hold theirs after it.
   ClipId put_clip(const std::uint8_t* frames, std::size_t num_frames);
-  // Unknown ids are ignored: a handle may outlive the contents that a load replaced.
+  // Ignores unknown ids: a handle may outlive the contents that a load replaced.
   void release_clip(ClipId clip) noexcept;
 
-  // Adds all or none; returns the first id, the others follow. Evicts the oldest where capacity or memory wants it.
+  // Adds all or none; returns the first id, the others follow. Evicts the oldest as capacity and memory require.
   std::uint64_t add(const std::vector<Transition>& batch);
-  // may_share: where every state kept is full and n_step is 1, leave out.states and out.actions alone and return true: they
-  // are the first L frames of the next states and the frame after those. Half the memory traffic of a batch of video.
+  // may_share: if every state in the buffer is full and n_step is 1, leaves out.states and out.actions alone and
+  // returns true: they are the first L frames of the next states and the frame after those. Half the memory traffic for
+  // video.
   bool sample(std::size_t n, const SampleOut& out, bool may_share = false);
-  // Returns how many ids were stale (evicted since), and so ignored. The last of a repeated id wins.
+  // Returns how many ids were stale (evicted since), and so ignored. The last of a repeated id counts.
   // Real: float or double.
   template <class Real>
   std::size_t update_priorities(const std::int64_t* ids, const Real* priorities, std::size_t count);
 
-  std::size_t capacity() const noexcept { return config_.capacity; }
   std::size_t max_len() const noexcept { return config_.max_len; }
   std::size_t frame_bytes() const noexcept { return config_.frame_bytes; }
   double alpha() const;
@@ -142,15 +178,15 @@ class Buffer {
   void set_alpha(double alpha);  // recomputes every leaf: O(size)
   void set_beta(double beta);
   BufferStats stats() const;
-  bool consistent() const;  // tree against its rebuild, reference counts against their holders; for tests
+  bool consistent() const;  // compares the tree with its rebuild and reference counts with their holders; for tests
 
   // Clips are not part of the contents, only the frames that transitions refer to.
   Contents save() const;
   // Replaces everything but the clip counter (old handles stay invalid). Checks first: contents may be hostile.
-  void load(const Contents& contents);
+  void load(Contents& contents);
 
  private:
-  // What a slot holds; the frames' ids follow it: action, true frame, state.
+  // The contents of a slot; the frames' ids follow it: action, true frame, state.
   struct Row {
     std::int64_t position;
     float reward;
@@ -164,49 +200,47 @@ class Buffer {
     const FrameId* frames() const noexcept { return const_cast<Row*>(this)->frames(); }
     std::size_t num_frames() const noexcept { return length + std::size_t{2}; }
   };
-  // What a load replaces in one move.
+  // All that a load replaces in one move.
   struct Store {
     explicit Store(const BufferConfig& config);
-    // Bytes of a row, so that a short one lies within a cache line.
-    static std::size_t stride_of(std::size_t max_len) noexcept;
     Row& row(std::size_t slot) const noexcept { return *reinterpret_cast<Row*>(rows.data() + slot * stride); }
 
     FrameArena arena;
     SumTree tree;
-    std::size_t stride;
-    Pages rows;  // by slot
+    std::size_t stride;  // bytes of a row
+    Pages rows;          // by slot
     std::unordered_map<ClipId, std::vector<FrameId>> clips;
     std::size_t num_clip_frames = 0;
-    std::size_t num_short = 0;  // transitions with a state of less than max_len frames
+    std::size_t num_short = 0;  // transitions whose state has less than max_len frames
     std::uint64_t oldest_id = 0;
     std::uint64_t next_id = 0;
     std::uint64_t stale = 0;
     float max_priority = 1.0F;
   };
+  struct CopyMode {
+    bool streamed;  // past the caches
+    bool shared;    // states and actions are inside next_states
+  };
 
   std::size_t slot(std::uint64_t id) const noexcept { return static_cast<std::size_t>(id % config_.capacity); }
   std::size_t next_slot(std::size_t slot) const noexcept { return slot + 1 == config_.capacity ? 0 : slot + 1; }
   std::size_t num_slots() const noexcept;
-  void check_window(const Window& window, const char* name, std::size_t most) const;
-  void check_memory(std::size_t num_new) const;
-  void place(const Window& window, FrameId* out) noexcept;
+  void check_window(const Window& window, const char* name, std::size_t max_length) const;
+  void check_memory(std::size_t num_new_frames) const;
+  void store_frames(const Window& window, FrameId* ids) noexcept;
   void evict_oldest() noexcept;
-  struct How {
-    bool streamed;  // past the caches
-    bool shared;    // states and actions within next_states
-  };
   void draw(std::size_t n, std::uint64_t first_draw, bool shared, const SampleOut& out) const noexcept;
   const Row& write_numbers(std::size_t k, std::size_t slot, std::uint64_t id, const SampleOut& out) const noexcept;
-  void write_frames(std::size_t k, const Row& row, const Row& last, How how, const SampleOut& out) const noexcept;
-  void check_contents(const Contents& contents) const;
+  void write_frames(std::size_t k, const Row& row, const Row& last, CopyMode mode, const SampleOut& out) const noexcept;
+  void check_contents(Contents& contents) const;
 
-  // The lock, after a look at whose process this is.
+  // Returns the lock, after a check that this process owns the buffer.
   FairLock& lock() const {
-    owner_.check();
+    guard_.check();
     return lock_;
   }
 
-  Owner owner_;
+  ForkGuard guard_;
   mutable FairLock lock_;
   BufferConfig config_;
   Store store_;

@@ -1,5 +1,5 @@
-// A lock for many readers or one writer that starves neither: whoever comes queues at the gate, and a writer at its head
-// lets no later reader pass while the earlier ones finish.
+// A lock for many readers or one writer that starves neither: all queue at the gate, and a writer at its head lets no
+// later reader pass while the earlier ones finish.
 #pragma once
 
 #include <mutex>

@@ -9,7 +9,7 @@ extern const Kernels kAvx512;
 #endif
 
 const std::vector<const Kernels*>& available_kernels() {
-  static const std::vector<const Kernels*> found = [] {
+  static const std::vector<const Kernels*> all = [] {
     std::vector<const Kernels*> sets{&kPortable};
 #ifdef RLV2V_X86
     __builtin_cpu_init();
@@ -18,7 +18,7 @@ const std::vector<const Kernels*>& available_kernels() {
 #endif
     return sets;
   }();
-  return found;
+  return all;
 }
 
 }  // namespace rlv2v

@@ -1,4 +1,4 @@
-// What the tests share. CHECK(condition) reports and exits with 1 when it does not hold, in every build type.
+// Shared by the tests. CHECK(condition) reports and exits with 1 if it does not hold, in every build type.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@
     }                                                                                 \
   } while (false)
 
-// True when the call throws this exception.
+// Returns whether the call throws this exception.
 template <class Exception, class Call>
 bool throws(const Call& call) {
   try {

@@ -3,11 +3,12 @@
 #include <ucontext.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <vector>
+
+#include "tests/formats.h"
 
 #if defined(__SANITIZE_THREAD__)
 extern "C" {
@@ -18,8 +19,8 @@ void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 }
 #endif
 
-// The scheduler and the tensor cores are not the kernel's memory: ThreadSanitizer must see neither races in them
-// nor an order.
+// The scheduler and the tensor cores are not part of the kernel's memory: ThreadSanitizer must see neither races in
+// them nor an order by them.
 #define RLV2V_UNSEEN __attribute__((no_sanitize("thread"), noinline))
 
 namespace rlv2v::device {
@@ -28,7 +29,7 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr std::size_t kStackBytes = std::size_t{1} << 17;
-constexpr long kMostPolls = 2'000'000;
+constexpr long kMaxPolls = 2'000'000;
 
 struct Copy {
   void* to;
@@ -36,17 +37,17 @@ struct Copy {
   bool valid;
 };
 
-// Of shared memory, by one lane.
+// One lane's load from shared memory.
 struct Load {
   int offset, bytes;
 };
 
-// Deposits of a warp's lanes for one product; two, so that a lane may be one product ahead.
+// The fragments of a warp's lanes for one product; two, so a lane may be one product ahead.
 struct Fragments {
   std::uint32_t a[kWarp][4], b[kWarp][2];
 };
 struct Warp {
-  Fragments of[2];
+  Fragments fragments[2];
   int arrived = 0;
 };
 
@@ -103,12 +104,12 @@ RLV2V_UNSEEN void switch_to(Fiber* next) {
   swapcontext(&from->context, &next->context);
 }
 
-// Goes on with any fiber that can; the current one comes back when it is runnable and drawn.
+// Continues any fiber that can run; the current one returns when it is runnable and drawn.
 RLV2V_UNSEEN void yield() {
   if (grid->num_runnable == 0) die("all threads wait at a barrier");
   grid->random = grid->random * 6364136223846793005u + 1442695040888963407u;
-  const int pick = static_cast<int>((grid->random >> 33) % static_cast<std::uint64_t>(grid->num_runnable));
-  switch_to(grid->all + grid->runnable[pick]);
+  const int drawn = static_cast<int>((grid->random >> 33) % static_cast<std::uint64_t>(grid->num_runnable));
+  switch_to(grid->all + grid->runnable[drawn]);
 }
 
 RLV2V_UNSEEN void take_out(const Fiber& fiber) {
@@ -136,34 +137,34 @@ RLV2V_UNSEEN void wake(int first, int count) {
 RLV2V_UNSEEN Block& own_block() { return grid->blocks.data()[grid->current->block]; }
 RLV2V_UNSEEN void wake_block() { wake(grid->current->block * grid->threads, grid->threads); }
 
-// A lane's part in the warp's next product: deposits its fragments and waits for those of the others.
+// Takes part in the warp's next product as one lane: adds its fragments and waits for those of the others.
 RLV2V_UNSEEN Fragments* exchange(const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
   Fiber& self = *grid->current;
   const int first = static_cast<int>(grid->current - grid->all) / kWarp * kWarp;
   const int lane = self.thread % kWarp;
   Warp& warp = grid->warps.data()[first / kWarp];
-  Fragments* const deposits = &warp.of[self.products++ % 2];
-  for (int k = 0; k < 4; ++k) deposits->a[lane][k] = a[k];
-  deposits->b[lane][0] = b0;
-  deposits->b[lane][1] = b1;
+  Fragments* const fragments = &warp.fragments[self.products++ % 2];
+  for (int k = 0; k < 4; ++k) fragments->a[lane][k] = a[k];
+  fragments->b[lane][0] = b0;
+  fragments->b[lane][1] = b1;
   if (++warp.arrived == kWarp) {
     warp.arrived = 0;
     wake(first, kWarp);
   } else {
     park();
   }
-  return deposits;
+  return fragments;
 }
 
 RLV2V_UNSEEN std::uint16_t half_of(std::uint32_t word, int half) {
   return static_cast<std::uint16_t>(word >> 16 * half);
 }
 
-RLV2V_UNSEEN std::uint16_t a_at(const Fragments& deposits, int row, int k) {
-  return half_of(deposits.a[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2);
+RLV2V_UNSEEN std::uint16_t a_at(const Fragments& fragments, int row, int k) {
+  return half_of(fragments.a[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2);
 }
-RLV2V_UNSEEN std::uint16_t b_at(const Fragments& deposits, int k, int column) {
-  return half_of(deposits.b[column * 4 + k % 8 / 2][k / 8], k % 2);
+RLV2V_UNSEEN std::uint16_t b_at(const Fragments& fragments, int k, int column) {
+  return half_of(fragments.b[column * 4 + k % 8 / 2][k / 8], k % 2);
 }
 
 RLV2V_UNSEEN void finish() {
@@ -194,42 +195,18 @@ void prepare(Fiber& fiber) {
 
 }  // namespace
 
-float Half::to_float(std::uint16_t bits) {
-  const int exponent = bits >> 10 & 31;
-  const int mantissa = bits & 1023;
-  float value =
-      std::ldexp(static_cast<float>(exponent == 0 ? mantissa : mantissa + 1024), (exponent == 0 ? 1 : exponent) - 25);
-  if (exponent == 31) value = mantissa == 0 ? INFINITY : NAN;
-  return bits >> 15 ? -value : value;
+// Values of all 65536 numbers of a format.
+static std::vector<float> decoded(Format format) {
+  std::vector<float> values(65536);
+  for (std::uint32_t bits = 0; bits < 65536; ++bits) values[bits] = static_cast<float>(format.decode(bits));
+  return values;
 }
+static const std::vector<float> halves = decoded(kFloat16), bfloats = decoded(kBfloat16);
 
-// Round to nearest, ties to even.
-std::uint16_t Half::from_float(float value) {
-  const std::uint16_t sign = std::signbit(value) ? 0x8000 : 0;
-  const float size = std::abs(value);
-  if (std::isnan(value)) return 0x7fff;
-  if (size >= 65520.0f) return static_cast<std::uint16_t>(sign | 0x7c00);
-  int exponent = 0;
-  std::frexp(size, &exponent);
-  exponent = std::max(exponent, -13);
-  const int steps =
-      static_cast<int>(std::nearbyint(std::ldexp(size, 11 - exponent)));  // a mantissa of 2048 carries over
-  return static_cast<std::uint16_t>(sign | (steps < 1024 ? steps : ((exponent + 14) << 10) + steps - 1024));
-}
-
-float Bfloat::to_float(std::uint16_t bits) {
-  const std::uint32_t wide = std::uint32_t{bits} << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
-}
-
-std::uint16_t Bfloat::from_float(float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  if (std::isnan(value)) return 0x7fff;
-  return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
+float Half::to_float(std::uint16_t bits) { return halves[bits]; }
+float Bfloat::to_float(std::uint16_t bits) { return bfloats[bits]; }
+std::uint16_t Half::from_float(float value) { return static_cast<std::uint16_t>(kFloat16.encode(value)); }
+std::uint16_t Bfloat::from_float(float value) { return static_cast<std::uint16_t>(kBfloat16.encode(value)); }
 
 RLV2V_UNSEEN int thread() { return grid->current->thread; }
 RLV2V_UNSEEN int block() { return grid->current->block; }
@@ -247,7 +224,7 @@ void check_aligned(const void* address, std::size_t bytes) {
 
 void sync_threads() {
   Block& own = own_block();
-  // Read-modify-writes in a row: each thread's accesses before come before all that follow the last arrival.
+  // A chain of read-modify-writes orders what each thread did until it arrived before all that follows the last.
   if (__atomic_add_fetch(&own.arrived, 1, __ATOMIC_ACQ_REL) == grid->threads) {
     __atomic_store_n(&own.arrived, 0, __ATOMIC_RELAXED);
     __atomic_add_fetch(&own.generation, 1, __ATOMIC_RELEASE);
@@ -289,7 +266,7 @@ void copy_wait() {
 void arrive(std::uint32_t* counter) { __atomic_add_fetch(counter, 1, __ATOMIC_RELEASE); }
 
 RLV2V_UNSEEN static void poll() {
-  if (++grid->polls > kMostPolls) die("waits for other blocks for ever");
+  if (++grid->polls > kMaxPolls) die("waits for other blocks for ever");
   yield();
 }
 
@@ -299,11 +276,11 @@ void wait_for(const std::uint32_t* counter, std::uint32_t count) {
 
 RLV2V_UNSEEN void multiply_add(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1,
                                float (*to_float)(std::uint16_t)) {
-  const Fragments& deposits = *exchange(a, b0, b1);
+  const Fragments& fragments = *exchange(a, b0, b1);
   const int lane = grid->current->thread % kWarp;
   for (int e = 0; e < 4; ++e) {
     for (int k = 0; k < 16; ++k) {
-      d[e] += to_float(a_at(deposits, lane / 4 + e / 2 * 8, k)) * to_float(b_at(deposits, k, lane % 4 * 2 + e % 2));
+      d[e] += to_float(a_at(fragments, lane / 4 + e / 2 * 8, k)) * to_float(b_at(fragments, k, lane % 4 * 2 + e % 2));
     }
   }
 }

@@ -1,7 +1,8 @@
-// A GPU on the CPU, for tests: every thread of every CTA is a fiber, all of them in one thread of the host, so that a
-// kernel's own source runs with all its CTAs resident. What the hardware leaves open is drawn against the kernel:
-//  - fibers go on in random order, only barriers hold them back; under ThreadSanitizer each is a thread of its own, and
-//    only the barriers order their accesses, so a missing one is a reported race;
+// Emulates a GPU for tests: every thread of every CTA is a fiber, all in one thread of the host, so a kernel's own
+// source runs with all its CTAs resident. What the hardware leaves open turns out badly for the kernel:
+//  - fibers run in random order, held back by barriers alone; under ThreadSanitizer each is a thread of its own, and
+//  only
+//    the barriers order their accesses, so a missing one is a reported race;
 //  - an asynchronous copy fills its target with NaN at once and copies at the wait;
 //  - shared memory starts as NaN; loads and stores of several bytes must be aligned;
 //  - the tensor cores' fragments are spread over the lanes as the PTX ISA says for mma.m16n8k16.
@@ -57,8 +58,8 @@ inline std::uint16_t load_l2(const std::uint16_t* from) { return *from; }
 inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 inline float tanh(float x) { return 1.0f - 2.0f / (1.0f + std::exp(2.0f * x)); }
 
-// Runs the kernel to its end on `blocks` CTAs of `threads`; prints and exits with 1 when no fiber can go on. Returns
-// how many of the warps' loads of 8 and 16 bytes a lane from shared memory had a bank conflict.
+// Runs the kernel on `blocks` CTAs of `threads`; prints and exits with 1 if no fiber can continue. Returns how many of
+// the warps' loads of 8 and 16 bytes a lane from shared memory had a bank conflict.
 int run_grid(int blocks, int threads, int shared_bytes, std::uint64_t seed, const std::function<void()>& kernel);
 
 }  // namespace rlv2v::device

@@ -1,4 +1,4 @@
-// The ConvLSTM recurrence as plain loops in fp64, on buffers laid out as those of convlstm/persistent.h.
+// The ConvLSTM recurrence as plain loops in fp64, on arrays laid out as those of convlstm/persistent.h.
 #pragma once
 
 #include <cmath>
@@ -23,7 +23,7 @@ struct Recurrence {
     return (std::size_t(group) * std::size_t(shape.steps) + std::size_t(t)) * pixels;
   }
 
-  // f(pixel, neighbour, tap): both inside the frame, neighbour = pixel + tap - k / 2.
+  // Calls f(pixel, neighbour, tap): both are inside the frame, neighbour = pixel + tap - k / 2.
   template <class F>
   void for_neighbours(const F& f) const {
     const int reach = shape.kernel / 2;
@@ -55,13 +55,13 @@ struct Recurrence {
       for (int t = 0; t < shape.steps; ++t) {
         const std::size_t now = frame(group, t);
         const std::size_t state = std::size_t(group) * pixels * c;
-        const double* h_before = t > 0 ? &hs[(now - pixels) * c] : h0.empty() ? nullptr : &h0[state];
-        const double* c_before = t > 0 ? &cs[(now - pixels) * c] : c0.empty() ? nullptr : &c0[state];
-        if (h_before) {
+        const double* h_prev = t > 0 ? &hs[(now - pixels) * c] : h0.empty() ? nullptr : &h0[state];
+        const double* c_prev = t > 0 ? &cs[(now - pixels) * c] : c0.empty() ? nullptr : &c0[state];
+        if (h_prev) {
           for_neighbours([&](std::size_t pixel, std::size_t neighbour, std::size_t tap) {
             for (std::size_t out = 0; out < 4 * c; ++out) {
               for (std::size_t in = 0; in < c; ++in) {
-                gates[(now + pixel) * 4 * c + out] += weight(w, group, out, in, tap) * h_before[neighbour * c + in];
+                gates[(now + pixel) * 4 * c + out] += weight(w, group, out, in, tap) * h_prev[neighbour * c + in];
               }
             }
           });
@@ -70,7 +70,7 @@ struct Recurrence {
           double* gate = &gates[(now + k / c) * 4 * c + k % c];
           for (std::size_t n = 0; n < 3; ++n) gate[n * c] = 1 / (1 + std::exp(-gate[n * c]));
           gate[3 * c] = std::tanh(gate[3 * c]);
-          const double cell = gate[c] * (c_before ? c_before[k] : 0) + gate[0] * gate[3 * c];
+          const double cell = gate[c] * (c_prev ? c_prev[k] : 0) + gate[0] * gate[3 * c];
           cs[now * c + k] = cell;
           hs[now * c + k] = gate[2 * c] * std::tanh(cell);
         }
@@ -94,11 +94,11 @@ struct Recurrence {
           const double i = gate[0], f = gate[c], o = gate[2 * c], g = gate[3 * c];
           const double tanh_c = std::tanh(cs[now * c + k]);
           const double first = c0.empty() ? 0 : c0[std::size_t(group) * pixels * c + k];
-          const double before = t > 0 ? cs[(now - pixels) * c + k] : first;
+          const double c_prev = t > 0 ? cs[(now - pixels) * c + k] : first;
           const double dh_now = dh[k] + dhs[now * c + k];
           const double dc = carry[k] + (dcs.empty() ? 0 : dcs[now * c + k]) + dh_now * o * (1 - tanh_c * tanh_c);
           to[0] = dc * g * i * (1 - i);
-          to[c] = dc * before * f * (1 - f);
+          to[c] = dc * c_prev * f * (1 - f);
           to[2 * c] = dh_now * tanh_c * o * (1 - o);
           to[3 * c] = dc * i * (1 - g * g);
           carry[k] = dc * f;

@@ -1,14 +1,14 @@
-// The buffer: frames right after many wraparounds, references counted, memory bounded, mistakes refused with nothing changed.
+// Tests the buffer: frames after many wraparounds, reference counts, bounded memory, mistakes that change nothing.
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <memory>
 #include <stdexcept>
 #include <utility>
 #include <vector>
 
 #include "check.h"
 #include "replay/buffer.h"
+#include "rows.h"
 
 using rlv2v::Buffer;
 using rlv2v::BufferConfig;
@@ -21,7 +21,7 @@ namespace {
 constexpr std::size_t kBytes = 6;
 constexpr std::size_t kLen = 3;
 
-BufferConfig config(std::size_t capacity, std::size_t max_frames = rlv2v::kMostFrames) {
+BufferConfig config(std::size_t capacity, std::size_t max_frames = rlv2v::kMaxFrames) {
   return {capacity, kBytes, kLen, max_frames, 0.6, 0.4, true, 1, 1, 0.5, ""};
 }
 
@@ -31,29 +31,25 @@ std::vector<std::uint8_t> frames(std::size_t count, std::uint64_t id) {
 
 void add_one(Buffer& buffer, std::uint64_t id) {
   const auto data = frames(kLen, id);
-  const Transition transition{{kNoClip, 0, 1 + id % kLen, data.data()}, {kNoClip, 0, 1, data.data()},
-                              {kNoClip, 0, 1, data.data()}, static_cast<float>(id), static_cast<std::int64_t>(id), false, false};
+  const Transition transition{{kNoClip, 0, 1 + id % kLen, data.data()},
+                              {kNoClip, 0, 1, data.data()},
+                              {kNoClip, 0, 1, data.data()},
+                              static_cast<float>(id),
+                              static_cast<std::int64_t>(id),
+                              false,
+                              false};
   CHECK(buffer.add({transition}) == id);
 }
 
-struct Rows {
-  explicit Rows(std::size_t n)
-      : states(n * kLen * kBytes), actions(n * kBytes), next_states(n * (kLen + 1) * kBytes), true_frames(n * kBytes),
-        lengths(n), next_lengths(n), positions(n), ids(n), rewards(n), discounts(n), weights(n), terminals(new bool[n]) {}
-  rlv2v::SampleOut out() {
-    return {states.data(),      lengths.data(),   actions.data(),   rewards.data(), next_states.data(), next_lengths.data(), discounts.data(),
-            true_frames.data(), positions.data(), terminals.get(), ids.data(),     weights.data()};
-  }
-  std::vector<std::uint8_t> states, actions, next_states, true_frames;
-  std::vector<std::int64_t> lengths, next_lengths, positions, ids;
-  std::vector<float> rewards, discounts, weights;
-  std::unique_ptr<bool[]> terminals;
-};
+Rows sampled(Buffer& buffer, std::size_t n) {
+  Rows rows(n, kLen, kBytes);
+  buffer.sample(n, rows.out());
+  return rows;
+}
 
 // Every row must hold the frames, length and numbers of its own id.
 void check_rows(Buffer& buffer, std::size_t n) {
-  Rows rows(n);
-  buffer.sample(n, rows.out());
+  const Rows rows = sampled(buffer, n);
   for (std::size_t k = 0; k < n; ++k) {
     const auto id = static_cast<std::uint64_t>(rows.ids[k]);
     const std::uint8_t value = frames(1, id)[0];
@@ -110,9 +106,9 @@ void memory_stays_in_its_bound() {
   const auto data = frames(8, 0);
   const ClipId clip = buffer.put_clip(data.data(), 8);
   CHECK(throws<std::invalid_argument>([&] { buffer.put_clip(data.data(), 5); }));
-  const auto before = buffer.stats();
+  const auto stats = buffer.stats();
   CHECK(throws<std::invalid_argument>([&] { add_one(buffer, 53); }));  // needs 5 frames, there is room for 4
-  CHECK(buffer.stats().size == before.size && buffer.stats().added == before.added);
+  CHECK(buffer.stats().size == stats.size && buffer.stats().added == stats.added);
   buffer.release_clip(clip);
   add_one(buffer, 50);
   CHECK(buffer.consistent());
@@ -121,8 +117,7 @@ void memory_stays_in_its_bound() {
 void mistakes_change_nothing() {
   const double bad[] = {-1.0, std::numeric_limits<double>::infinity(), std::numeric_limits<double>::quiet_NaN(), 1e39};
   Buffer buffer(config(4));
-  Rows rows(4);
-  CHECK(throws<std::invalid_argument>([&] { buffer.sample(4, rows.out()); }));
+  CHECK(throws<std::invalid_argument>([&] { sampled(buffer, 4); }));
   for (std::uint64_t id = 0; id < 6; ++id) add_one(buffer, id);
   for (const double priority : bad) {
     const std::int64_t ids[] = {5, 4};
@@ -137,7 +132,7 @@ void mistakes_change_nothing() {
   const std::int64_t all[] = {0, 2, 3, 4, 5};
   const double zeros[] = {0.0, 0.0, 0.0, 0.0, 0.0};
   CHECK(buffer.update_priorities(all, zeros, 5) == 1);
-  CHECK(throws<std::invalid_argument>([&] { buffer.sample(4, rows.out()); }));
+  CHECK(throws<std::invalid_argument>([&] { sampled(buffer, 4); }));
   buffer.set_alpha(0.0);
   check_rows(buffer, 64);
 }
@@ -152,8 +147,7 @@ void steps_stop_where_the_episode_does() {
     const rlv2v::Window frame{kNoClip, 0, 1, data.data()};
     buffer.add({{frame, frame, frame, static_cast<float>(id), 0, id == 16, id == 14}});
   }
-  Rows rows(64);
-  buffer.sample(64, rows.out());
+  const Rows rows = sampled(buffer, 64);
   const std::size_t steps[] = {3, 2, 1, 2, 1, 3, 2, 1};  // of ids 12..19
   for (std::size_t k = 0; k < 64; ++k) {
     const std::size_t taken = steps[rows.ids[k] - 12];
@@ -173,14 +167,11 @@ void loading_restores_and_refuses() {
   const std::int64_t ids[] = {4, 6};
   const double priorities[] = {0.25, 3.0};
   buffer.update_priorities(ids, priorities, 2);
-  const rlv2v::Contents saved = buffer.save();
+  rlv2v::Contents saved = buffer.save();
   Buffer other(config(5));
   other.load(saved);
   CHECK(other.consistent());
-  Rows ours(32);
-  Rows theirs(32);
-  buffer.sample(32, ours.out());
-  other.sample(32, theirs.out());
+  const Rows ours = sampled(buffer, 32), theirs = sampled(other, 32);
   CHECK(ours.ids == theirs.ids && ours.weights == theirs.weights && ours.next_states == theirs.next_states);
 
   const auto refused = [&](auto spoil) {
@@ -190,7 +181,7 @@ void loading_restores_and_refuses() {
   };
   CHECK(refused([](auto& c) { c.table[0] = 1 << 20; }));
   CHECK(refused([](auto& c) { c.table[1] = -1; }));
-  CHECK(refused([](auto& c) { c.lengths[0] = 4; }));
+  CHECK(refused([](auto& c) { c.lengths[2] = 4; }));  // of a full state: all it refers to is in the table
   CHECK(refused([](auto& c) { c.lengths = rlv2v::PageArray<std::int64_t>(6); }));
   CHECK(refused([](auto& c) { c.frames = rlv2v::PageArray<std::uint8_t>(c.frames.size() - 1); }));
   CHECK(refused([](auto& c) { c.priorities[0] = -1.0F; }));
@@ -220,7 +211,8 @@ void the_arena_grows_around_what_it_holds() {
     }
     CHECK(arena.num_alive() == held.size());
     for (const auto& one : held) {
-      CHECK(arena.references(one.first) == 1 && arena.data(one.first)[0] == one.second && arena.data(one.first)[kFrame - 1] == one.second);
+      CHECK(arena.references(one.first) == 1 && arena.data(one.first)[0] == one.second &&
+            arena.data(one.first)[kFrame - 1] == one.second);
     }
   }
   CHECK(arena.num_ids() > 4);

@@ -1,4 +1,4 @@
-// The pool: blocks come back, never two users of one, never much more than was in use, from any thread.
+// Tests the pool: blocks come back, never two users of one, never much more than was in use, from any thread.
 #include <cstring>
 #include <new>
 #include <thread>
@@ -18,7 +18,7 @@ void test_a_block_serves_again() {
   CHECK(first.bytes() == 6 * kMiB);
   CHECK(pool.used_bytes() == 6 * kMiB && pool.idle_bytes() == 0);
   const void* data = first.data();
-  pool.give(std::move(first));
+  pool.give_back(std::move(first));
   CHECK(pool.used_bytes() == 0 && pool.idle_bytes() == 6 * kMiB);
   rlv2v::Pages larger = pool.take(6 * kMiB + 1);  // too large for it
   CHECK(larger.data() != data);
@@ -31,18 +31,18 @@ void test_a_block_serves_again() {
 void test_idle_blocks_stay_within_half_of_what_was_used() {
   rlv2v::MemoryPool pool;
   for (std::size_t size = 1; size <= 64; ++size) {
-    pool.give(pool.take(size * kMiB));
+    pool.give_back(pool.take(size * kMiB));
     CHECK(pool.idle_bytes() <= 96 * kMiB);
   }
   std::vector<rlv2v::Pages> blocks;
   for (int k = 0; k < 8; ++k) blocks.push_back(pool.take(16 * kMiB));
   CHECK(pool.used_bytes() == 128 * kMiB && pool.idle_bytes() <= 64 * kMiB);
-  for (rlv2v::Pages& block : blocks) pool.give(std::move(block));
+  for (rlv2v::Pages& block : blocks) pool.give_back(std::move(block));
   const std::size_t idle = pool.idle_bytes();
   for (int step = 0; step < 100; ++step) {  // a training step: all of it comes from the idle blocks
     for (rlv2v::Pages& block : blocks) block = pool.take(16 * kMiB);
     CHECK(pool.used_bytes() + pool.idle_bytes() == idle);
-    for (rlv2v::Pages& block : blocks) pool.give(std::move(block));
+    for (rlv2v::Pages& block : blocks) pool.give_back(std::move(block));
   }
 }
 
@@ -63,7 +63,7 @@ void test_threads() {
         std::memset(block.data(), id, 4096);
         std::this_thread::yield();
         for (std::size_t k = 0; k < 4096; ++k) CHECK(block.data()[k] == id);
-        pool.give(std::move(block));
+        pool.give_back(std::move(block));
       }
     });
   }

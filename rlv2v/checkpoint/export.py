@@ -1,7 +1,6 @@
-"""A run's networks, and `RUN/model.safetensors` to translate with: g_x and g_y, the config in the metadata.
+"""The exported model of a run, `RUN/model.safetensors`: the weights of g_x and g_y, with the config in the metadata.
 
-Nothing read here runs code. Every file is written beside its place, flushed to the disk and renamed: a reader sees the
-old one or the new one. What a run needs to go on is in `rlv2v.checkpoint.store`.
+Reading it runs no code. It is replaced atomically, so that a reader sees the old one or the new one.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from rlv2v.files import write_atomically
 from rlv2v.model import Translator
 from rlv2v.model.build import build_nets
 
-VERSION = 1
+VERSION = 2  # of model.safetensors and of manifests; 1: before configs had sections
 
 
 def pack_translators(g_x: Translator, g_y: Translator, config: Config) -> bytes:
-    """A `model.safetensors`: both generators and, in the metadata, the config."""
+    """Return the bytes of a `model.safetensors`: both generators and, in the metadata, the config."""
     tensors: dict[str, Tensor] = {}
     for name, net in (("g_x", g_x), ("g_y", g_y)):
         tensors |= {f"{name}.{key}": value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
@@ -38,16 +37,16 @@ def save_translators(run: Path, g_x: Translator, g_y: Translator, config: Config
 def load_translator(
     run: Path, direction: str = "x2y", device: str | torch.device = "cpu", *, best: bool = False
 ) -> tuple[Translator, Config]:
-    """The generator of a run, ready to translate, and the run's config.
+    """Return a generator of a run, ready to translate, and the run's config.
 
     Args:
         run: folder with a `model.safetensors`.
         direction: "x2y" (G_Y) or "y2x" (G_X).
-        device: where it shall run.
-        best: that of the best checkpoint, `best.safetensors`, instead of the newest.
+        device: where it will run.
+        best: read the best checkpoint's, `best.safetensors`, instead of the newest.
 
     Raises:
-        UserError: no model there, or not one of this package's.
+        UserError: there is no model, or one of another version or program.
     """
     path = run / ("best.safetensors" if best else "model.safetensors")
     if direction not in ("x2y", "y2x"):
@@ -57,7 +56,12 @@ def load_translator(
     prefix = {"x2y": "g_y.", "y2x": "g_x."}[direction]
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            config = Config.from_json((file.metadata() or {}).get("config", ""), f"{path}: config")
+            metadata = file.metadata() or {}
+            if metadata.get("version", str(VERSION)) != str(VERSION):
+                raise ValueError(
+                    f"version {metadata['version']} instead of {VERSION}; train anew, or use the rlv2v that wrote it"
+                )
+            config = Config.from_json(metadata.get("config", ""), "its config")
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
             weights = {name[len(prefix) :]: file.get_tensor(name) for name in names}
         generators = build_nets(config, discriminators=False)

@@ -1,4 +1,4 @@
-"""What a checkpoint is made of: copies that training cannot touch, files with a checksum, and their safe reading.
+"""The files of a checkpoint: copies that training cannot change, checksums, and reading that runs no code.
 
 A state is nested dicts (keys str or int), lists and tuples of tensors, None, bool, int, float and str: what
 `torch.load(weights_only=True)` gives back without running code.
@@ -6,6 +6,7 @@ A state is nested dicts (keys str or int), lists and tuples of tensors, None, bo
 
 from __future__ import annotations
 
+import hashlib
 import io
 import mmap
 import os
@@ -13,11 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from rlv2v import _native
 from rlv2v.errors import UserError, first_line
 
 PLAIN = (type(None), bool, int, float, str)
@@ -28,23 +27,23 @@ MAPPED: Final = {"flags": mmap.MAP_SHARED | mmap.MAP_POPULATE, "prot": mmap.PROT
 
 
 class Copier:
-    """Copies states to CPU memory that serves again for the next copy: fresh memory costs a page fault each 4 KiB.
+    """Copy states to CPU memory and reuse it for the next copy: fresh memory costs a page fault each 4 KiB.
 
-    The copy before must not be in use any more when the next one is made.
+    A copy may no longer be in use when the next one is made.
     """
 
     def __init__(self) -> None:
         self._memory: dict[tuple[str | int, ...], Tensor] = {}
 
     def copy(self, name: str, state: Mapping[Any, Any], *, taken: bool = False) -> dict[Any, Any]:
-        """A deep copy of `state`, its tensors on the CPU; complete when this returns.
+        """Return a deep copy of `state`, its tensors on the CPU and complete.
 
         Args:
-            name: what the state is called; the memory of the copy before is found by it.
-            taken: tensors that are on the CPU already are not copied: the caller gives them up.
+            name: the state's name, by which the memory of its last copy is found.
+            taken: do not copy tensors that are on the CPU already: the caller gives them up.
 
         Raises:
-            ValueError: the state holds what could not be loaded again, named by its place.
+            ValueError: the state holds something that could not be loaded again; names its place.
         """
         devices: set[torch.device] = set()
         copied = {key: self._copy(value, (name, key), taken, devices) for key, value in state.items()}
@@ -52,42 +51,44 @@ class Copier:
             torch.cuda.current_stream(device).synchronize()
         return copied
 
-    def _copy(self, value: Any, at: tuple[str | int, ...], taken: bool, devices: set[torch.device]) -> Any:
-        if type(at[-1]) not in (str, int):
-            raise ValueError(f"checkpoint: keys must be str or int, got {at[-1]!r} in {_place(at[:-1])}")
+    def _copy(self, value: Any, place: tuple[str | int, ...], taken: bool, devices: set[torch.device]) -> Any:
+        if type(place[-1]) not in (str, int):
+            raise ValueError(f"checkpoint: keys must be str or int, got {place[-1]!r} in {_path(place[:-1])}")
         if isinstance(value, Tensor):
             value = value.detach()
-            return value if taken and value.device.type == "cpu" else self._copy_tensor(value, at, devices)
+            return value if taken and value.device.type == "cpu" else self._copy_tensor(value, place, devices)
         if isinstance(value, Mapping):
-            return {key: self._copy(part, (*at, key), taken, devices) for key, part in value.items()}
+            return {key: self._copy(item, (*place, key), taken, devices) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
-            parts = (self._copy(part, (*at, number), taken, devices) for number, part in enumerate(value))
-            return list(parts) if isinstance(value, list) else tuple(parts)
+            items = (self._copy(item, (*place, number), taken, devices) for number, item in enumerate(value))
+            return list(items) if isinstance(value, list) else tuple(items)
         if type(value) not in PLAIN:  # exactly: np.float64 is a float, and is refused by torch.load
-            raise ValueError(f"checkpoint: {_place(at)} must be a tensor or a plain value, got {type(value).__name__}")
+            raise ValueError(
+                f"checkpoint: {_path(place)} must be a tensor or a plain value, got {type(value).__name__}"
+            )
         return value
 
-    def _copy_tensor(self, value: Tensor, at: tuple[str | int, ...], devices: set[torch.device]) -> Tensor:
-        memory = self._memory.get(at)
+    def _copy_tensor(self, value: Tensor, place: tuple[str | int, ...], devices: set[torch.device]) -> Tensor:
+        memory = self._memory.get(place)
         on_device = value.device.type == "cuda"
-        if memory is None or _form(memory) != _form(value):
-            memory = self._memory[at] = torch.empty_like(value, device="cpu", pin_memory=on_device)
+        if memory is None or not _alike(memory, value):
+            memory = self._memory[place] = torch.empty_like(value, device="cpu", pin_memory=on_device)
         memory.copy_(value, non_blocking=on_device)
         if on_device:
             devices.add(value.device)
         return memory
 
 
-def _form(value: Tensor) -> tuple[object, ...]:
-    return value.dtype, value.shape, value.stride()
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
 
 
-def _place(at: tuple[str | int, ...]) -> str:
-    return "/".join(map(str, at))
+def _path(place: tuple[str | int, ...]) -> str:
+    return "/".join(map(str, place))
 
 
 class _Sink:
-    """A file as `torch.save` sees it. torch's writer loses a write error's name, so that it is kept here instead."""
+    """The file that `torch.save` writes to; it keeps the first write error, whose number torch's writer loses."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
@@ -102,11 +103,11 @@ class _Sink:
         return len(data)
 
     def flush(self) -> None:
-        """torch calls it at the end; the file is flushed when it is closed."""
+        """Do nothing: torch calls it at the end, and the caller flushes the file."""
 
 
 def write_state(path: Path, state: dict[Any, Any]) -> dict[str, Any]:
-    """Write a state by `torch.save`, flush it to the disk, and describe it as `describe` does.
+    """Write a state by `torch.save`, flush it to the disk, and return its `describe`.
 
     Raises:
         OSError: with the number the system gave, naming `path`.
@@ -126,30 +127,31 @@ def write_state(path: Path, state: dict[Any, Any]) -> dict[str, Any]:
 
 
 def describe(data: bytes | mmap.mmap) -> dict[str, Any]:
-    """The length and the XXH64 (16 hex digits, seed 0) of a file's bytes, as a manifest has them."""
-    return {"bytes": len(data), "xxh64": f"{_native.checksum(np.frombuffer(data, np.uint8)):016x}"}
+    """Return the length and the SHA-256 of a file's bytes, as a manifest records them."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def read_file(path: Path, expected: Mapping[str, Any]) -> bytes:
-    """The bytes of a file that must be as `describe` described it.
+    """Return the bytes of a file that must be as `describe` described it.
 
     Raises:
         UserError: it is missing, unreadable, or not the same; names it.
     """
     try:
         size = path.stat().st_size
-        if size != expected["bytes"]:  # before the reading: a foreign file may be of any size
+        if size != expected["bytes"]:  # checked first: a foreign file may be of any size
             raise UserError(f"{path}: expected {expected['bytes']} bytes, got {size}")
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: expected a file of a checkpoint, got {error.strerror}") from None
-    if describe(data) != expected:
-        raise UserError(f"{path}: expected the XXH64 {expected['xxh64']}, got {describe(data)['xxh64']}: it is damaged")
+    got = describe(data)
+    if got != expected:
+        raise UserError(f"{path}: expected the SHA-256 {expected['sha256']}, got {got['sha256']}: it is damaged")
     return data
 
 
 def parse_state(data: bytes, path: Path, device: str | torch.device) -> dict[Any, Any]:
-    """What `write_state` wrote, from the bytes of `path`, its tensors on `device`; no code of it is run.
+    """Return what `write_state` wrote to `path`, from its bytes, with tensors on `device`; runs no code of it.
 
     Raises:
         UserError: it is anything else; names `path`.

@@ -1,10 +1,10 @@
-"""The checkpoints of a run: written beside the training, whole or not at all, checked before they are used.
+"""The checkpoints of a run: written while training goes on, whole or not at all, and checked before they are used.
 
-    RUN/checkpoints/00000300/state.pt           what all ranks have alike; the first rank writes it
-    RUN/checkpoints/00000300/replica-00000.pt   what one replica has of its own: replay buffers, loader
-    RUN/checkpoints/00000300/manifest.json      version, step, num_replicas, metric; of each file its bytes and XXH64
+    RUN/checkpoints/00000300/state.pt           the state that all ranks share; the first rank writes it
+    RUN/checkpoints/00000300/replica-00000.pt   the state of one replica: replay buffers, loader
+    RUN/checkpoints/00000300/manifest.json      version, step, num_replicas, metric; bytes and checksum of each file
     RUN/checkpoints/.00000300.part/             while it is being written
-One folder a checkpoint, shared by all ranks. Each file is flushed to the disk, the manifest last; then one rename makes
+All ranks write into one folder a checkpoint. Each file is flushed to the disk, the manifest last; then one rename makes
 the checkpoint, so that a kill at any instant leaves the old set or the new one.
 """
 
@@ -29,31 +29,30 @@ from rlv2v.errors import UserError, first_line
 from rlv2v.files import flush_folder, write_atomically
 
 PATIENCE = 600.0  # seconds that the first rank waits for the replicas of the others
-POLL = 0.02  # seconds from one look for them to the next
+POLL = 0.02  # seconds between two looks for them
 log = logging.getLogger(__name__)
 
 
 def replica_name(replica: int) -> str:
-    """What `Checkpoints.load` calls the part of one replica."""
+    """Return the name by which `Checkpoints.load` finds the state of one replica."""
     return f"replica-{replica:05d}"
 
 
 class Checkpoints:
-    """The checkpoints of a run, saved by one background thread and read by the caller's.
+    """Save the checkpoints of a run by a background thread, and read them by the caller's.
 
-    All ranks have one, on the same folder. Each rank saves the same steps in the same order; the first one puts the
-    parts together. Nothing here talks to other ranks: what one of them found by `newest` it must tell the others.
+    All ranks have one, on the same folder. Each rank saves the same steps in the same order; the first one completes
+    the checkpoint. No method talks to other ranks: what one of them found by `newest` it must tell the others.
 
     Args:
         run: the run's folder, on a file system that all ranks share.
-        keep: how many of the newest checkpoints stay; the one of the lowest metric stays besides.
-        num_replicas: of how many replicas a checkpoint is made, over all ranks.
-        first: this process is the first rank.
+        keep: number of newest checkpoints that stay; the one of the lowest metric stays besides.
+        num_replicas: number of replicas in a checkpoint, over all ranks.
+        first: whether this process is the first rank.
     """
 
     def __init__(self, run: Path, *, keep: int, num_replicas: int, first: bool = True) -> None:
-        assert keep >= 1, keep
-        assert num_replicas >= 1, num_replicas
+        assert keep >= 1 and num_replicas >= 1, (keep, num_replicas)
         self.run, self.folder = run, run / "checkpoints"
         self.keep, self.num_replicas, self.first = keep, num_replicas, first
         self._copier = Copier()
@@ -62,14 +61,14 @@ class Checkpoints:
         self._last: int | None = None
 
     def tidy(self) -> None:
-        """Remove what a kill left half-written. The first rank's, under the run's lock, before any rank saves."""
-        assert self.first, "the folder is the first rank's to tidy"
+        """Remove what a kill left half-written; called by the first rank, under the run's lock, before any save."""
+        assert self.first, "only the first rank may tidy the folder"
         for part in self.folder.glob(".*.part"):
             if part.is_dir():
                 shutil.rmtree(part)
-        for name in ("config.json", "model.safetensors", "best.safetensors"):  # what `write_atomically` had open
-            for beside in self.run.glob(f".{name}.*"):
-                beside.unlink()
+        for name in ("config.json", "model.safetensors", "best.safetensors"):  # `write_atomically`'s
+            for temporary in self.run.glob(f".{name}.*"):
+                temporary.unlink()
 
     def save(
         self,
@@ -80,22 +79,22 @@ class Checkpoints:
         metric: float | None = None,
         run_files: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Copy what belongs to a checkpoint, and return while it is being written; see `check` and `wait`.
+        """Copy the contents of a checkpoint, and return while they are being written; see `check` and `wait`.
 
-        The write before must end first. A step that has been saved is not saved again.
+        It waits for the last write first. A step that has been saved is not saved again.
 
         Args:
             step: steps done.
-            state: what all ranks have alike; None on all ranks but the first. Tensors are copied from their device in
-                the order of its current stream: training may go on in place.
-            replicas: this rank's replicas by number. Their tensors on the CPU are taken as they are, since a replay's
-                `state_dict()` is a copy already: nobody may change them any more.
-            metric: what the best checkpoint has the lowest of; None: not measured.
-            run_files: files of the run's folder that are written once the checkpoint is there, by name.
+            state: the state that all ranks share; None on all ranks but the first. Tensors are copied from their device
+                in the order of its current stream: training may go on in place.
+            replicas: the states of this rank's replicas by number. Their tensors on the CPU are not copied, since a
+                replay's `state_dict()` is a copy already: nobody may change them any more.
+            metric: the best checkpoint has the lowest; None: not measured.
+            run_files: files of the run's folder, by name, that are written after the checkpoint.
 
         Raises:
-            OSError, UserError: the write before failed; see `check`.
-            ValueError: what is given cannot be saved so that `load` would give it back.
+            OSError, UserError: the last write failed; see `check`.
+            ValueError: `load` could not return the same contents.
         """
         if self.first != (state is not None):
             raise ValueError("checkpoint: state must be given by the first rank and by it alone")
@@ -107,31 +106,31 @@ class Checkpoints:
         if step == self._last:
             return
         contents = {} if state is None else {"state": self._copier.copy("state", state)}
-        for replica, part in replicas.items():
-            contents[replica_name(replica)] = self._copier.copy(replica_name(replica), part, taken=True)
+        for replica, own in replicas.items():
+            contents[replica_name(replica)] = self._copier.copy(replica_name(replica), own, taken=True)
         self._writer = threading.Thread(
             target=self._write, args=(step, contents, metric, run_files or {}), name="checkpoint"
         )
         self._writer.start()
 
     def check(self) -> None:
-        """Raise what a background write ran into, once: OSError naming the file, or UserError."""
+        """Raise the error of a background write, once: OSError naming the file, or UserError."""
         error = self._error
-        if error is not None:  # then its thread has set it, and sets it no more
+        if error is not None:  # the thread that has set it sets it no more
             self._error = None
             raise error
 
     def wait(self) -> None:
-        """Return when everything saved so far is on the disk. Raises as `check` does."""
+        """Wait until everything saved so far is on the disk. Raises as `check` does."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None
         self.check()
 
     def newest(self) -> int | None:
-        """The step of the newest whole checkpoint, every byte of it checked; None where there are no checkpoints.
+        """Return the step of the newest whole checkpoint, every byte of it checked; None if there are no checkpoints.
 
-        A damaged one is passed over with a warning that names its file, the reason, and the step used instead.
+        It skips a damaged one with a warning that names its file, the reason, and the step used instead.
 
         Raises:
             UserError: there are checkpoints, but none is whole.
@@ -149,7 +148,7 @@ class Checkpoints:
         return None
 
     def load(self, step: int, name: str = "state", device: str | torch.device = "cpu") -> dict[Any, Any]:
-        """One part of a checkpoint, "state" or `replica_name(number)`, its tensors on `device`; no code is run.
+        """Return a state of a checkpoint, "state" or `replica_name(number)`, its tensors on `device`; runs no code.
 
         Raises:
             UserError: it is missing, damaged, foreign, or holds more than tensors and plain values; names the file.
@@ -160,23 +159,23 @@ class Checkpoints:
         return parse_state(read_file(path, files[path.name]), path, device)
 
     def replicas(self, step: int) -> int:
-        """Of how many replicas a checkpoint is made. Raises UserError when its manifest is damaged."""
+        """Return the number of replicas in a checkpoint. Raises UserError if its manifest is damaged."""
         return int(self._manifest(step)["num_replicas"])
 
     @property
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that have a manifest, oldest first."""
+        """The steps of the checkpoints that have a manifest, oldest first."""
         return [step for step in self._found() if (self._path(step) / "manifest.json").is_file()]
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """(step, metric) of the lowest metric among the checkpoints, the earliest of equals; None: no metrics."""
+        """The (step, metric) of the lowest metric among the checkpoints, the earliest of equals; None: no metrics."""
         measured = []
         for step in self.steps:
             try:
                 metric = self._manifest(step)["metric"]
             except UserError:
-                continue  # `newest` tells of damage where it matters
+                continue  # `newest` reports damage where it matters
             if metric is not None:
                 measured.append((float(metric), step))
         return min(measured)[::-1] if measured else None
@@ -185,12 +184,12 @@ class Checkpoints:
         return self.folder / f"{step:08d}"
 
     def _found(self) -> list[int]:
-        """Steps of all folders named like a checkpoint, oldest first."""
+        """Return the steps of all folders named like a checkpoint, oldest first."""
         names = [path.name for path in self.folder.glob("*") if path.is_dir()]
         return sorted(int(n) for n in names if re.fullmatch(r"[0-9]{8,18}", n) and n == f"{int(n):08d}")
 
     def _manifest(self, step: int) -> dict[str, Any]:
-        """A manifest whose every entry has been checked; UserError for anything else."""
+        """Return a manifest, every entry of it checked. Raises UserError for anything else."""
         path = self._path(step) / "manifest.json"
         try:
             manifest = json.loads(path.read_bytes())
@@ -203,8 +202,8 @@ class Checkpoints:
                 raise ValueError(f"{num!r} replicas and files {', '.join(files)[:100]}")
             if metric is not None and not (type(metric) is float and math.isfinite(metric)):
                 raise ValueError(f"metric {metric!r}")
-            if not all(type(f["bytes"]) is int and type(f["xxh64"]) is str and len(f) == 2 for f in files.values()):
-                raise ValueError("files without their bytes and xxh64")
+            if not all(type(f["bytes"]) is int and type(f["sha256"]) is str and len(f) == 2 for f in files.values()):
+                raise ValueError("files without their bytes and sha256")
         except OSError as error:
             raise UserError(f"{path}: expected the manifest of a checkpoint, got {error.strerror}") from None
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
@@ -214,7 +213,7 @@ class Checkpoints:
         return manifest
 
     def _fault(self, step: int) -> str | None:
-        """What is wrong with a checkpoint; None: nothing."""
+        """Return what is wrong with a checkpoint, None if it is whole."""
         try:
             for name, expected in self._manifest(step)["files"].items():
                 read_file(self._path(step) / name, expected)
@@ -225,11 +224,11 @@ class Checkpoints:
     def _write(
         self, step: int, contents: dict[str, dict[Any, Any]], metric: float | None, run_files: Mapping[str, bytes]
     ) -> None:
-        """The background thread: this rank's files, and the first rank's putting together."""
+        """Write this rank's files, and complete the checkpoint on the first rank; runs in the background thread."""
         final = self._path(step)
         part = final.with_name(f".{final.name}.part")
         try:
-            if not final.is_dir() or self._fault(step) is not None:  # what is whole is never touched
+            if not final.is_dir() or self._fault(step) is not None:  # never touch a whole one
                 part.mkdir(parents=True, exist_ok=True)
                 files = {}
                 for name, content in contents.items():
@@ -237,7 +236,7 @@ class Checkpoints:
                 if self.first:
                     self._commit(step, part, files, metric)
                 else:
-                    for name, described in files.items():  # each says that the file beside it is complete
+                    for name, described in files.items():  # tells the first rank that the file is complete
                         write_atomically((part / name).with_suffix(".json"), json.dumps(described).encode())
             for name, packed in run_files.items():
                 write_atomically(self.run / name, packed)
@@ -248,7 +247,7 @@ class Checkpoints:
             self._error = error
 
     def _commit(self, step: int, part: Path, files: dict[str, Any], metric: float | None) -> None:
-        """Wait for the other ranks' files; then the manifest, the rename, and the end of what is not kept."""
+        """Wait for the other ranks' files, write the manifest, rename the folder, and remove older checkpoints."""
         deadline = time.monotonic() + PATIENCE
         for path in (part / f"{replica_name(number)}.pt" for number in range(self.num_replicas)):
             if path.name not in files:
@@ -271,20 +270,19 @@ class Checkpoints:
         write_atomically(part / "manifest.json", json.dumps(manifest, indent=2).encode())
         final = self._path(step)
         if final.exists():
-            self._remove(final)  # damaged: the run went on from an older one and has come here again
+            self._remove(final)  # damaged: the run went on from an older one and has reached this step again
         part.rename(final)
         flush_folder(self.folder)
         flush_folder(self.run)
         steps, best = self.steps, self.best
-        # Later ones than this are damaged, and count for nothing until the run has come to their step again.
-        past = [other for other in steps if other <= step]
-        for old in past[: -self.keep]:
+        # Later ones than this are damaged; they do not count until the run has reached their step again.
+        for old in [other for other in steps if other <= step][: -self.keep]:
             if best is None or old != best[0]:
                 self._remove(self._path(old))
 
     def _remove(self, checkpoint: Path) -> None:
-        """Renamed first: a kill in between leaves no half of a checkpoint under its name."""
-        away = checkpoint.with_name(f".{checkpoint.name}.old.part")
-        shutil.rmtree(away, ignore_errors=True)
-        checkpoint.rename(away)
-        shutil.rmtree(away)
+        """Remove a checkpoint, renamed first: a kill in between leaves no half of one under its name."""
+        renamed = checkpoint.with_name(f".{checkpoint.name}.old.part")
+        shutil.rmtree(renamed, ignore_errors=True)
+        checkpoint.rename(renamed)
+        shutil.rmtree(renamed)

@@ -1,4 +1,4 @@
-"""Frames `start .. start+num` of a source at random, scaled while they are read.
+"""Read frames `start .. start+num` of a source in any order, scaled while they are read.
 
 A video is decoded from the key frame before `start`, found by the times of the file's packets. The file stays open from
 clip to clip, each wanted frame is scaled and converted in one pass from the decoder's own memory, and frames before
@@ -8,30 +8,31 @@ clip to clip, each wanted frame is scaled and converted in one pass from the dec
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import av
 import numpy as np
 
 from rlv2v.data import video
-from rlv2v.data.index import Source
+from rlv2v.data.inspect import Source
 from rlv2v.data.video import Upright, resize
 from rlv2v.errors import UserError
 
 Size = tuple[int, int]
 """Width and height, pixels."""
 Times = tuple[np.ndarray, np.ndarray]
-"""When frames are shown, in the stream's ticks, ascending: all of them, and the key frames."""
-KEPT_FILES = 32
-KEPT_PIXELS = 4 * 1920 * 1080
-"""Videos stay open while they are few and their frames small: a decoder keeps up to 17 of them."""
-SKIPS = {"h264", "hevc"}
+"""The times at which frames are shown, in the stream's ticks, ascending: of all frames, and of the key frames."""
+MAX_OPEN_FILES = 32
+MAX_OPEN_PIXELS = 4 * 1920 * 1080
+"""Videos stay open while they are few and their frames small: a decoder holds up to 17 of them."""
+SKIPPABLE = {"h264", "hevc"}
 """Codecs of which a decoder can leave out the frames that no other refers to."""
 
 
 def packet_times(source: Source) -> Times | None:
-    """The times of the frames that the index counts; None where the file's packets do not number them."""
+    """Return the times of the frames that the index counts; None where the file's packets do not number them."""
     with video.open_video(source.path) as container:
         try:
             packets = [p for p in container.demux(video.stream_of(container)) if p.size]
@@ -46,25 +47,25 @@ def packet_times(source: Source) -> Times | None:
     return np.array(shown[: source.num_frames], np.int64), np.array(keys, np.int64)
 
 
-class Video:
-    """A video file that stays open, decoded in one thread."""
+class OpenVideo:
+    """Decode a video file that stays open, in one thread."""
 
     def __init__(self, source: Source, times: Times, size: Size) -> None:
         self.size, self.pixels = size, source.width * source.height
-        self._times, self._skips, self._upright = times, source.codec in SKIPS, Upright(size)
+        self._times, self._skips, self._upright = times, source.codec in SKIPPABLE, Upright(size)
         self._container = video.open_video(source.path)
         self._stream = video.stream_of(self._container)
         self._stream.codec_context.thread_count = 1
 
     def read(self, start: int, num: int) -> np.ndarray | None:
-        """Frames `start .. start+num`, uint8 (num,H,W,3); None where the file no longer leads to exactly them."""
+        """Return frames `start .. start+num`, uint8 (num,H,W,3); None where the file no longer holds exactly them."""
         shown, keys = self._times
         wanted = shown[start : start + num].tolist()
         key = int(np.searchsorted(keys, wanted[0], "right")) - 1
         if key < 0:
             return None
         clip, count = np.empty((num, self.size[1], self.size[0], 3), np.uint8), 0
-        try:
+        with suppress(av.FFmpegError):  # here too
             for frame in self._decode(int(keys[key]), wanted[0]):
                 if frame.pts is None or frame.is_corrupt or frame.pts > wanted[count]:
                     return None
@@ -73,12 +74,10 @@ class Video:
                     count += 1
                     if count == num:
                         return clip
-        except av.FFmpegError:
-            pass  # here too
         return None
 
     def _decode(self, key: int, first: int) -> Iterator[av.VideoFrame]:
-        """The frames from the key frame shown at `key` on; before `first` only those to which others refer."""
+        """Yield the frames from the key frame shown at `key` on; before `first` only those to which others refer."""
         context = self._stream.codec_context
         self._container.seek(key, stream=self._stream)
         for packet in self._container.demux(self._stream):
@@ -87,21 +86,22 @@ class Video:
             yield from packet.decode()
 
     def close(self) -> None:
+        """Close the file."""
         self._container.close()
 
 
 class FrameReader:
-    """Reads any source, and keeps videos open. Not for two threads at once: one reader a thread.
+    """Read any source, and leave videos open. Not for two threads at once: one reader a thread.
 
-    times: what is known of the videos' packets; readers that share it read each file's packets once.
+    times: the videos' packet times; readers that share this dictionary read each file's packets once.
     """
 
     def __init__(self, times: dict[Path, Times | None] | None = None) -> None:
         self._times = {} if times is None else times
-        self._videos: OrderedDict[Path, Video] = OrderedDict()
+        self._videos: OrderedDict[Path, OpenVideo] = OrderedDict()
 
     def read(self, source: Source, start: int, num: int, size: Size | None = None) -> np.ndarray:
-        """Frames `start .. start+num`, uint8 RGB (num,H,W,3), scaled to `size` (None: as the source has them).
+        """Return frames `start .. start+num`, uint8 RGB (num,H,W,3), scaled to `size` (None: the source's own).
 
         The same call gives the same bits, whatever was read before. Raises `UserError` naming a file that cannot be
         read or no longer has these frames.
@@ -112,10 +112,10 @@ class FrameReader:
         elif source.kind == "raw":
             frames = video.read_raw(source.path, start, num)
             if frames.shape[2:0:-1] != size:
-                frames = stack(resize(frame, *size) for frame in frames)
+                frames = np.array([resize(frame, *size) for frame in frames], np.uint8)
         else:
             images = map(video.read_image, video.files_of(source.path)[start : start + num])
-            frames = stack(image if image.shape[1::-1] == size else resize(image, *size) for image in images)
+            frames = np.array([i if i.shape[1::-1] == size else resize(i, *size) for i in images], np.uint8)
         expected = (num, size[1], size[0], 3)
         if frames.shape != expected:
             raise UserError(
@@ -132,32 +132,17 @@ class FrameReader:
         if times is not None and start + num <= len(times[0]):
             opened = self._videos.pop(path, None)
             if opened is None or opened.size != size:
-                opened = Video(source, times, size)
+                opened = OpenVideo(source, times, size)
             frames = opened.read(start, num)
             if frames is not None:
-                self._keep(path, opened)
+                self._leave_open(path, opened)
                 return frames
             opened.close()
-        return stack(video.read_frames(path, start=start, num=num, size=size))
+        return np.array(list(video.read_frames(path, start=start, num=num, size=size)), np.uint8)
 
-    def _keep(self, path: Path, opened: Video) -> None:
+    def _leave_open(self, path: Path, opened: OpenVideo) -> None:
         """Leave a video open, and close those that were not used for the longest time."""
         self._videos[path] = opened
-        while len(self._videos) > KEPT_FILES or sum(v.pixels for v in self._videos.values()) > KEPT_PIXELS:
+        while len(self._videos) > MAX_OPEN_FILES or sum(v.pixels for v in self._videos.values()) > MAX_OPEN_PIXELS:
             _, oldest = self._videos.popitem(last=False)
             oldest.close()
-
-
-def stack(frames: Iterable[np.ndarray]) -> np.ndarray:
-    """(T,H,W,3) of frames (H,W,3); shape (0,) of none."""
-    found = list(frames)
-    return np.stack(found) if found else np.empty(0, np.uint8)
-
-
-def has_dali() -> bool:
-    """Whether DALI is installed."""
-    try:
-        import nvidia.dali  # noqa: F401
-    except ImportError:
-        return False
-    return True

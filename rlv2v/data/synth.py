@@ -1,4 +1,4 @@
-"""The paper's synthetic dataset, as real video files (RL-V2V-GAN section 6.1; docs/method.md for the reading).
+"""Write the paper's synthetic dataset as real video files (RL-V2V-GAN section 6.1; our reading: docs/method.md).
 
 X = a coloured rectangle moving over black; Y = a circle over a background that is blue (0,0,255) in the first half of
 the clip and red (255,0,0) in the second; Z = rectangles on that background; S = still rectangles on blue or on red.
@@ -31,7 +31,7 @@ SETS = ("trainX", "trainY", "trainZ", "trainS", "valX", "testX")
 
 @dataclass(frozen=True)
 class Counts:
-    """How much of each set; the defaults are the paper's."""
+    """Hold how much of each set is written; the defaults are the paper's."""
 
     x: int = 600
     """Frames of X."""
@@ -48,41 +48,35 @@ class Counts:
 
 
 def background(frames: int, size: int) -> np.ndarray:
-    """Y's background, uint8 (T,H,W,3): blue for frames < T/2, red from there on."""
+    """Return Y's background, uint8 (T,H,W,3): blue for frames < T/2, red from there on."""
     clip = np.empty((frames, size, size, 3), np.uint8)
     clip[: frames // 2], clip[frames // 2 :] = BLUE, RED
     return clip
 
 
 def random_colour(rng: np.random.Generator) -> np.ndarray:
-    """A uniform colour, uint8 (3,), redrawn until it is far enough from black, blue and red."""
+    """Return a uniform colour, uint8 (3,), redrawn until it is far enough from black, blue and red."""
     while True:
         colour = rng.integers(0, 256, 3, dtype=np.uint8)
-        if all(
-            np.linalg.norm((colour - np.array(other, float)) / 255) >= MIN_COLOUR_DISTANCE
-            for other in (BLACK, BLUE, RED)
-        ):
+        distances = np.linalg.norm((colour - np.array([BLACK, BLUE, RED], float)) / 255, axis=1)
+        if distances.min() >= MIN_COLOUR_DISTANCE:
             return colour
 
 
 def moving_mask(rng: np.random.Generator, shape: str, frames: int, size: int) -> np.ndarray:
-    """Where a random moving object is, bool (T,H,W). shape: `rectangle` or `circle`."""
-    extent = (
-        rng.integers(size // 4, size // 2 + 1, 2)
-        if shape == "rectangle"
-        else np.repeat(rng.integers(size // 4, size // 2 + 1), 2)
-    )
+    """Return where a random moving object is, bool (T,H,W). shape: `rectangle` or `circle`."""
+    extent = np.resize(rng.integers(size // 4, size // 2 + 1, 2 if shape == "rectangle" else 1), 2)
     room = size - extent
     start, end = rng.uniform(0, room), rng.uniform(0, room)
     reach = size / 16 * max(frames - 1, 1)
     end = start + np.clip(end - start, -reach, reach)
     corner = np.rint(np.linspace(start, end, frames)).astype(int)[:, :, None, None]  # (T,2,1,1)
-    at = np.mgrid[:size, :size][None] - corner  # (T,2,H,W): offset from the object's upper left corner
+    offset = np.mgrid[:size, :size][None] - corner  # (T,2,H,W), from the object's upper left corner
     if shape == "rectangle":
-        mask: np.ndarray = ((at >= 0) & (at < extent[:, None, None])).all(1)
+        mask: np.ndarray = ((offset >= 0) & (offset < extent[:, None, None])).all(1)
     else:
         radius = extent[0] / 2
-        mask = ((at + 0.5 - radius) ** 2).sum(1) <= radius**2
+        mask = ((offset + 0.5 - radius) ** 2).sum(1) <= radius**2
     return mask
 
 
@@ -92,7 +86,7 @@ def draw(mask: np.ndarray, colour: np.ndarray, behind: np.ndarray) -> np.ndarray
 
 
 def clip_of(name: str, index: int, *, seed: int, frames: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Clip `index` of set `name` and its truth (the object on Y's background), uint8 (T,H,W,3) each.
+    """Return clip `index` of set `name` and its truth (the object on Y's background), uint8 (T,H,W,3) each.
 
     Addressed by (seed, set, index) alone, so sets never share a stream. In Y and Z a clip is its own truth; S has T=1.
     """
@@ -109,7 +103,7 @@ def clip_of(name: str, index: int, *, seed: int, frames: int, size: int) -> tupl
 
 
 def write_dataset(out: Path, *, size: int = 32, frames: int = 8, seed: int = 0, counts: Counts | None = None) -> None:
-    """Write the whole set into `out`, which must be new or empty; it appears at once, when all of it is written."""
+    """Write the dataset into `out`, which must be new or empty; it appears at once, when all of it is written."""
     counts = counts or Counts()
     check(out, size, frames, seed, counts)
     out = out.resolve()
@@ -131,8 +125,8 @@ def write_dataset(out: Path, *, size: int = 32, frames: int = 8, seed: int = 0, 
                 write_clip(partial / name / f"{index:05d}.mp4", clip, FPS, "vp9-lossless")
                 if truth_folder:
                     write_clip(truth_folder / f"{index:05d}.mp4", truth, FPS, "vp9-lossless")
-        about = {"kind": "synthetic", "size": size, "frames": frames, "seed": seed, "counts": asdict(counts)}
-        (partial / "dataset.json").write_text(json.dumps(about, indent=2) + "\n")
+        description = {"kind": "synthetic", "size": size, "frames": frames, "seed": seed, "counts": asdict(counts)}
+        (partial / "dataset.json").write_text(json.dumps(description, indent=2) + "\n")
         if out.exists():
             out.rmdir()
         partial.rename(out)
@@ -144,10 +138,9 @@ def check(out: Path, size: int, frames: int, seed: int, counts: Counts) -> None:
     """Refuse what cannot become a dataset, before anything is written."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not an empty folder; choose a new folder or remove it first")
-    if not 16 <= size <= 4096:
-        raise UserError(f"--size: expected 16 to 4096 pixels, got {size}")
-    if not 2 <= frames <= 4096:
-        raise UserError(f"--frames: expected 2 to 4096 frames a clip, got {frames}")
+    for name, value, low, unit in (("size", size, 16, "pixels"), ("frames", frames, 2, "frames a clip")):
+        if not low <= value <= 4096:
+            raise UserError(f"--{name}: expected {low} to 4096 {unit}, got {value}")
     if seed < 0:
         raise UserError(f"--seed: expected 0 or more, got {seed}")
     for name, value in asdict(counts).items():

@@ -1,4 +1,4 @@
-"""Frames in: one reader for every kind of source, and how frames are scaled and cropped.
+"""Read frames from every kind of source in order, and scale and crop them.
 
 A source is a video file that PyAV reads, a folder of numbered images, a raw `.npy` of uint8 (T,H,W,3), or one image.
 Frames are uint8 RGB (H,W,3), upright (rotation metadata and EXIF are applied); a stream that changes size on the way
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from io import BufferedReader
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import av
 import cv2
@@ -21,18 +23,18 @@ import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
 
-from rlv2v.errors import UserError, one_line
+from rlv2v.errors import UserError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
 TEXT_FORMATS = {"tty", "bin", "xbin", "adf", "idf", "concat", "hls", "dash", "sdp", "svg_pipe"}
-"""What FFmpeg draws as a picture (a README.txt) or follows to other files and hosts (a playlist)."""
+"""Formats that FFmpeg draws as a picture (a README.txt) or follows to other files and hosts (a playlist)."""
 SCALING = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 """Without the last two flags FFmpeg's colours come out 1 to 1.5 levels of 255 too dark."""
 Kind = Literal["video", "frames", "raw", "image"]
 
 
 def kind_of(path: Path) -> Kind:
-    """What `path` is read as, by its name alone: a folder is `frames`, `.npy` is `raw`, else `image` or `video`."""
+    """Return what `path` is read as, by its name alone: a folder is `frames`, `.npy` `raw`, else `image` or `video`."""
     if path.is_dir():
         return "frames"
     suffix = path.suffix.lower()
@@ -40,24 +42,24 @@ def kind_of(path: Path) -> Kind:
 
 
 def natural_key(path: Path) -> list[tuple[int, int, str]]:
-    """Sort key by which frame2 comes before frame10."""
-    parts = re.split(r"([0-9]+)", path.name)
-    return [(0, int(part), part) if part.isdigit() else (1, 0, part) for part in parts if part]
+    """Return a sort key by which frame2 comes before frame10."""
+    pieces = re.split(r"([0-9]+)", path.name)
+    return [(0, int(piece), piece) if piece.isdigit() else (1, 0, piece) for piece in pieces if piece]
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The images of a folder in natural order, hidden files left out."""
-    found = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
-    return sorted(found, key=natural_key)
+    """Return the images of a folder in natural order, hidden files left out."""
+    images = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    return sorted(images, key=natural_key)
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files that a source is made of."""
+    """Return the files that a source is made of."""
     return images_in(path) if path.is_dir() else [path]
 
 
 def read_image(path: Path) -> np.ndarray:
-    """One image as uint8 RGB (H,W,3), upright by its EXIF tag; transparency is dropped."""
+    """Read one image as uint8 RGB (H,W,3), upright by its EXIF tag; transparency is dropped."""
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: expected an image file, got a folder, pipe or device")
@@ -71,60 +73,57 @@ def read_image(path: Path) -> np.ndarray:
     return rgb
 
 
-def raw_header(path: Path, file: BinaryIO) -> tuple[int, int, int, int]:
-    """(T,H,W,3) as the header of an opened `.npy` declares it; the file then stands at the first frame."""
+@contextmanager
+def open_raw(path: Path) -> Iterator[tuple[BufferedReader, tuple[int, int, int, int]]]:
+    """Open a raw clip: the file, at its first frame, and the declared (T,H,W,3). Raises `UserError`."""
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, fortran, dtype = read[np.lib.format.read_magic(file)](file)
+        with path.open("rb") as file:
+            shape, fortran, dtype = read[np.lib.format.read_magic(file)](file)
+            if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape or fortran:
+                order = " in Fortran order" if fortran else ""
+                raise UserError(f"{path}: expected uint8 (T,H,W,3), got {dtype} {shape}{order}")
+            yield file, shape
+    except UserError:
+        raise
     except (OSError, ValueError, EOFError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read as .npy: {error}") from error
-    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape or fortran:
-        order = " in Fortran order" if fortran else ""
-        raise UserError(f"{path}: expected uint8 (T,H,W,3), got {dtype} {shape}{order}")
-    return shape
+        raise UserError(f"{path}: cannot be read as .npy: {getattr(error, 'strerror', None) or error}") from error
 
 
 def raw_shape(path: Path) -> tuple[tuple[int, int, int, int], int]:
-    """(T,H,W,3) of a raw clip as declared, and how many of its frames the file holds whole."""
-    try:
-        with path.open("rb") as file:
-            shape = raw_header(path, file)
-            held = (path.stat().st_size - file.tell()) // (shape[1] * shape[2] * 3)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read as .npy: {error.strerror}") from error
-    return shape, min(held, shape[0])
+    """Return the declared (T,H,W,3) of a raw clip, and how many of its frames the file holds completely."""
+    with open_raw(path) as (file, shape):
+        complete = (path.stat().st_size - file.tell()) // (shape[1] * shape[2] * 3)
+    return shape, min(complete, shape[0])
 
 
 def read_raw(path: Path, start: int, num: int) -> np.ndarray:
-    """Frames `start .. start+num` of a raw clip, fewer where it ends. Read, not mapped: a mapped file that is cut short
-    while in use ends the process.
+    """Read frames `start .. start+num` of a raw clip, fewer where it ends.
+
+    The file is not mapped: a mapped file that is cut short while in use ends the process.
     """
-    try:
-        with path.open("rb") as file:
-            shape = raw_header(path, file)
-            frames = np.empty((max(0, min(num, shape[0] - start)), *shape[1:]), np.uint8)
-            file.seek(start * frames[:1].nbytes, 1)
-            got = file.readinto(frames.data) if frames.size else 0
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read as .npy: {error.strerror}") from error
-    return frames if got == frames.nbytes else frames[: got // (shape[1] * shape[2] * 3)]
+    with open_raw(path) as (file, shape):
+        frames = np.empty((max(0, min(num, shape[0] - start)), *shape[1:]), np.uint8)
+        file.seek(start * frames[:1].nbytes, 1)
+        num_bytes = file.readinto(frames.data) if frames.size else 0
+    return frames[: num_bytes // (shape[1] * shape[2] * 3)]
 
 
 def open_video(path: Path) -> av.container.InputContainer:
-    """Open with PyAV and make sure that there is a video in it (see `stream_of`); the caller closes it."""
+    """Open with PyAV and check that there is a video in it (see `stream_of`); the caller closes it."""
     try:
         container = av.open(path.as_posix() if path.is_absolute() else f"./{path.as_posix()}")
     except (av.FFmpegError, OSError, ValueError) as error:
-        reason = one_line(getattr(error, "strerror", None) or error)
+        reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be opened as a video: {reason}") from error
-    if fault := no_video(container):
+    if fault := not_a_video(container):
         container.close()
         raise UserError(f"{path}: {fault}")
     return container
 
 
-def no_video(container: av.container.InputContainer) -> str:
-    """Why an opened file is none that a user means as a video; empty: it is one."""
+def not_a_video(container: av.container.InputContainer) -> str:
+    """Return why an opened file is not what a user calls a video; empty: it is one."""
     if container.format.name in TEXT_FORMATS:
         return "a text file or a playlist; expected a video"
     if not container.streams.video:
@@ -138,16 +137,16 @@ def no_video(container: av.container.InputContainer) -> str:
 
 
 def stream_of(container: av.container.InputContainer) -> av.VideoStream:
-    """The first video stream that is not a cover picture, the first one if all are."""
-    found = container.streams.video
-    return next((s for s in found if not s.disposition & Disposition.attached_pic), found[0])
+    """Return the first video stream that is not a cover picture, the first one if all are."""
+    streams = container.streams.video
+    return next((s for s in streams if not s.disposition & Disposition.attached_pic), streams[0])
 
 
 class Upright:
-    """Decoded frames to uint8 RGB (H,W,3), turned by their display matrix, all of one size.
+    """Convert decoded frames to uint8 RGB (H,W,3), turned by their display matrix, all of one size.
 
     size: (width, height) of the upright frames, scaled to in the same pass (area average where that shrinks, bilinear
-    where it grows); None: the size of the first frame. Keeps its tables from frame to frame: one for each stream.
+    where it grows); None: the size of the first frame. It caches tables from frame to frame: use one for each stream.
     """
 
     def __init__(self, size: tuple[int, int] | None = None) -> None:
@@ -163,7 +162,7 @@ class Upright:
 
 
 def decode(path: Path, size: tuple[int, int] | None = None) -> Iterator[np.ndarray]:
-    """All frames of a video file in display order; stops at the first damaged one with a `UserError` naming it."""
+    """Yield all frames of a video file in display order; the first damaged one raises a `UserError` naming it."""
     count, upright = 0, Upright(size)
     with open_video(path) as container:
         try:
@@ -173,12 +172,12 @@ def decode(path: Path, size: tuple[int, int] | None = None) -> Iterator[np.ndarr
                 yield upright(frame)
                 count += 1
         except (av.FFmpegError, OSError) as error:
-            reason = one_line(getattr(error, "strerror", None) or error)
+            reason = getattr(error, "strerror", None) or error
             raise UserError(f"{path}: cannot be decoded after frame {count}: {reason}") from error
 
 
 def stored_frames(path: Path, size: tuple[int, int] | None = None) -> Iterator[np.ndarray]:
-    """All frames of a raw clip, a folder of images or one image, scaled to `size` or to the size of the first."""
+    """Yield all frames of a raw clip, a folder of images or one image, scaled to `size` or to the size of the first."""
     files = files_of(path)
     if not files:
         raise UserError(f"{path}: a folder without images; expected numbered frames")
@@ -188,21 +187,21 @@ def stored_frames(path: Path, size: tuple[int, int] | None = None) -> Iterator[n
 
 
 def raw_frames(path: Path) -> Iterator[np.ndarray]:
-    """The frames of a raw clip one by one; a `UserError` follows the last whole one of a file that is cut short."""
-    (num, *_), held = raw_shape(path)
-    for k in range(held):
+    """Yield the frames of a raw clip; a `UserError` follows the last complete one of a file that is cut short."""
+    (num, *_), complete = raw_shape(path)
+    for k in range(complete):
         yield from read_raw(path, k, 1)
-    if held < num:
-        raise UserError(f"{path}: the file ends after {held} of {num} frames")
+    if complete < num:
+        raise UserError(f"{path}: the file ends after {complete} of {num} frames")
 
 
 def read_frames(
     path: Path, *, start: int = 0, num: int | None = None, size: tuple[int, int] | None = None
 ) -> Iterator[np.ndarray]:
-    """Frames `start .. start+num` (`num=None`: to the end) of any source, uint8 RGB (H,W,3), one at a time.
+    """Yield frames `start .. start+num` (`num=None`: to the end) of any source, uint8 RGB (H,W,3).
 
     size: (width, height) to scale to; None: those of the first frame. Sequential: everything before `start` is decoded
-    (`rlv2v.data.readers` seeks). Fewer frames than asked for are given where the source ends. Raises `UserError` naming
+    (`rlv2v.data.readers` seeks). There are fewer frames than asked for where the source ends. Raises `UserError` naming
     the file when it cannot be opened or decoded.
     """
     if not path.exists():
@@ -213,12 +212,12 @@ def read_frames(
 
 @dataclass(frozen=True)
 class Probe:
-    """What a source says of itself before it is decoded; `num_frames` is None where the container does not say."""
+    """Hold what a source declares before it is decoded; `num_frames` is None where the container does not say."""
 
     kind: Kind
     codec: str
     width: int
-    """Of the upright frame, pixels."""
+    """Width of the upright frame, pixels."""
     height: int
     fps: Fraction
     """Frames a second; 25 where the source has no clock (folders, raw, images)."""
@@ -252,7 +251,7 @@ def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def fit_size(width: int, height: int, size: int) -> tuple[int, int]:
-    """(width, height) scaled so that the short side is `size`, aspect kept."""
+    """Return (width, height) scaled so that the short side is `size`; the aspect stays."""
     short = min(width, height)
     return max(size, round(width * size / short)), max(size, round(height * size / short))
 
@@ -267,6 +266,6 @@ def fit(frames: np.ndarray, size: int) -> np.ndarray:
 
 
 def centre_crop(frames: np.ndarray, size: int) -> np.ndarray:
-    """The middle `size` x `size` of (T,H,W,3)."""
+    """Return the middle `size` x `size` of (T,H,W,3)."""
     top, left = (frames.shape[1] - size) // 2, (frames.shape[2] - size) // 2
     return np.ascontiguousarray(frames[:, top : top + size, left : left + size])

@@ -1,4 +1,4 @@
-"""A function over many files on several processes, so that a crash, a kill or Ctrl-C costs one file and no more.
+"""Run a function over many files on several processes, so that a crash, a kill or Ctrl-C costs one file only.
 
 Workers are forked from a clean server process, not from the caller with its threads; they end with their parent, also
 when that is killed, and leave Ctrl-C to it.
@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from typing import TypeVar
 
 import cv2
@@ -24,12 +25,12 @@ Result = TypeVar("Result")
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def start_worker() -> None:
-    """What each worker does first."""
+    """Prepare a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(1)
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -46,10 +47,10 @@ def end_with_parent() -> None:
 def run_all(
     function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int, *, isolate: bool = False
 ) -> Iterator[tuple[Task, Result | UserError]]:
-    """(task, function(task)) in the order of completion; a `UserError` of one task is its result.
+    """Yield (task, function(task)) in the order of completion; a `UserError` of one task is its result.
 
-    jobs: processes; 1 runs here, unless `isolate`. A process that dies (a decoder's crash, no memory) fails its task
-    alone: what was under way is tried again one by one. Any other exception of a task ends the run and is raised.
+    jobs: processes; 1 runs in this one, unless `isolate`. A process that dies (a decoder's crash, no memory) fails its
+    task alone: what was under way is tried again one by one. Any other exception of a task ends the run and is raised.
     """
     if jobs == 1 and not isolate:
         for task in tasks:
@@ -58,56 +59,31 @@ def run_all(
             except UserError as error:
                 yield task, error
         return
-    left: list[Task] = []
-    for task, future in in_pool(function, tasks, jobs):
-        failure = future.exception()
-        if isinstance(failure, BrokenProcessPool):
-            left.append(task)
-        elif isinstance(failure, UserError):
-            yield task, failure
-        else:
-            yield task, future.result()
-    if left and jobs == 1:
-        yield left[0], UserError("its process died: the decoder crashed or the memory did not suffice")
-        left = left[1:]
-    if left:
-        yield from run_all(function, left, 1, isolate=True)
-
-
-def in_pool(
-    function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int
-) -> Iterator[tuple[Task, Future[Result]]]:
-    """Futures as they are done; those that a dying process took along come last, in the order of `tasks`."""
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if "forkserver" in methods:
-        context.set_forkserver_preload(["rlv2v.data.prepare"])
+    forkserver = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forkserver else "spawn")
+    if forkserver:
+        context.set_forkserver_preload(["rlv2v.data.prepare.convert"])
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(min(jobs, max(1, len(tasks))), context, initializer=start_worker)
-    done = False
+    unfinished, complete = dict(enumerate(tasks)), False
     try:
-        futures = {submit(pool, function, task): num for num, task in enumerate(tasks)}
-        broken = []
+        futures: dict[Future[Result], int] = {}
+        with suppress(BrokenProcessPool):  # a process has died before all tasks were submitted
+            for num, task in enumerate(tasks):
+                futures[pool.submit(function, task)] = num
         for future in as_completed(futures):
-            if isinstance(future.exception(), BrokenProcessPool):
-                broken.append(future)
-            else:
-                yield tasks[futures[future]], future
-        done = True
-        for future in sorted(broken, key=futures.__getitem__):
-            yield tasks[futures[future]], future
+            failure = future.exception()
+            if not isinstance(failure, BrokenProcessPool):
+                task = unfinished.pop(futures[future])
+                yield task, failure if isinstance(failure, UserError) else future.result()
+        complete = True
     finally:
-        if not done:  # Ctrl-C, or an error of the caller's: do not wait for what is under way
+        if not complete:  # Ctrl-C, or an error of the caller's: do not wait for what is under way
             for child in set(multiprocessing.active_children()) - others:
                 child.terminate()
         pool.shutdown(cancel_futures=True)
-
-
-def submit(pool: ProcessPoolExecutor, function: Callable[[Task], Result], task: Task) -> Future[Result]:
-    """The task's future, failed at once where a process has died already."""
-    try:
-        return pool.submit(function, task)
-    except BrokenProcessPool as error:
-        failed: Future[Result] = Future()
-        failed.set_exception(error)
-        return failed
+    again = list(unfinished.values())
+    if again and jobs == 1:
+        yield again.pop(0), UserError("its process died: the decoder crashed or the memory did not suffice")
+    if again:
+        yield from run_all(function, again, 1, isolate=True)

@@ -1,8 +1,7 @@
-"""Frames out: one writer that never leaves half a file under the name that was asked for."""
+"""Write videos and images; half a video never stands under the name that was asked for."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
@@ -16,15 +15,16 @@ import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
 from rlv2v.data.video import kind_of, open_video
-from rlv2v.errors import UserError
+from rlv2v.errors import UserError, get_logger
 
 MP4_AUDIO = {"aac", "mp3", "ac3", "eac3", "alac", "flac", "opus"}
 Codec = Literal["h264", "vp9", "vp9-lossless"]
-log = logging.getLogger(__name__)
+VP9_OPTIONS = {"cpu-used": "8", "deadline": "realtime", "lag-in-frames": "0", "auto-alt-ref": "0"}
+log = get_logger(__name__)
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
-    """Write uint8 RGB (H,W,3) as the format of the suffix; lossless for `.png`."""
+    """Write uint8 RGB (H,W,3) in the format of the suffix, in place; lossless for `.png`."""
     done, encoded = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     if not done:
         raise ValueError(f"write_image: {path.suffix} cannot be encoded")
@@ -32,7 +32,7 @@ def write_image(path: Path, image: np.ndarray) -> None:
 
 
 class VideoWriter:
-    """Write uint8 RGB (H,W,3) frames to `path`; a context manager, `path` appears only when it closes without error.
+    """Write uint8 RGB (H,W,3) frames to `path`, which appears only when this context manager ends without an error.
 
     codec: `h264` plays everywhere (yuv420p, BT.709; odd sizes need yuv444p, which Chromium, VLC and mpv play).
     `vp9` (yuv420p, BT.601 limited range, even sizes only) is what DALI's CPU decoder and NVDEC read.
@@ -42,20 +42,15 @@ class VideoWriter:
     """
 
     def __init__(
-        self,
-        path: Path,
-        fps: Fraction | float,
-        codec: Codec = "h264",
-        audio_from: Path | None = None,
+        self, path: Path, fps: Fraction | float, codec: Codec = "h264", audio_from: Path | None = None
     ) -> None:
         if not path.parent.is_dir():
             raise UserError(f"{path}: folder {path.parent} does not exist; create it first")
         if path.is_dir():
             raise UserError(f"{path}: is a folder; expected the name of a video file")
         if path.suffix.lower() not in {".mp4", ".mov", ".mkv"}:
-            raise UserError(
-                f"{path}: cannot write {path.suffix or 'a name without suffix'}; expected .mp4, .mov or .mkv"
-            )
+            suffix = path.suffix or "a name without suffix"
+            raise UserError(f"{path}: cannot write {suffix}; expected .mp4, .mov or .mkv")
         if not 0 < fps <= 1000:
             raise ValueError(f"VideoWriter: fps must be in (0, 1000], got {fps}")
         self.path, self.fps, self.codec = path, Fraction(fps).limit_denominator(1001 * 60), codec
@@ -63,20 +58,22 @@ class VideoWriter:
         self.count = 0
         self._partial = path.with_name(f".{path.stem}.partial{path.suffix}")
         self._audio = self._open_audio(audio_from) if audio_from is not None else None
+        self._packets: Iterator[Any] = iter(())
+        self._next_packet: Any = None
         self._output = av.open(self._partial.resolve().as_posix(), "w")
 
-    def _open_audio(self, source: Path) -> tuple[av.container.InputContainer, Iterator[Any]] | None:
-        """The packets of the first audio track of `source`, or None where there is none that MP4 can hold."""
+    def _open_audio(self, source: Path) -> av.container.InputContainer | None:
+        """Open a file with an audio track; None where it has none that MP4 can hold."""
         if kind_of(source) != "video":
             return None
         container = open_video(source)
         codec = container.streams.audio[0].codec_context.name if container.streams.audio else None
-        if codec not in MP4_AUDIO:
-            if codec:
-                log.warning("%s: audio codec %s does not fit into MP4; the output is silent", source, codec)
-            container.close()
-            return None
-        return container, (p for p in container.demux(container.streams.audio[0]) if p.dts is not None)
+        if codec in MP4_AUDIO:
+            return container
+        if codec:
+            log.warning("%s: audio codec %s does not fit into MP4; the output is silent", source, codec)
+        container.close()
+        return None
 
     def _start(self, height: int, width: int) -> None:
         name = {"h264": "libx264", "vp9": "libvpx-vp9", "vp9-lossless": "libvpx-vp9"}[self.codec]
@@ -91,22 +88,17 @@ class VideoWriter:
             context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         else:
             stream.pix_fmt = "yuv420p" if self.codec == "vp9" else "gbrp"
-            stream.options = {
-                **({"crf": "16", "b": "0"} if self.codec == "vp9" else {"lossless": "1"}),
-                "cpu-used": "8",
-                "deadline": "realtime",
-                "lag-in-frames": "0",
-                "auto-alt-ref": "0",
-            }
+            stream.options = VP9_OPTIONS | ({"crf": "16", "b": "0"} if self.codec == "vp9" else {"lossless": "1"})
             context.thread_count = 1
             if self.codec == "vp9":
                 context.bit_rate = 0
                 context.colorspace, context.color_range = Colorspace.ITU601, ColorRange.MPEG
         self._stream = stream
-        self._audio_out = None
         if self._audio is not None:
-            self._audio_out = self._output.add_stream_from_template(self._audio[0].streams.audio[0])
-            self._audio_next = next(self._audio[1], None)
+            track = self._audio.streams.audio[0]
+            self._audio_stream = self._output.add_stream_from_template(track)
+            self._packets = (packet for packet in self._audio.demux(track) if packet.dts is not None)
+            self._next_packet = next(self._packets, None)
 
     def write(self, frame: np.ndarray) -> None:
         """Append one frame; the first one fixes the size."""
@@ -131,13 +123,10 @@ class VideoWriter:
 
     def _copy_audio(self) -> None:
         """Mux the audio up to the end of the last written frame, so that the file stays interleaved."""
-        while self._audio_out is not None and self._audio_next is not None:
-            packet = self._audio_next
-            if packet.dts * packet.time_base >= self.count / self.fps:
-                return
-            packet.stream = self._audio_out
+        while (packet := self._next_packet) is not None and packet.dts * packet.time_base < self.count / self.fps:
+            packet.stream = self._audio_stream
             self._output.mux(packet)
-            self._audio_next = next(self._audio[1], None) if self._audio else None
+            self._next_packet = next(self._packets, None)
 
     def close(self) -> None:
         """Finish the file and give it its name."""
@@ -162,7 +151,7 @@ class VideoWriter:
 
     def _close_audio(self) -> None:
         if self._audio is not None:
-            self._audio[0].close()
+            self._audio.close()
 
     def __enter__(self) -> VideoWriter:
         return self

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,17 +15,17 @@ from rlv2v.runtime.device import on_device
 from rlv2v.runtime.distributed import World
 
 
-@dataclass(frozen=True)
-class Clips:
-    """A batch as the networks see it: x, y, z (B,T,3,H,W) and stills s (B,1,3,H,W) in [-1,1]; None: no such set."""
+class Clips(NamedTuple):
+    """A batch as the networks see it, in [-1,1]; None where the dataset has no such set."""
 
-    x: Tensor
-    y: Tensor
-    z: Tensor | None
-    s: Tensor | None
+    x: Tensor  # (B,T,3,H,W)
+    y: Tensor  # (B,T,3,H,W)
+    z: Tensor | None  # (B,T,3,H,W)
+    s: Tensor | None  # stills, (B,1,3,H,W)
 
     @property
     def yz(self) -> Tensor:
+        """The clips of Y and then those of Z."""
         return self.y if self.z is None else torch.cat((self.y, self.z))
 
     @classmethod
@@ -45,7 +44,7 @@ class Clips:
 
 
 class Gains(NamedTuple):
-    """Hold what the schedule scales: the adversarial terms, and the added terms that are ramped."""
+    """Factors of the schedule: on the adversarial terms, and on the added terms that are ramped."""
 
     adversarial: float | Tensor
     content: float | Tensor

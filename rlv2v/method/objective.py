@@ -1,4 +1,4 @@
-"""The objective of eq. 10 as each side sees it: what G and P descend, and what D ascends, with the additions' terms."""
+"""The objective of eq. 10 from both sides: what G and P descend, and what D ascends, with the added terms."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from rlv2v.model import Discriminator
 from rlv2v.model.build import Nets
 
 
-def single_frames(video: Tensor, at: Tensor) -> Tensor:
-    """The frames `at` (n,) of each clip, each a video of its own: (B,T,3,H,W) -> (B*n,1,3,H,W)."""
-    return video[:, at].flatten(0, 1).unsqueeze(1)
+def single_frames(video: Tensor, indices: Tensor) -> Tensor:
+    """Return the frames `indices` (n,) of each clip, each as a video: (B,T,3,H,W) -> (B*n,1,3,H,W)."""
+    return video[:, indices].flatten(0, 1).unsqueeze(1)
 
 
-def score_fakes(d: Discriminator, fake: Tensor, real: tuple[Tensor | None, ...], at: Tensor | None = None) -> Tensor:
-    """D's logits of generated clips, or of their single frames `at`, run together with real ones.
+def score_fakes(d: Discriminator, fake: Tensor, real: tuple[Tensor | None, ...], indices: Tensor | None) -> Tensor:
+    """Return D's logits of generated clips, or of their single frames `indices`, run together with real ones.
 
-    Real clips are there for the statistics of a D that normalises over its mini-batch: over fakes alone they would
-    take away the very level of colour that D tells them by.
+    The real clips are for a D that normalises over its mini-batch. Statistics of fakes alone would take away the very
+    level of colour by which D recognises them.
     """
-    videos = [v if at is None else single_frames(v, at) for v in (fake, *real) if v is not None]
+    videos = [v if indices is None else single_frames(v, indices) for v in (fake, *real) if v is not None]
     logits = discriminate(d, *videos)[0]
     assert logits is not None
     return logits
 
 
 def generator_losses(
-    nets: Nets, clips: Clips, config: Config, gains: Gains, frames: Tensor, directions: Tensor
+    nets: Nets, clips: Clips, config: Config, gains: Gains, indices: Tensor, directions: Tensor
 ) -> tuple[dict[str, Tensor], Rollout, Rollout]:
-    """Return the weighted terms of eq. 10 that G and P descend, by name, and the two rollouts they came from.
+    """Return the weighted terms of eq. 10 that G and P descend, by name, and the two rollouts that they came from.
 
-    frames (n,): indices of the frames that D judges singly; directions (3,K): of `domain_gap`. A term of weight 0 is
-    not computed.
+    indices (n,): the frames that D sees one by one. directions (3,K): of `domain_gap`. A term of weight 0 is not
+    computed.
     """
     weights = config.loss
     added = [(term, weights.term(name)) for name, term in TERMS.items() if weights.term(name)]
     needs = {part for term, _ in added for part in term.needs}
     predict = weights.l_tau > 0 or weights.l_rc > 0
-    out, back = rollouts(
+    of_x, of_yz = rollouts(
         nets, clips.x, clips.yz, same="same" in needs, back=predict or "back" in needs, predict=predict
     )
     score = losses.generator_score(weights.gan)
@@ -51,13 +51,13 @@ def generator_losses(
     # eq. 1, 2: frames, and eq. 8, 9: videos; real samples do not depend on G
     real_y, real_x = ((clips.y, clips.z), (clips.x,)) if config.model.disc_norm == "batch" else ((), ())
     l_adv, l_v = gains.adversarial * weights.l_adv, gains.adversarial * weights.l_v
-    terms["g_y"] = l_adv * losses.l_g_y(score, fakes=score_fakes(nets.d_y, out.fake, real_y, frames))
-    terms["g_x"] = l_adv * losses.l_g_x(score, fakes_y=score_fakes(nets.d_x, back.fake, real_x, frames))
+    terms["g_y"] = l_adv * losses.l_g_y(score, fakes=score_fakes(nets.d_y, of_x.fake, real_y, indices))
+    terms["g_x"] = l_adv * losses.l_g_x(score, fakes_y=score_fakes(nets.d_x, of_yz.fake, real_x, indices))
     if weights.l_v:
-        terms["v_y"] = l_v * losses.l_v_y(score, fake=score_fakes(nets.d_y, out.fake, real_y)[:, -1])
-        terms["v_x"] = l_v * losses.l_v_x(score, fake_y=score_fakes(nets.d_x, back.fake, real_x)[:, -1])
+        terms["v_y"] = l_v * losses.l_v_y(score, fake=score_fakes(nets.d_y, of_x.fake, real_y, None)[:, -1])
+        terms["v_x"] = l_v * losses.l_v_x(score, fake_y=score_fakes(nets.d_x, of_yz.fake, real_x, None)[:, -1])
 
-    for name, rollout in (("x", out), ("y", back)):
+    for name, rollout in (("x", of_x), ("y", of_yz)):
         if weights.l_tau:  # eq. 3, 4
             assert rollout.predicted is not None
             terms[f"tau_{name}"] = weights.l_tau * losses.l_tau(rollout.video, rollout.predicted, weights.distance)
@@ -65,22 +65,25 @@ def generator_losses(
             assert rollout.recycled is not None
             terms[f"rc_{name}"] = weights.l_rc * losses.l_rc(rollout.video, rollout.recycled, weights.distance)
 
-    inputs = TermInputs(nets, clips, out, back, directions)
+    inputs = TermInputs(nets, clips, of_x, of_yz, directions)
     for term, weight in added:
         gain = gains.content if term.ramped else 1.0
         for suffix, value in term.compute(inputs):
             terms[f"{term.name}_{suffix}"] = gain * weight * value
-    return terms, out, back
+    return terms, of_x, of_yz
 
 
 def discriminator_losses(
-    nets: Nets, clips: Clips, fake_y: Tensor, fake_x: Tensor, config: Config, at: Tensor
+    nets: Nets, clips: Clips, fake_y: Tensor, fake_x: Tensor, config: Config, indices: Tensor
 ) -> dict[str, Tensor]:
-    """What D descends, by name: -(L_g + l_v L_v) (Algorithm 1's last lines; eq. 1, 2, 8, 9); fakes without gradient."""
+    """Return what D descends, by name: -(L_g + l_v L_v) (Algorithm 1's last lines; eq. 1, 2, 8, 9).
+
+    The fakes carry no gradient.  indices (n,): the frames that D sees one by one.
+    """
     score = losses.discriminator_score(config.loss.gan)
 
     def frames(video: Tensor | None) -> Tensor | None:
-        return None if video is None else single_frames(video, at)
+        return None if video is None else single_frames(video, indices)
 
     def last(logits: Tensor | None) -> Tensor | None:
         return None if logits is None else logits[:, -1]

@@ -1,4 +1,4 @@
-"""Optimisers: one step down the losses of one phase, on all ranks alike."""
+"""One optimiser step down the loss of one phase, the same on all ranks."""
 
 from __future__ import annotations
 
@@ -14,63 +14,62 @@ from rlv2v.runtime import distributed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-Mark = Callable[[str], None]
+BookTime = Callable[[str], object]
+"""Books the time since its last call to a section of the step: `rlv2v.runtime.timer.StepTimer.mark`."""
 
 
-def unmarked(part: str) -> None:
-    """A `Mark` that books nothing."""
+def no_timing(section: str) -> None:
+    """A `BookTime` that does nothing."""
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """In which networks run in the config's precision; what leaves them is float32.
+    """Return the context in which networks run in the config's precision; their outputs are float32.
 
-    Without a cache of cast weights: a recording would keep those of its first step, and the gradients of a weight that
-    is used several times are then summed in float32.
+    Cast weights are not cached: a recording would keep those of its first step. And so the gradients of a weight that
+    is used several times are summed in float32.
     """
-    dtype, on = DTYPES[config.runtime.precision], config.runtime.precision != "fp32"
-    return torch.autocast(device.type, dtype, enabled=on, cache_enabled=False)
+    dtype, enabled = DTYPES[config.runtime.precision], config.runtime.precision != "fp32"
+    return torch.autocast(device.type, dtype, enabled=enabled, cache_enabled=False)
 
 
 class OptimizerStep:
-    """An optimiser's steps down the losses of one phase: backward, mean over ranks, clipping, step.
+    """One step of an optimiser down a loss: backward pass, mean over ranks, clipping, update.
 
     Args:
-        optimiser: of the weights that it moves, one group of them.
+        optimiser: holds the weights that it moves, in one group.
         limit: largest norm of the gradient; 0: none.
-        config: its precision says whether losses are scaled.
+        config: its precision decides whether losses are scaled.
+        suffix: of the names in the log.
     """
 
-    def __init__(self, optimiser: Adam, limit: float, config: Config) -> None:
-        self.optimiser, self.limit = optimiser, limit
+    def __init__(self, optimiser: Adam, limit: float, config: Config, suffix: str = "") -> None:
+        self.optimiser, self.limit, self.suffix = optimiser, limit, suffix
         self.weights: list[Tensor] = optimiser.param_groups[0]["params"]
         self.lr = float(optimiser.param_groups[0]["lr"])
         self.scaler = torch.amp.GradScaler(self.weights[0].device.type, enabled=config.runtime.precision == "fp16")
         self.reducer = distributed.Reducer(self.weights)
 
     def set_rate(self, factor: float) -> None:
-        """The learning rate of the next steps, as a share of that at the start."""
+        """Set the learning rate of the next steps, as a share of that at the start."""
         for group in self.optimiser.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(self.lr * factor)
-            else:
-                group["lr"] = self.lr * factor
+            old, new = group["lr"], self.lr * factor
+            group["lr"] = old.fill_(new) if isinstance(old, Tensor) else new
 
-    def __call__(self, loss: Tensor, phase: str = "", mark: Mark = unmarked) -> Tensor:
-        """One step down a loss; returns the norm of its gradient before clipping."""
+    def __call__(self, loss: Tensor, section: str = "", book_time: BookTime = no_timing) -> dict[str, Tensor]:
+        """Go one step down a loss; return the logs: it, its gradient's norm before clipping, and fp16's loss scale."""
         self.optimiser.zero_grad(set_to_none=True)
         with self.reducer:
             self.scaler.scale(loss).backward()
-        mark(phase)
+        book_time(section)
         self.reducer.finish()
-        mark("all_reduce")
+        book_time("all_reduce")
         self.scaler.unscale_(self.optimiser)
         norm = clip_grad_norm_([w for w in self.weights if w.grad is not None], self.limit or float("inf"))
         self.scaler.step(self.optimiser)
         self.scaler.update()
-        mark("optimiser")
-        return norm
-
-    @property
-    def scale(self) -> Tensor | None:
-        """The loss scale of fp16."""
-        return self.scaler._scale if self.scaler.is_enabled() else None
+        book_time("optimiser")
+        logs = {"loss": loss, "grad": norm}
+        if self.scaler.is_enabled():
+            assert self.scaler._scale is not None  # `get_scale` would wait for the device
+            logs["scale"] = self.scaler._scale.clone()
+        return {f"{name}{self.suffix}": value for name, value in logs.items()}

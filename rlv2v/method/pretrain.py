@@ -1,4 +1,4 @@
-"""Pre-training (RL-V2V-GAN section 6.2): G as auto-encoder, P as predictor of real clips, copied to both domains."""
+"""Pre-training (RL-V2V-GAN section 6.2): G as auto-encoder and P as predictor of real clips, copied to both domains."""
 
 from __future__ import annotations
 
@@ -21,40 +21,36 @@ from rlv2v.runtime.distributed import StepControl, World
 def warm_up(nets: Nets, dataset: Dataset, config: Config, world: World, stop: Callable[[], bool]) -> bool:
     """Train g_y as auto-encoder and p_y as predictor on clips of X, Y and Z, then copy them to g_x and p_x.
 
-    The loss is mean |G(v) - v| + L_tau (eq. 3, 4), descended by Adam. The copy mask is off meanwhile: copying its input
-    would satisfy an auto-encoder at once.
+    Adam descends mean |G(v) - v| + L_tau (eq. 3, 4). The copy mask is off meanwhile: a copy of its input would satisfy
+    an auto-encoder at once.
 
     Returns:
         False if `stop` asked for the end on some rank.
     """
-    if config.optim.warmup_steps:
-        weights = [*nets.g_y.parameters(), *nets.p_y.parameters()]
-        optimizer_step = OptimizerStep(torch.optim.Adam(weights, config.optim.warmup_lr, fused=True), 0.0, config)
-        nets.g_y.mask_gain.zero_()
-        nets.p_y.mask_gain.zero_()
-        stopped = False
-        steps = tqdm(
-            range(config.optim.warmup_steps), desc="warm-up", unit="step", leave=False, disable=not world.first
-        )
-        with (
-            closing(make_loader(config, dataset, world, stills=False)) as loader,
-            closing(optimizer_step.reducer),
-        ):
-            for _ in steps:
-                clips = Clips.of(next(loader), world.device, config.per_frame)
-                videos = torch.cat((clips.x, clips.yz))
-                with autocast(config, world.device):
-                    loss = l1_loss(nets.g_y(videos)[0], videos)
-                    if videos.shape[1] > 1:
-                        loss = loss + l_tau(videos, nets.p_y(videos)[0], "l1")
-                optimizer_step(loss)
-                if stopped := world.all_agree(StepControl(stop(), 0.0, False)).stop:
-                    break
-        nets.p_y.mask_gain.fill_(1.0)
-        if world.flush().stop or stopped:
-            return False
+    if not config.optim.warmup_steps:
+        world.broadcast_parameters(nets)
+        return True
+    weights = [*nets.g_y.parameters(), *nets.p_y.parameters()]
+    optimizer_step = OptimizerStep(torch.optim.Adam(weights, config.optim.warmup_lr, fused=True), 0.0, config)
+    nets.g_y.mask_gain.zero_()
+    nets.p_y.mask_gain.zero_()
+    stopped = False
+    steps = tqdm(range(config.optim.warmup_steps), desc="warm-up", unit="step", leave=False, disable=not world.first)
+    with closing(make_loader(config, dataset, world, stills=False)) as loader, closing(optimizer_step.reducer):
+        for _ in steps:
+            clips = Clips.of(next(loader), world.device, config.per_frame)
+            videos = torch.cat((clips.x, clips.yz))
+            with autocast(config, world.device):
+                loss = l1_loss(nets.g_y(videos)[0], videos)
+                if videos.shape[1] > 1:
+                    loss = loss + l_tau(videos, nets.p_y(videos)[0], "l1")
+            optimizer_step(loss)
+            if stopped := world.all_agree(StepControl(stop(), 0.0, False)).stop:
+                break
+    nets.p_y.mask_gain.fill_(1.0)
+    if world.flush().stop or stopped:
+        return False
     world.broadcast_parameters(nets)
-    if config.optim.warmup_steps:
-        nets.g_x.load_state_dict(nets.g_y.state_dict())
-        nets.p_x.load_state_dict(nets.p_y.state_dict())
+    nets.g_x.load_state_dict(nets.g_y.state_dict())
+    nets.p_x.load_state_dict(nets.p_y.state_dict())
     return True

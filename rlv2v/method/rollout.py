@@ -1,4 +1,4 @@
-"""One causal pass over a batch that gives every term of equations 1-10 for all prefixes in O(T)."""
+"""One causal pass over a batch, which gives every term of equations 1-10 for all prefixes in O(T)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rlv2v.model.frames import map_state
 
 
 class Rollout(NamedTuple):
-    """All that one direction A -> B of the method makes of a batch of clips a; T frames each but `recycled`."""
+    """All that the direction A -> B makes of a batch of clips a; T frames each, but `recycled`."""
 
     video: Frames  # a
     fake: Frames  # G_B(a): frame t is G_B(a[1:t])_t
-    mask: Tensor | None  # of G_B where it copied its input, (B,T,1,H,W)
+    mask: Tensor | None  # the copy mask of G_B, (B,T,1,H,W)
     same: Frames | None  # G_A(a), for the identity loss
     cycle: Frames | None  # G_A(G_B(a))
     predicted: Frames | None  # P_A(a): frame t is P_A(a[1:t]), the guess of a[t+1]
@@ -30,13 +30,13 @@ def rollouts(
 ) -> tuple[Rollout, Rollout]:
     """Run X -> Y -> X over clips x and Y -> X -> Y over clips y and z, all prefixes at once.
 
-    The recycle loss (eq. 5, 6) appends a predicted frame to each translated prefix: the generator's state after every
+    The recycle loss (eq. 5, 6) appends a predicted frame to each translated prefix. The generator's state after every
     prefix is kept, and all T-1 continuations run as one extra step. A network runs once for all clips that enter it
     at the same stage. `same`, `back` and `predict` leave out what no loss asks for.
     """
     n, m = len(x), len(yz)
-    to_y, mask_y, _ = nets.g_y.run(torch.cat((x, yz)) if same else x)
-    to_x, mask_x, _ = nets.g_x.run(torch.cat((yz, x)) if same else yz)
+    to_y, mask_y, _ = nets.g_y.forward_with_mask(torch.cat((x, yz)) if same else x)
+    to_x, mask_x, _ = nets.g_x.forward_with_mask(torch.cat((yz, x)) if same else yz)
     fake_y, fake_x = to_y[:n], to_x[:m]
     cycle_x = cycle_yz = predicted_x = predicted_yz = recycled_x = recycled_yz = None
     if back:
@@ -48,17 +48,15 @@ def rollouts(
         recycled_x, _ = nets.g_x(guess_y[:, :-1], map_state(lambda s: s[:, :-1], states_x), one_step_from_each=True)
         recycled_yz, _ = nets.g_y(guess_x[:, :-1], map_state(lambda s: s[:, :-1], states_y), one_step_from_each=True)
     same_yz, same_x = (to_y[n:], to_x[m:]) if same else (None, None)
-    out = None if mask_y is None else mask_y[:n]
+    mask_y, mask_x = (None if mask is None else mask[:num] for mask, num in ((mask_y, n), (mask_x, m)))
     return (
-        Rollout(x, fake_y, out, same_x, cycle_x, predicted_x, recycled_x),
-        Rollout(yz, fake_x, None if mask_x is None else mask_x[:m], same_yz, cycle_yz, predicted_yz, recycled_yz),
+        Rollout(x, fake_y, mask_y, same_x, cycle_x, predicted_x, recycled_x),
+        Rollout(yz, fake_x, mask_x, same_yz, cycle_yz, predicted_yz, recycled_yz),
     )
 
 
 def discriminate(d: Discriminator, *videos: Frames | None) -> list[Logits]:
-    """D's logits (B,T,heads) for each group of clips, all prefixes, in one run over the groups together."""
+    """Return D's logits (B,T,heads) of each group of clips, all prefixes, in one run over the groups together."""
     present = [v for v in videos if v is not None]
-    if not present:
-        return [None] * len(videos)
-    parts = iter(d(torch.cat(present))[0].split([len(v) for v in present]))
-    return [None if v is None else next(parts) for v in videos]
+    logits = iter(d(torch.cat(present))[0].split([len(v) for v in present]))
+    return [None if v is None else next(logits) for v in videos]

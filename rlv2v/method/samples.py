@@ -1,4 +1,4 @@
-"""The samples of a run: a few clips that are translated at every checkpoint, to be looked at."""
+"""The samples of a run: a few clips that are translated at every checkpoint, for people to look at."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NUM_SAMPLES = 3  # clips in a grid
 
 
 def pick_samples(config: Config) -> Samples:
-    """Return (source, [truth] or []) of a few clips of valX, or of trainX where there is none."""
+    """Return (source, [truth] or []) of a few clips of valX, or of trainX where there is no valX."""
     data = config.data
 
     def clips(name: str) -> list[tuple[str, np.ndarray]]:

@@ -1,15 +1,14 @@
-"""One step of RL-V2V-GAN, Algorithm 1: the mini-batch M, critic, actor with G and P, target networks, and D.
+"""One step of RL-V2V-GAN's Algorithm 1, and the networks and optimisers that it moves.
 
-Each section opens with the line or equation that it implements. What a phase computes is a function of tensors, without
-a number that the host would have to wait for: `rlv2v.runtime.cuda_graphs` can record it. What every rank or
-replica draws comes from
-(seed, step) or (seed, step, replica), so that a step is the same on any number of ranks.
+`Algorithm.step` goes through Algorithm 1 in the paper's order: the mini-batch M, the critic, the actor together with G
+and P, the target networks, D. What it computes on the device is in three phases. A phase is a function of tensors and
+never waits for a number on the host, so `rlv2v.runtime.cuda_graphs` can record it. Random draws come from (seed, step)
+or (seed, step, replica), so a step is the same on any number of ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,27 +21,18 @@ from rlv2v.config import Config
 from rlv2v.method.clips import Clips
 from rlv2v.method.collector import Agent, build_agents
 from rlv2v.method.objective import discriminator_losses, generator_losses
-from rlv2v.method.optim import Mark, OptimizerStep, autocast, unmarked
-from rlv2v.method.rl import Transitions, polyak
+from rlv2v.method.optim import BookTime, OptimizerStep, autocast, no_timing
+from rlv2v.method.rl import Transitions, actor_loss, critic_loss, critic_targets, frozen, polyak
 from rlv2v.method.schedule import Schedule
 from rlv2v.method.terms import domain_gap, gap_floor
 from rlv2v.model.build import build_nets
 from rlv2v.runtime.cuda_graphs import Graphs, Recorder
 from rlv2v.runtime.device import on_device
 
-MEASURE_EVERY = 10  # steps from one measure of the distance between the domains to the next
+MEASURE_EVERY = 10  # steps between two measurements of the distance between the domains
 NUM_DIRECTIONS = 4  # of colour space, in domain_gap
 GENERATORS, DISCRIMINATORS = ("g_x", "g_y", "p_x", "p_y"), ("d_x", "d_y")
-
-
-def detached(told: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a phase says: with its autograd graph, a recording would keep the weights' accumulators of its stream."""
-    return {name: value.detach() for name, value in told.items()}
-
-
-def kept(told: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a phase said, in memory that no recording writes to again."""
-    return {name: value.clone() for name, value in told.items()}
+Logs = dict[str, Tensor]  # a number () each
 
 
 class Algorithm:
@@ -52,193 +42,174 @@ class Algorithm:
         config: with `replicas` settled, a multiple of the ranks.
         device: where it runs.
         rank, num_ranks: which replicas of the batch are this rank's.
-        graphs: record the phases as CUDA graphs; by default as the config says, on a GPU.
+        graphs: how phases run; by default they are recorded as CUDA graphs if the config says so, on a GPU.
     """
 
     def __init__(
         self, config: Config, device: torch.device, *, rank: int = 0, num_ranks: int = 1, graphs: Graphs | None = None
     ) -> None:
-        assert config.runtime.replicas is not None and config.runtime.replicas % num_ranks == 0
+        assert config.runtime.replicas and config.runtime.replicas % num_ranks == 0
         self.config, self.device = config, device
         share = config.runtime.replicas // num_ranks
         self.replicas = range(rank * share, (rank + 1) * share)
         record = config.runtime.graphs and device.type == "cuda"
         self.graphs = graphs or Graphs(Recorder() if record else None)
-        self.quiet = record or graphs is not None  # a recording has no marks inside
+        self.may_record = record or graphs is not None
         torch.manual_seed(config.seed)
         self.nets, self.targets = (build_nets(config).to(device) for _ in range(2))
         self.average = build_nets(config, discriminators=False).to(device)
-        # A recording wants states of one shape.
-        crops = not self.quiet
-        self.agents = (
-            build_agents(self.nets, self.targets, config, self.replicas, crops=crops) if config.rl.enabled else {}
-        )
+        self.agents: dict[str, Agent] = {}
+        if config.rl.enabled:  # a recording needs states of one shape
+            self.agents = build_agents(self.nets, self.targets, config, self.replicas, crops=not self.may_record)
         self.schedule = Schedule(config, device)
 
-        def optimizer_step(names: tuple[str, ...], lr: float, limit: float) -> OptimizerStep:
+        optim = config.optim
+
+        def optimizer_step(names: tuple[str, ...], lr: float, limit: float, suffix: str) -> OptimizerStep:
             weights = [p for name in names for p in getattr(self.nets, name).parameters()]
-            # A number would become part of a recording.
-            rate = torch.tensor(lr, device=device) if record else lr
-            adam = AdamW(
-                weights, rate, config.optim.betas, weight_decay=config.optim.weight_decay, fused=True, capturable=record
-            )
-            return OptimizerStep(adam, limit, config)
+            rate = torch.tensor(lr, device=device) if record else lr  # a number would become part of a recording
+            adam = AdamW(weights, rate, optim.betas, weight_decay=optim.weight_decay, fused=True, capturable=record)
+            return OptimizerStep(adam, limit, config, suffix)
 
         self.optimizer_steps = {
-            "generators": optimizer_step(GENERATORS, config.optim.lr, config.optim.clip_grad),
-            "discriminators": optimizer_step(DISCRIMINATORS, config.optim.disc_lr, config.optim.clip_grad),
-        } | {f"critic_{domain}": optimizer_step((f"q_{domain}",), config.optim.disc_lr, 0.0) for domain in self.agents}
-
-    @property
-    def parts(self) -> Mapping[str, Any]:
-        """All that is alike on every rank, by name, each with a `state_dict`."""
-        parts: dict[str, Any] = {"nets": self.nets, "targets": self.targets, "average": self.average}
-        parts["schedule"] = self.schedule
-        for name, optimizer_step in self.optimizer_steps.items():
-            parts |= {f"adam_{name}": optimizer_step.optimiser, f"scaler_{name}": optimizer_step.scaler}
-        return parts
+            "generators": optimizer_step(GENERATORS, optim.lr, optim.clip_grad, ""),
+            "discriminators": optimizer_step(DISCRIMINATORS, optim.disc_lr, optim.clip_grad, "_d"),
+        } | {f"critic_{domain}": optimizer_step((f"q_{domain}",), optim.disc_lr, 0.0, "_q") for domain in self.agents}
 
     def start(self) -> None:
-        """Q' = Q, pi' = pi, and the average, of warmed-up networks."""
+        """Set Q' = Q, pi' = pi, and the average, to the pre-trained networks (Algorithm 1, first lines)."""
         state = self.nets.state_dict()
         self.targets.load_state_dict(state)
         self.average.load_state_dict({key: state[key] for key in self.average.state_dict()})
 
-    def step(self, clips: Clips, mark: Mark = unmarked) -> dict[str, Tensor]:
-        """One step on this rank's clips; returns its losses and norms, () each.
+    def step(self, clips: Clips, book_time: BookTime = no_timing) -> Logs:
+        """Run one step on this rank's clips, and return its losses and norms.
 
-        Among them `distance`, of the translations to the target domain, which `advance` wants.  mark: see
-        `rlv2v.runtime.timer.StepTimer`.
+        They include `distance`, that of the translations to the target domain, which `advance` takes.
         """
-        config, schedule = self.config, self.schedule
+        config, schedule, graphs = self.config, self.schedule, self.graphs
+        phase_time = no_timing if self.may_record else book_time  # a recording cannot be timed inside
         rng = np.random.default_rng([config.seed, schedule.step])
         length = clips.x.shape[1]
         num_frames = min(config.loss.disc_frames or length, length)
-        at = on_device(np.sort(rng.permutation(length)[:num_frames]), self.device)
+        indices = on_device(np.sort(rng.permutation(length)[:num_frames]), self.device)
         directions = on_device(rng.standard_normal((3, NUM_DIRECTIONS)).astype(np.float32), self.device)
         directions = normalize(directions, dim=0)
         for optimizer_step in self.optimizer_steps.values():
-            optimizer_step.set_rate(schedule.learning)
-        told: dict[str, Tensor] = {}
-        inner = unmarked if self.quiet else mark  # of what lies within a phase
+            optimizer_step.set_rate(schedule.lr_factor)
+        logs: Logs = {}
 
-        # M = m transitions of one clip v: stored with probability eta1, else new       (Algorithm 1, inner loop)
+        # M = m transitions of a clip v: a stored one with probability eta1, else a new one   (Algorithm 1, inner loop)
         agent = batch = None
         if self.agents and schedule.step % config.rl.every == 0:
             agent = self.agents["xy"[schedule.step // config.rl.every % 2]]
             rngs = [np.random.default_rng([config.seed, schedule.step, 1 + replica]) for replica in self.replicas]
             with autocast(config, self.device):
-                batch, recall = agent.collect(self.videos(clips, agent.domain, rngs), rngs, schedule.progress)
-            mark("replay")
-            critics, name = partial(self.critics, agent, inner), f"critics_{agent.domain}"
-            spoken, errors = self.graphs(name, critics, *batch)
-            mark("critics")
-            told |= kept(spoken)
-            agent.prioritise(recall, errors)
+                batch, rows = agent.collect(self.pick_videos(clips, agent.domain, rngs), rngs, schedule.progress)
+            book_time("replay")
 
-        # G and P descend L and climb J, target networks follow
+            # critic: minimise mean (y - Q(s, a))^2,  y = r + gamma Q'(s', pi'(s'))              (section 3.3)
+            critic_logs, errors = graphs(f"critics_{agent.domain}", self.critic_phase, agent, batch, phase_time)
+            book_time("critics")
+            logs |= critic_logs
+            agent.prioritise(rows, errors)
+
+        # actor: climb J = mean Q(s, pi(s)); G and P also descend L (reading 6); target networks follow
         name = f"generators_{agent.domain}" if agent else "generators"
-        generators, given = partial(self.generators, agent, inner), (clips.x, clips.y, clips.z, clips.s)
-        spoken, fake_y, fake_x = self.graphs(name, generators, *given, at, directions, *(batch or ()))
-        mark("generators")
-        told |= kept(spoken)
+        generator_logs, fakes = graphs(name, self.generator_phase, agent, batch, clips, indices, directions, phase_time)
+        book_time("generators")
 
-        # D ascends L_g + l_v L_v on real and generated clips                              (Algorithm 1, last lines)
-        discriminators = partial(self.discriminators, inner)
-        spoken = self.graphs("discriminators", discriminators, *given, fake_y, fake_x, at)
-        mark("discriminators")
-        told |= kept(spoken)
+        # D ascends L - L_v on frames and prefixes, and L_v on complete clips         (Algorithm 1, last lines)
+        discriminator_logs = graphs("discriminators", self.discriminator_phase, clips, fakes, indices, phase_time)
+        book_time("discriminators")
 
         if schedule.step % MEASURE_EVERY == 0:
             target = [clips.y] if clips.z is None else [clips.y, clips.z]
             with torch.no_grad():
-                whole_gap = domain_gap(clips.x, clips.yz, directions)
-                schedule.measure(whole_gap, gap_floor(target, len(clips.x), directions))
-        return told
+                domain_distance = domain_gap(clips.x, clips.yz, directions)
+                schedule.measure(domain_distance, gap_floor(target, len(clips.x), directions))
+        return logs | generator_logs | discriminator_logs
 
-    def advance(self, seconds: float, distance: Tensor) -> dict[str, Tensor]:
-        """End a step, `seconds` into the run: the schedule follows how near the target domain the translations are."""
-        self.schedule.advance(seconds, distance)
-        return {"gap": self.schedule.remaining_gap, "ramp": self.schedule.ramp.clone()}
-
-    def videos(self, clips: Clips, domain: str, rngs: list[np.random.Generator]) -> list[Tensor]:
-        """The clip (T,3,H,W) of a domain that each replica plays on, drawn from its share of the batch."""
-        sets = [s for s in ((clips.x,) if domain == "x" else (clips.y, clips.z)) if s is not None]
-        found = []
-        for replica, rng in enumerate(rngs):
-            shares = [s.unflatten(0, (len(rngs), -1))[replica] for s in sets]
-            number = int(rng.integers(sum(map(len, shares))))
-            found.append([video for share in shares for video in share][number])
-        return found
-
-    def critics(self, agent: Agent, mark: Mark, *batch: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Critic: minimise mean (y - Q(s, a))^2,  y = r + gamma Q'(s', pi'(s'))             (section 3.3)."""
-        transitions, optimizer_step = Transitions(*batch), self.optimizer_steps[f"critic_{agent.domain}"]
+    def critic_phase(self, agent: Agent, batch: Transitions, book_time: BookTime) -> tuple[Logs, Tensor]:
+        """Take the critic's step on M; return its logs and the errors y - Q(s, a), (n,)."""
         with autocast(self.config, self.device):
-            loss_q, errors = agent.critic_loss(transitions)
-        told = {"loss_q": loss_q, "reward": transitions.rewards.mean()}
-        told["grad_q"] = optimizer_step(loss_q, "critics", mark)
-        return detached(told | self.scale("scale_q", optimizer_step)), errors
+            targets = critic_targets(agent.q_target, agent.policies_target, batch, self.config.rl.gamma)
+            loss, errors = critic_loss(agent.q, batch, targets)
+        optimizer_step = self.optimizer_steps[f"critic_{agent.domain}"]
+        return optimizer_step(loss, "critics", book_time) | {"reward": batch.rewards.mean()}, errors
 
-    def generators(
-        self, agent: Agent | None, mark: Mark, *inputs: Tensor | None
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """G and P descend L (eq. 10; reading 6) and climb J = mean Q(s, pi(s)); then the targets follow (3.3)."""
-        x, y, z, s, at, directions, *batch = inputs
-        assert x is not None and y is not None and at is not None and directions is not None
-        config, nets, optimizer_step = self.config, self.nets, self.optimizer_steps["generators"]
+    def generator_phase(
+        self,
+        agent: Agent | None,
+        batch: Transitions | None,
+        clips: Clips,
+        indices: Tensor,
+        directions: Tensor,
+        book_time: BookTime,
+    ) -> tuple[Logs, tuple[Tensor, Tensor]]:
+        """Take the step of G and P, then move the targets; return the logs, G_Y(x), and G_X of y and z."""
+        config, nets, ramp = self.config, self.nets, self.schedule.ramp
         for g in (nets.g_x, nets.g_y):
-            g.mask_gain.copy_(
-                self.schedule.ramp if config.loss.term("mask_prior") else torch.zeros_like(self.schedule.ramp)
-            )
-        clips = Clips(x, y, z, s)
-        for judge in (nets.d_x, nets.d_y):
-            judge.requires_grad_(False)
-        with autocast(config, self.device):
-            told, out, back = generator_losses(nets, clips, config, self.schedule.gains, at, directions)
-            if agent:
-                told["actor"] = config.rl.weight * agent.actor_loss(Transitions(*batch))  # type: ignore[arg-type]
-        told["loss"] = torch.stack(list(told.values())).sum()
-        told["grad"] = optimizer_step(told["loss"], "generators", mark)
-        for judge in (nets.d_x, nets.d_y):
-            judge.requires_grad_(True)
+            g.mask_gain.copy_(ramp if config.loss.term("mask_prior") else torch.zeros_like(ramp))
+        with frozen(nets.d_x, nets.d_y, nets.q_x, nets.q_y), autocast(config, self.device):
+            terms, of_x, of_yz = generator_losses(nets, clips, config, self.schedule.gains, indices, directions)
+            if agent and batch:
+                loss_a = actor_loss(agent.q, agent.policies, batch.states, batch.lengths)
+                terms["actor"] = config.rl.weight * loss_a
+        loss = torch.stack(list(terms.values())).sum()
+        logs = terms | self.optimizer_steps["generators"](loss, "generators", book_time)
 
-        # theta' = (1 - tau) theta' + tau theta                                           (section 3.3)
+        # theta' = (1 - tau) theta' + tau theta                                               (section 3.3)
         if agent:
             for name in (*GENERATORS, f"q_{agent.domain}"):
                 polyak(getattr(self.targets, name), getattr(nets, name), config.rl.tau)
         for name in ("g_x", "g_y") if config.optim.average else ():
             polyak(getattr(self.average, name), getattr(nets, name), 1.0 - config.optim.average)
-        fake_y, fake_x = out.fake.detach(), back.fake.detach()
         if config.loss.term("colours"):
-            told["distance"] = told["colours_y"].detach() / config.loss.term("colours")
+            logs["distance"] = terms["colours_y"] / config.loss.term("colours")
         else:
             with torch.no_grad():
-                told["distance"] = domain_gap(fake_y, clips.yz, directions)
-        return detached(told | self.scale("scale", optimizer_step)), fake_y, fake_x
+                logs["distance"] = domain_gap(of_x.fake, clips.yz, directions)
+        return logs, (of_x.fake, of_yz.fake)
 
-    def discriminators(self, mark: Mark, *inputs: Tensor | None) -> dict[str, Tensor]:
-        """What D descends: the sign of eq. 10 turned, on clips and on the generators' translations of them."""
-        x, y, z, s, fake_y, fake_x, at = inputs
-        assert x is not None and y is not None and fake_y is not None and fake_x is not None and at is not None
-        optimizer_step = self.optimizer_steps["discriminators"]
+    def discriminator_phase(
+        self, clips: Clips, fakes: tuple[Tensor, Tensor], indices: Tensor, book_time: BookTime
+    ) -> Logs:
+        """Take the step of D on clips and on the generators' translations of them; return its logs."""
         with autocast(self.config, self.device):
-            told = discriminator_losses(self.nets, Clips(x, y, z, s), fake_y, fake_x, self.config, at)
-        told["loss_d"] = torch.stack(list(told.values())).sum()
-        told["grad_d"] = optimizer_step(told["loss_d"], "discriminators", mark)
-        return detached(told | self.scale("scale_d", optimizer_step))
+            terms = discriminator_losses(self.nets, clips, *fakes, self.config, indices)
+        loss = torch.stack(list(terms.values())).sum()
+        return terms | self.optimizer_steps["discriminators"](loss, "discriminators", book_time)
 
-    def scale(self, name: str, optimizer_step: OptimizerStep) -> dict[str, Tensor]:
-        """A phase's loss scale in fp16, else nothing."""
-        return {} if optimizer_step.scale is None else {name: optimizer_step.scale}
+    def advance(self, seconds: float, distance: Tensor) -> Logs:
+        """End a step, `seconds` into the run: the schedule follows how near the translations are to the target."""
+        self.schedule.advance(seconds, distance)
+        return {"gap": self.schedule.remaining_gap, "ramp": self.schedule.ramp.clone()}
+
+    def pick_videos(self, clips: Clips, domain: str, rngs: list[np.random.Generator]) -> list[Tensor]:
+        """Return the clip v (T,3,H,W) of a domain for each replica, drawn from the replica's share of the batch."""
+        sets = [s for s in ((clips.x,) if domain == "x" else (clips.y, clips.z)) if s is not None]
+        videos = []
+        for replica, rng in enumerate(rngs):
+            share = [video for s in sets for video in s.unflatten(0, (len(rngs), -1))[replica]]
+            videos.append(share[int(rng.integers(len(share)))])
+        return videos
+
+    @property
+    def state_parts(self) -> Mapping[str, Any]:
+        """The parts of the state that are the same on every rank, by name; each has a `state_dict`."""
+        parts = {name: getattr(self, name) for name in ("nets", "targets", "average", "schedule")}
+        for name, optimizer_step in self.optimizer_steps.items():
+            parts |= {f"adam_{name}": optimizer_step.optimiser, f"scaler_{name}": optimizer_step.scaler}
+        return parts
 
     def flush(self) -> None:
-        """Let the replay buffers take in what is on its way to them; before they are saved."""
+        """Let the replay buffers take in what is on its way to them, before they are saved."""
         for agent in self.agents.values():
             agent.flush()
 
     def replays(self) -> dict[int, dict[str, Any]]:
-        """The replay buffers of each of this rank's replicas."""
+        """Return the replay buffers of each of this rank's replicas, by name."""
         return {
             replica: {f"replay_{domain}": agent.replays[number] for domain, agent in self.agents.items()}
             for number, replica in enumerate(self.replicas)

@@ -1,4 +1,4 @@
-"""Frames in, translated frames out: a generator run frame by frame with its state carried along."""
+"""Frames in, translated frames out: a generator runs over a stream of frames and carries its state along."""
 
 from __future__ import annotations
 
@@ -13,56 +13,58 @@ from rlv2v.config import Config
 from rlv2v.data import to_model, to_uint8
 from rlv2v.data.video import fit
 from rlv2v.errors import UserError
-from rlv2v.model import Translator
-from rlv2v.model.blocks import limit_memory
+from rlv2v.model import Translator, limit_history
 from rlv2v.model.frames import State
 
 
 @torch.inference_mode()
 def translate_chunk(g: Translator, config: Config, frames: np.ndarray, state: State = None) -> tuple[np.ndarray, State]:
-    """The next T frames of a video, uint8 (T,H,W,3) of any size, after those that `state` has seen (None: the start).
+    """Translate the next T frames of a video, uint8 (T,H,W,3) of any size; `state` None: the video starts here.
 
-    Returns frames of the same shape and the state after them. Beyond the first `config.data.frames` frames the
-    normalisation
-    forgets (`limit_memory`), frame by frame, so that it is the same however a video is cut into chunks. A `per_frame`
-    model (the CycleGAN baseline) starts anew on every frame, and its state stays None.
+    Return frames of the same shape, and the state after them. Beyond the first `config.data.frames` frames the
+    normalisation forgets (`limit_history`), frame by frame, so the result is the same however a video is cut into
+    chunks. A `per_frame` model (the CycleGAN baseline) starts anew on every frame, and its state stays None.
+
+    Raises:
+        UserError: the output is NaN or infinite.
     """
     height, width = frames.shape[1:3]
-    device = next(g.parameters()).device
-    x = to_model(torch.from_numpy(np.ascontiguousarray(frames)).to(device))  # (T,3,H,W)
+    x = to_model(torch.from_numpy(np.ascontiguousarray(frames)).to(next(g.parameters()).device))  # (T,3,H,W)
     x = pad(x, (0, -width % g.multiple, 0, -height % g.multiple), mode="replicate")
     if config.per_frame:
         y = g(x[:, None])[0][:, 0]
     else:
-        first = config.data.frames if state is None else 1
-        parts = []
-        for chunk in (x[:first], *x[first:, None]):
-            part, state = g(chunk[None], state)
-            state = limit_memory(state, config.data.frames)
-            parts.append(part[0])
-        y = torch.cat(parts)
+        num_first = config.data.frames if state is None else 1
+        translated = []
+        for chunk in (x[:num_first], *x[num_first:, None]):
+            video, state = g(chunk[None], state)
+            state = limit_history(state, config.data.frames)
+            translated.append(video[0])
+        y = torch.cat(translated)
     if not torch.isfinite(y).all():
         raise UserError("translate: the model's output is not finite; its weights are damaged or its training diverged")
     return to_uint8(y[..., :height, :width]).cpu().numpy(), state
 
 
 def translate_clip(g: Translator, config: Config, frames: np.ndarray) -> np.ndarray:
-    """A whole clip from its start, uint8 (T,H,W,3) -> the same shape; see `translate_chunk`."""
+    """Translate a complete clip, uint8 (T,H,W,3) -> the same shape; see `translate_chunk`."""
     return translate_chunk(g, config, frames)[0]
 
 
 def translate_stream(
     g: Translator, config: Config, frames: Iterable[np.ndarray], *, size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(source, translation) of each frame, uint8 (H,W,3); one in memory. size: short side the model sees, 0: own."""
+    """Yield (source, translation) of each frame, uint8 (H,W,3), with one frame in memory.
+
+    size: the short side that the model sees; 0: the video's own.
+    """
     state = None
     for frame in frames:
         height, width = frame.shape[:2]
         clip = fit(frame[None], size or min(height, width))
         translated, state = translate_chunk(g, config, clip, state)
-        if clip.shape[1:3] == (height, width):
-            yield frame, translated[0]
-        else:
-            shrinks = clip.shape[1] > height
-            method = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-            yield frame, cv2.resize(translated[0], (width, height), interpolation=method)
+        output = translated[0]
+        if output.shape != frame.shape:
+            method = cv2.INTER_AREA if len(output) > height else cv2.INTER_CUBIC
+            output = cv2.resize(output, (width, height), interpolation=method)
+        yield frame, output

@@ -1,34 +1,35 @@
-"""What a network keeps of a training run for its backward: `memory` of `Translator` and `Discriminator`.
+"""What a network stores during a training run for its backward pass: `memory` of `Translator` and `Discriminator`.
 
     store      everything
     recompute  everything but the gates of the ConvLSTMs, which are computed again
-    frames     the state after every few frames, from which they are run again when their gradient is wanted: Chen et
-               al. 2016, arXiv:1604.06174, along time
+    frames     the state after every few frames; the backward pass runs the frames between again (Chen et al. 2016,
+               arXiv:1604.06174, applied along time)
 Outputs, gradients and running averages are the same, to rounding. Without gradients there is no difference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, Unpack, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from rlv2v.model.blocks import RPB, URB
 from rlv2v.model.conv_lstm import ConvLSTM
-from rlv2v.model.frames import State, frame_major, map_state
+from rlv2v.model.frames import RunMode, State, attributes_set, frame_major, map_state
 from rlv2v.model.norm import SequenceNorm
 
 MEMORY = ("store", "recompute", "frames")
-PART = 8  # frames that are run again at once; docs/memory.md has the figures
-Setting = tuple[Any, str, Any]  # object, attribute, value
+CHUNK = 8  # frames that are run again at once; docs/memory.md has the figures
+Forward = TypeVar("Forward", bound=Callable[..., tuple[Any, ...]])
 
 
 def set_memory(net: nn.Module, memory: str) -> None:
-    """Choose what a network keeps, among `MEMORY`."""
+    """Choose what a network stores, among `MEMORY`."""
     if memory not in MEMORY:
         raise ValueError(f"{type(net).__name__}: memory must be one of {list(MEMORY)}, got {memory!r}")
     net.memory = memory  # type: ignore[assignment]
@@ -37,104 +38,74 @@ def set_memory(net: nn.Module, memory: str) -> None:
             layer.recompute = memory == "recompute"
 
 
-def run_keeping(
-    net: nn.Module,
-    run: Callable[..., tuple[Any, ...]],
-    x: Tensor,
-    state: State,
-    *,
-    all_states: bool = False,
-    one_step_from_each: bool = False,
-) -> tuple[Any, ...]:
-    """`run(x, state, all_states=all_states, one_step_from_each=one_step_from_each)`, which is all of `net`, in
-    parts where its memory says so."""
-    if net.memory == "frames" and torch.is_grad_enabled():
-        return in_parts(
-            net, run, x, state, num_frames=PART, all_states=all_states, one_step_from_each=one_step_from_each
-        )
-    return run(x, state, all_states=all_states, one_step_from_each=one_step_from_each)
+def in_chunks(forward: Forward) -> Forward:
+    """Decorate a network's forward, so that it runs in chunks of `CHUNK` frames where `memory` is "frames".
 
-
-def in_parts(
-    net: nn.Module,
-    run: Callable[..., tuple[Any, ...]],
-    x: Tensor,
-    state: State,
-    *,
-    num_frames: int,
-    all_states: bool = False,
-    one_step_from_each: bool = False,
-) -> tuple[Any, ...]:
-    """`run(x, state, all_states=all_states, one_step_from_each=one_step_from_each)`, which is `net`'s, under `checkpoint`, `num_frames` frames at a time.
-
-    x (B,T,3,H,W); `run` gives videos (B,T,...) or None, and last a state. Values, gradients and running averages are
-    the same, to rounding.
+    `forward(net, x, state, **mode)` takes x (B,T,3,H,W) and returns videos (B,T,...) or None, and last a state.
     """
-    settings, nothing = conditions(net), x.new_empty(0)
 
-    def part(frames: Tensor, form: State, *tensors: Tensor) -> tuple[Any, ...]:
-        given = iter(tensors)
-        with under(settings):
-            *videos, after = run(
-                frames,
-                map_state(lambda _: next(given), form),
-                all_states=all_states,
-                one_step_from_each=one_step_from_each,
-            )
-        # Copied: a view would keep the states after all frames of the part.
-        last = map_state(lambda s: (s[:, -1] if all_states else s).clone(), after)
-        return *videos, after if all_states else None, last
+    @wraps(forward)
+    def wrapped(net: nn.Module, x: Tensor, state: State = None, **mode: Unpack[RunMode]) -> tuple[Any, ...]:
+        if net.memory == "frames" and torch.is_grad_enabled():
+            return run_in_chunks(forward, net, x, state, mode)
+        return forward(net, x, state, **mode)
 
-    parts = []
-    for first in range(0, x.shape[1], num_frames):
-        here = slice(first, first + num_frames)
-        before = map_state(lambda s, here=here: s[:, here], state) if one_step_from_each else state
-        tensors: list[Tensor] = []
-        map_state(tensors.append, before)  # one by one, which `checkpoint` saves as autograd saves tensors
-        form = map_state(lambda _: nothing, before)
-        *found, last = checkpoint(part, x[:, here], form, *tensors, use_reentrant=False, preserve_rng_state=False)
-        parts.append(found)
+    return cast(Forward, wrapped)
+
+
+def run_in_chunks(
+    forward: Callable[..., tuple[Any, ...]], net: nn.Module, x: Tensor, state: State, mode: RunMode
+) -> tuple[Any, ...]:
+    """Return `forward(net, x, state, **mode)`, run under `checkpoint` in chunks of `CHUNK` frames."""
+    all_states, one_step_from_each = mode.get("all_states"), mode.get("one_step_from_each")
+    attributes = forward_attributes(net)
+
+    def run_chunk(frames: Tensor, spec: Any, *tensors: Any) -> tuple[Any, ...]:
+        with attributes_set(attributes):
+            *videos, states = forward(net, frames, tree_unflatten(tensors, spec), **mode)
+        # Cloned: a view would hold on to the states after all frames of the chunk.
+        last = map_state(lambda s: (s[:, -1] if all_states else s).clone(), states)
+        return *videos, states if all_states else None, last
+
+    outputs = []
+    for start in range(0, x.shape[1], CHUNK):
+        chunk = slice(start, start + CHUNK)
+        first = map_state(lambda s, chunk=chunk: s[:, chunk], state) if one_step_from_each else state
+        # `checkpoint` saves tensors that are arguments of their own, as autograd saves tensors.
+        tensors, spec = tree_flatten(first)
+        *output, last = checkpoint(
+            run_chunk, x[:, chunk], spec, *tensors, use_reentrant=False, preserve_rng_state=False
+        )
+        outputs.append(output)
         state = state if one_step_from_each else last
-    *videos, states = (joined(list(pieces)) for pieces in zip(*parts, strict=True))
+    *videos, states = tree_map(cat_time, *outputs)
     if one_step_from_each:
         return *videos, None
     blocks = [m for m in net.modules() if isinstance(m, (RPB, URB))]
     for block, (_, moments) in zip(blocks, state, strict=False):
-        block.norm.learn(moments)
+        block.norm.update_running_stats(moments)
     return *videos, states if all_states else state
 
 
-def joined(pieces: list[State]) -> State:
-    """Parts (B,T_n,...), or states of them, along T: in memory T,B as the networks have them."""
-    first = pieces[0]
-    if first is None or len(pieces) == 1:
-        return first
-    if not isinstance(first, Tensor):
-        inner = (joined(list(of_all)) for of_all in zip(*pieces, strict=True))
-        return type(first)(*inner) if hasattr(first, "_fields") else tuple(inner)
-    whole = torch.cat([frame_major(piece) for piece in pieces])
-    return whole.unflatten(0, (-1, first.shape[0])).transpose(0, 1)
+def cat_time(*chunks: Tensor | None) -> Tensor | None:
+    """Concatenate (B,T_n,...) along T; in memory T comes before B, as the networks have it."""
+    present = [chunk for chunk in chunks if chunk is not None]
+    if len(present) < 2:
+        return chunks[0]
+    frames = torch.cat([frame_major(chunk) for chunk in present])
+    return frames.unflatten(0, (-1, len(present[0]))).transpose(0, 1)
 
 
-def conditions(net: nn.Module) -> list[Setting]:
-    """What a run of `net` depends on besides inputs and weights, as it is now.
+def forward_attributes(net: nn.Module) -> list[tuple[Any, str, Any]]:
+    """Return the attributes that a run of `net` depends on, with the values for a run of a chunk.
 
-    A part is run again during the backward: by then a critic that was frozen may be trained, and `apart` is over. And
-    its running averages may not move each time: that is done once, after the last part.
+    The backward pass runs a chunk again. By then a frozen critic may be trainable and `local_stats` may be over. And
+    the running averages may not move with every run: that is done once, after the last chunk.
     """
-    norms = [m for m in net.modules() if isinstance(m, SequenceNorm) and m.kind == "batch"]
-    settings: list[Setting] = [(weight, "requires_grad", weight.requires_grad) for weight in net.parameters()]
-    return settings + [s for norm in norms for s in ((norm, "apart", norm.apart), (norm, "learning", False))]
-
-
-@contextmanager
-def under(settings: list[Setting]) -> Iterator[None]:
-    """Within it the attributes have these values."""
-    before = [(of, name, getattr(of, name)) for of, name, _ in settings]
-    try:
-        for of, name, value in settings:
-            setattr(of, name, value)
-        yield
-    finally:
-        for of, name, value in before:
-            setattr(of, name, value)
+    attributes: list[tuple[Any, str, Any]] = [
+        (weight, "requires_grad", weight.requires_grad) for weight in net.parameters()
+    ]
+    for norm in net.modules():
+        if isinstance(norm, SequenceNorm):
+            attributes += [(norm, "uses_local_stats", norm.uses_local_stats), (norm, "tracks_running_stats", False)]
+    return attributes

@@ -8,12 +8,12 @@ from torch import nn
 
 from rlv2v.model.networks import Discriminator, Translator
 
-if TYPE_CHECKING:  # the config reads the registries of `rlv2v.method`, which is above this package
+if TYPE_CHECKING:  # the config reads the registries of `rlv2v.method`, which imports this package
     from rlv2v.config import Config
 
 
 class Nets(nn.Module):
-    """The eight networks: generators, predictors, discriminators and critics, by the paper's names."""
+    """The eight networks, by the paper's names: generators, predictors, discriminators and critics."""
 
     g_x: Translator
     g_y: Translator
@@ -26,24 +26,23 @@ class Nets(nn.Module):
 
 
 def build_nets(config: Config, *, discriminators: bool = True) -> Nets:
-    """The networks of a config, Xavier-initialised; without `judges` the generators alone."""
-
-    shared: dict[str, Any] = {"patch": config.model.patch, "memory": config.runtime.memory}
-    shared["horizon"] = config.data.frames if config.model.chrono else 0
+    """Return the Xavier-initialised networks of a config; the generators alone without `discriminators`."""
+    model = config.model
+    shared: dict[str, Any] = {"patch": model.patch, "memory": config.runtime.memory}
+    shared["horizon"] = config.data.frames if model.chrono else 0
+    # A critic's states are of unequal length, so they share no statistics.
+    critic_norm = "clip" if model.disc_norm == "batch" else model.disc_norm
 
     def translator() -> Translator:
-        return Translator(config.model.widths, head=config.model.head, norm=config.model.norm, **shared)
+        return Translator(model.widths, head=model.head, norm=model.norm, **shared)
 
     def discriminator(heads: int, norm: str, positive: bool = False) -> Discriminator:
-        return Discriminator(config.model.disc_widths, heads=heads, norm=norm, positive=positive, **shared)
+        return Discriminator(model.disc_widths, heads=heads, norm=norm, positive=positive, **shared)
 
-    norm_q = (
-        "clip" if config.model.disc_norm == "batch" else config.model.disc_norm
-    )  # states of unequal length share no statistics
     nets = Nets()
     nets.g_x, nets.g_y = translator(), translator()
     if discriminators:
         nets.p_x, nets.p_y = translator(), translator()
-        nets.d_x, nets.d_y = discriminator(1, config.model.disc_norm), discriminator(2, config.model.disc_norm)
-        nets.q_x, nets.q_y = (discriminator(1, norm_q, config.model.q_positive) for _ in range(2))
+        nets.d_x, nets.d_y = discriminator(1, model.disc_norm), discriminator(2, model.disc_norm)
+        nets.q_x, nets.q_y = (discriminator(1, critic_norm, model.q_positive) for _ in range(2))
     return nets

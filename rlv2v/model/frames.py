@@ -1,23 +1,33 @@
-"""Frames (B,T,C,H,W) as the layers pass them on, and the states of layers."""
+"""Helpers for frames (B,T,C,H,W), for the states of networks, and for their attributes."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pixel_unshuffle
+from torch.utils._pytree import tree_map_only
 
-State = Any
+State = Any  # tensors in nested tuples
+
+
+class RunMode(TypedDict, total=False):
+    """Keywords of a block's or network's `forward` that change what its state means, see `rlv2v.model.blocks`."""
+
+    all_states: bool
+    one_step_from_each: bool
 
 
 def frame_major(x: Tensor) -> Tensor:
-    """All frames (B,T,...) along one axis, (T*B,...): without a copy where they come from a ConvLSTM."""
+    """Return all frames (B,T,...) along one axis, (T*B,...); no copy where they come from a ConvLSTM."""
     return x.transpose(0, 1).flatten(0, 1)
 
 
 def batch_major(frames: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `frame_major`, as a view: (T*B,...) -> (B,T,...), B and T those of `like`."""
+    """Return the inverse of `frame_major` as a view: (T*B,...) -> (B,T,...), with B and T of `like`."""
     return frames.unflatten(0, (like.shape[1], like.shape[0])).transpose(0, 1)
 
 
@@ -26,9 +36,9 @@ def per_frame(op: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return batch_major(op(frame_major(x), *args, **kwargs), x)
 
 
-def cat_channels(*parts: Tensor) -> Tensor:
-    """Frames (B,T,C_n,H,W) -> (B,T,sum of C_n,H,W), channels last where they are, as `cat` along five axes is not."""
-    return batch_major(torch.cat([frame_major(part) for part in parts], 1), parts[0])
+def cat_channels(*inputs: Tensor) -> Tensor:
+    """Concatenate (B,T,C_n,H,W) along C; unlike `torch.cat` of five axes, this keeps channels-last frames so."""
+    return batch_major(torch.cat([frame_major(x) for x in inputs], 1), inputs[0])
 
 
 def space_to_depth(x: Tensor, patch: int) -> Tensor:
@@ -39,8 +49,19 @@ def space_to_depth(x: Tensor, patch: int) -> Tensor:
 
 
 def map_state(fn: Any, state: State) -> State:
-    """Apply `fn` to every tensor of a state, keeping its structure."""
-    if state is None or isinstance(state, Tensor):
-        return None if state is None else fn(state)
-    mapped = (map_state(fn, part) for part in state)
-    return type(state)(*mapped) if hasattr(state, "_fields") else tuple(mapped)
+    """Apply `fn` to every tensor of a state and keep the state's structure."""
+    return tree_map_only(Tensor, fn, state)
+
+
+@contextmanager
+def attributes_set(attributes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Give attributes (object, name, value) their values, and the old ones back at the end."""
+    new = list(attributes)
+    old = [(owner, name, getattr(owner, name)) for owner, name, _ in new]
+    try:
+        for owner, name, value in new:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in old:
+            setattr(owner, name, value)

@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, pixel_shuffle
 
-from rlv2v.model.activation_memory import run_keeping, set_memory
+from rlv2v.model.activation_memory import in_chunks, set_memory
 from rlv2v.model.blocks import RPB, SLOPE, URB, xavier_linear
 from rlv2v.model.conv_lstm import ConvLSTM
-from rlv2v.model.frames import State, cat_channels, per_frame, space_to_depth
+from rlv2v.model.frames import RunMode, State, cat_channels, per_frame, space_to_depth
 
 
-def exact(y: Tensor) -> torch.autocast:
-    """Within it autocast is off: what leaves a network is float32, and so are the last layers that make it."""
+def no_autocast(y: Tensor) -> torch.autocast:
+    """Return a context without autocast: a network's output is float32, and so are the last layers that make it."""
     return torch.autocast(y.device.type, enabled=False)
 
 
 class Translator(nn.Module):
-    """Generator or predictor: one RPB a width, as many URBs with skips, a head; video in, video out, causal.
+    """A generator G or predictor P: one RPB a width, as many URBs with skips, and a head; causal, video to video.
 
     Shapes: frames (B,T,3,H,W) in [-1,1] -> (B,T,3,H,W) in (-1,1); H and W are multiples of `multiple`.
 
     Args:
         widths: channels after each RPB; the URBs mirror them.
-        patch: space-to-depth factor before the first RPB (1: none, as the paper).
-        head: "convlstm", a ConvLSTM of 3 channels as the paper, or "mask", an addition:
-            `y = m x + (1 - m) tanh(rgb)` with rgb and m / `mask_gain` from two convolutions over
-            [pixel-shuffled ConvLSTM output, input frame x]. The buffer `mask_gain` in [0,1] limits the copying: at 0
-            nothing is copied, as the warm-up needs, which a copy would satisfy at once.
+        patch: space-to-depth factor before the first RPB (1: none, as in the paper).
+        head: "convlstm", a ConvLSTM of 3 channels as in the paper, or "mask", an addition:
+            `y = m x + (1 - m) tanh(rgb)`. Two convolutions over [pixel-shuffled ConvLSTM output, input frame x] give
+            rgb and m / `mask_gain`. The buffer `mask_gain` in [0,1] limits the copying. The warm-up sets it to 0,
+            because a copy would satisfy an auto-encoder at once.
         norm: "clip" or "batch", see `SequenceNorm`.
-        horizon: clip length that the ConvLSTMs' biases are made for (0: biases 0), see `ConvLSTM`.
+        horizon: clip length for which the ConvLSTMs' biases are initialised (0: biases 0), see `ConvLSTM`.
         head_width: channels of the mask head at full resolution.
-        memory: what a training run keeps for its backward, see `rlv2v.model.activation_memory`.
+        memory: what a training run stores for its backward pass, see `rlv2v.model.activation_memory`.
     """
 
     mask_gain: Tensor
@@ -58,8 +59,7 @@ class Translator(nn.Module):
         self.patch, self.multiple = patch, patch * 2 ** len(widths)
         ins = [3 * patch**2, *widths[:-1]]
         self.encoder = nn.ModuleList(RPB(c_in, c_out, norm, horizon) for c_in, c_out in zip(ins, widths, strict=True))
-        outs = [*reversed(widths[:-1]), widths[0]]
-        skips = list(reversed(widths))
+        skips, outs = widths[::-1], [*widths[-2::-1], widths[0]]
         self.decoder = nn.ModuleList(
             URB(c_in, c_skip, c_out, norm, horizon)
             for c_in, c_skip, c_out in zip([widths[-1], *outs], skips, outs, strict=False)
@@ -76,63 +76,48 @@ class Translator(nn.Module):
                 nn.init.zeros_(values) if name == "bias" else nn.init.xavier_uniform_(values)
         set_memory(self, memory)
 
-    def forward(
-        self, x: Tensor, state: State = None, *, all_states: bool = False, one_step_from_each: bool = False
-    ) -> tuple[Tensor, State]:
-        """Translate frames from a state; `every` and `fork` as in `rlv2v.model.blocks`."""
-        y, _, state = self.run(x, state, all_states=all_states, one_step_from_each=one_step_from_each)
+    def forward(self, x: Tensor, state: State = None, **mode: Unpack[RunMode]) -> tuple[Tensor, State]:
+        """Translate frames from a state; `mode` as in `rlv2v.model.blocks`."""
+        y, _, state = self.forward_with_mask(x, state, **mode)
         return y, state
 
-    def run(
-        self, x: Tensor, state: State = None, *, all_states: bool = False, one_step_from_each: bool = False
+    @in_chunks
+    def forward_with_mask(
+        self, x: Tensor, state: State = None, **mode: Unpack[RunMode]
     ) -> tuple[Tensor, Tensor | None, State]:
-        """As `forward`, with the copy mask m (B,T,1,H,W) in (0,1) between; None without a mask head."""
-        y, mask, state = run_keeping(
-            self, self.whole, x, state, all_states=all_states, one_step_from_each=one_step_from_each
-        )
-        return y, mask, state
-
-    def whole(
-        self, x: Tensor, state: State, *, all_states: bool, one_step_from_each: bool
-    ) -> tuple[Tensor, Tensor | None, State]:
-        """`run`, all frames at once."""
-        how = {"all_states": all_states, "one_step_from_each": one_step_from_each}
-        num_blocks = len(self.encoder) + len(self.decoder)
-        before = state or (None,) * (num_blocks + 1)
-        after, skips = [], []
+        """Translate frames as `forward` does, and also return the copy mask m (B,T,1,H,W) in (0,1), if there is one."""
+        old_states = iter(state or (None,) * (len(self.encoder) + len(self.decoder) + 1))
+        new_states, skips = [], []
         y = space_to_depth(x, self.patch)
-        for block, memory in zip(self.encoder, before, strict=False):
-            y, skip, memory = block(y, memory, **how)
+        for block in self.encoder:
+            y, skip, block_state = block(y, next(old_states), **mode)
             skips.append(skip)
-            after.append(memory)
-        for block, memory in zip(self.decoder, before[len(self.encoder) :], strict=False):
-            y, memory = block(y, skips.pop(), memory, **how)
-            after.append(memory)
-        y, memory = self.last(y, before[-1], **how)
-        after.append(memory)
-        if self.to_rgbm is None:
-            return y.to(x.dtype), None, tuple(after)
-        y, mask = self.blend(x, y)
-        return y, mask, tuple(after)
+            new_states.append(block_state)
+        for block in self.decoder:
+            y, block_state = block(y, skips.pop(), next(old_states), **mode)
+            new_states.append(block_state)
+        y, last_state = self.last(y, next(old_states), **mode)
+        state = (*new_states, last_state)
+        return (y.to(x.dtype), None, state) if self.to_rgbm is None else (*self.blend(x, y), state)
 
     def blend(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """The mask head: `m x + (1 - m) tanh(rgb)`, and m."""
+        """Return the mask head's `m x + (1 - m) tanh(rgb)`, and m."""
         assert self.fuse is not None and self.to_rgbm is not None
         y = cat_channels(per_frame(pixel_shuffle, features, self.patch), x)
         y = leaky_relu(per_frame(self.fuse, y), SLOPE)
-        with exact(y):
+        with no_autocast(y):
             rgb, mask = per_frame(self.to_rgbm, y.to(x.dtype)).split((3, 1), 2)
         mask = self.mask_gain * mask.sigmoid()
         return torch.lerp(rgb.tanh(), x, mask), mask
 
 
 class Discriminator(nn.Module):
-    """Discriminator or critic: one RPB a width, mean over the pixels that are left, FC, LeakyReLU, FC.
+    """A discriminator D or a critic Q: one RPB a width, mean over the remaining pixels, FC, LeakyReLU, FC.
 
-    Shapes: frames (B,T,3,H,W) -> (B,T,heads); entry t judges the prefix x[1:t]. A discriminator's numbers are logits
-    (the sigmoid of section 3.2 is inside the losses); a critic's is Q, through a ReLU when `positive` (the paper's).
-    The mean over pixels lets one network judge frames of any size. The last RPB goes without normalisation, which
-    would pin that mean: of a single frame to a constant, whatever it shows. memory: as for `Translator`.
+    Shapes: frames (B,T,3,H,W) -> (B,T,heads); entry t scores the prefix x[1:t]. A discriminator returns logits (the
+    losses apply the sigmoid of section 3.2). A critic returns Q, through a ReLU where `positive` (as in the paper).
+    The mean over pixels lets one network score frames of any size. The last RPB has no normalisation: it would pin
+    that mean, for a single frame to a constant, whatever the frame shows. memory: as for `Translator`.
     """
 
     def __init__(
@@ -155,21 +140,14 @@ class Discriminator(nn.Module):
         self.out = xavier_linear(widths[-1], heads)
         set_memory(self, memory)
 
-    def forward(
-        self, x: Tensor, state: State = None, *, all_states: bool = False, one_step_from_each: bool = False
-    ) -> tuple[Tensor, State]:
-        """Discriminator every prefix, from a state; `every` and `fork` as in `rlv2v.model.blocks`."""
-        y, state = run_keeping(self, self.whole, x, state, all_states=all_states, one_step_from_each=one_step_from_each)
-        return y, state
-
-    def whole(self, x: Tensor, state: State, *, all_states: bool, one_step_from_each: bool) -> tuple[Tensor, State]:
-        """`forward`, all frames at once."""
-        before = state or (None,) * len(self.blocks)
-        after = []
+    @in_chunks
+    def forward(self, x: Tensor, state: State = None, **mode: Unpack[RunMode]) -> tuple[Tensor, State]:
+        """Score every prefix, from a state; `mode` as in `rlv2v.model.blocks`."""
+        new_states = []
         y = space_to_depth(x, self.patch)
-        for block, memory in zip(self.blocks, before, strict=True):
-            y, _, memory = block(y, memory, all_states=all_states, one_step_from_each=one_step_from_each)
-            after.append(memory)
-        with exact(y):
+        for block, block_state in zip(self.blocks, state or (None,) * len(self.blocks), strict=True):
+            y, _, block_state = block(y, block_state, **mode)
+            new_states.append(block_state)
+        with no_autocast(y):
             y = self.out(leaky_relu(self.hidden(y.mean((3, 4), dtype=x.dtype)), SLOPE))
-        return (y.relu() if self.positive else y), tuple(after)
+        return (y.relu() if self.positive else y), tuple(new_states)

@@ -1,4 +1,4 @@
-"""CUDA graphs of a step's phases: their kernels are launched once by the host, and after that replayed."""
+"""CUDA graphs of a step's phases: the host launches their kernels once, and after that replays them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rlv2v.errors import UserError
 
-Inputs = tuple[Tensor | None, ...]
 Phase = Callable[..., Any]
+Inputs = tuple[Any, ...]  # tensors in nested tuples and dictionaries, and objects that stay the same
 Recording = tuple[Callable[[], object], Any]
 NUM_PLAIN = 3  # calls of a phase before it is recorded: its kernels are chosen, its gradients and moments are there
 
 
 class Recorder:
-    """How phases become CUDA graphs: all in one stream and one pool of memory.
+    """Makes CUDA graphs of phases, all in one stream and one pool of memory.
 
-    One stream, that of the plain calls before too: autograd adds to a weight's gradient in the stream that the weight
-    was first used in, and another one would be drawn into the recording. One pool: phases follow each other, so that
+    Plain calls use that stream too: autograd adds to a weight's gradient in the stream in which the weight was first
+    used, and another stream would be drawn into the recording. One pool is enough, because phases follow each other:
     each may work in the memory in which the others did.
     """
 
@@ -28,33 +29,32 @@ class Recorder:
         self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
     def plain(self, phase: Phase, inputs: Inputs) -> Any:
-        """`phase(*inputs)`."""
-        here = torch.cuda.current_stream()
-        self._stream.wait_stream(here)
+        """Return `phase(*inputs)`."""
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             outputs = phase(*inputs)
-        here.wait_stream(self._stream)
+        current.wait_stream(self._stream)
         return outputs
 
     def record(self, phase: Phase, inputs: Inputs) -> Recording:
-        """Record `phase(*inputs)` without running it; returns how to replay it, and its outputs' tensors."""
+        """Record `phase(*inputs)` without running it; return a function that replays it, and its outputs."""
         graph = torch.cuda.CUDAGraph()
-        # Threads of the loader go on allocating pinned memory meanwhile.
+        # Meanwhile the loader's threads go on allocating pinned memory.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             outputs = phase(*inputs)
         return graph.replay, outputs
 
 
 class Graphs:
-    """Calls phases, which are functions of tensors, by name; after a few calls of each they are recorded and replayed.
+    """Calls phases by name; after a few calls of each, they are recorded and replayed.
 
-    A phase may read and change, besides its inputs, tensors that live as long as it does (weights, moments), but no
-    number of the host that differs from step to step. Its outputs, without gradient, are overwritten by the next call
-    of any phase. None is recorded before all that were called have had their plain calls: these would need memory of
-    their own beside that of the recordings.
+    A phase may read and change tensors of its inputs, and tensors that live as long as it does (weights, moments). It
+    may not use a number of the host that differs from step to step. No phase is recorded before all have had their
+    plain calls: those would need memory of their own besides that of the recordings.
 
     Args:
-        recorder: what makes a recording; None: phases are called as they are.
+        recorder: makes the recordings; None: phases are called as they are.
     """
 
     def __init__(self, recorder: Recorder | None) -> None:
@@ -62,18 +62,35 @@ class Graphs:
         self._calls: dict[str, int] = {}
         self._recorded: dict[str, tuple[Inputs, Recording]] = {}
 
-    def __call__(self, name: str, phase: Phase, *inputs: Tensor | None) -> Any:
-        """Raises UserError when it cannot be recorded."""
+    @property
+    def recorded(self) -> frozenset[str]:
+        """The names of the phases that are recorded."""
+        return frozenset(self._recorded)
+
+    def __call__(self, name: str, phase: Phase, *inputs: Any) -> Any:
+        """Return `phase(*inputs)`, detached from autograd; its tensors belong to the caller.
+
+        Inputs and outputs are tensors, in tuples, named tuples and dictionaries; an input that is no tensor has to be
+        the same in every call.
+
+        Raises:
+            UserError: the phase cannot be recorded.
+        """
+
+        def detached_phase(*inputs: Any) -> Any:
+            # With its autograd graph, a recording would keep the weights' gradient accumulators alive.
+            return tree_map_only(Tensor, Tensor.detach, phase(*inputs))
+
         if self._recorder is None:
-            return phase(*inputs)
+            return detached_phase(*inputs)
         if name not in self._recorded:
             self._calls.setdefault(name, 0)
             if min(self._calls.values()) < NUM_PLAIN:
                 self._calls[name] += 1
-                return self._recorder.plain(phase, inputs)
-            held = tuple(None if t is None else t.detach().clone() for t in inputs)
+                return self._recorder.plain(detached_phase, inputs)
+            static_inputs = tree_map_only(Tensor, lambda t: t.detach().clone(), inputs)
             try:
-                self._recorded[name] = (held, self._recorder.record(phase, held))
+                self._recorded[name] = (static_inputs, self._recorder.record(detached_phase, static_inputs))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -81,10 +98,10 @@ class Graphs:
                     f"CUDA graphs: the phase {name!r} could not be recorded ({str(error).splitlines()[0]}); "
                     f"train with --no-graphs"
                 ) from error
-        held, (replay, outputs) = self._recorded[name]
-        for mine, given in zip(held, inputs, strict=True):
-            if mine is not None:
-                assert given is not None
-                mine.copy_(given)
+        static_inputs, (replay, outputs) = self._recorded[name]
+        for static, new in zip(tree_leaves(static_inputs), tree_leaves(inputs), strict=True):
+            if isinstance(static, Tensor):
+                static.copy_(new)
         replay()
-        return outputs
+        # The next replay of any phase writes to the recording's memory again.
+        return tree_map_only(Tensor, Tensor.clone, outputs)

@@ -1,4 +1,4 @@
-"""Which device torch shall use, and the ways to and from it that do not stop the host."""
+"""The device that torch uses: its choice, its memory, and copies to and from it that do not stop the host."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlv2v.errors import UserError
+from rlv2v.errors import UserError, first_line
 
 
 def pick_device(name: str) -> torch.device:
-    """The named torch device ("cpu", "cuda", "cuda:1"), tried out; "auto" is cuda where there is one.
+    """Return the named torch device ("cpu", "cuda", "cuda:1") after a try; "auto" is cuda if there is one.
 
     Raises:
-        UserError: torch cannot use it here.
+        UserError: torch cannot use it.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device: expected one that torch can use here, got {name!r} ({reason}); try cpu") from None
+        raise UserError(
+            f"--device: expected one that torch can use here, got {name!r} ({first_line(error)}); try cpu"
+        ) from None
 
 
 def grow_segments() -> None:
-    """Let torch's allocator on GPUs grow and shrink its segments, where the environment says nothing else.
+    """Let torch's allocator on GPUs grow and shrink its segments, unless the environment configures it.
 
-    Cut from segments of fixed size, the memory of plain steps was of no use to their recordings and could not be given
-    back: a step of the workstation preset held 6.8 GB where 5.7 were in use.
+    In segments of fixed size, CUDA graphs cannot use the memory of the steps before their recording, nor can it be
+    returned: a step of the workstation preset held 6.8 GB where 5.7 were in use.
     """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         change = (
@@ -40,7 +41,7 @@ def grow_segments() -> None:
 
 
 def on_device(values: Tensor | np.ndarray, device: torch.device) -> Tensor:
-    """A tensor or array of the host on `device`; a GPU is not waited for."""
+    """Return a tensor or array of the host on `device`, without waiting for a GPU."""
     tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -48,34 +49,50 @@ def on_device(values: Tensor | np.ndarray, device: torch.device) -> Tensor:
 
 
 class HostCopy:
-    """Copies of tensors on the host that may still be under way; `read()` gives them, waiting only if they are.
+    """Copies of tensors to the host that a GPU may still be writing; `read()` waits for them only then.
 
-    On the CPU they are the tensors themselves: for tensors that nobody writes to again.
+    On the CPU they are the tensors themselves, so that nobody may write to those afterwards.
     """
 
     def __init__(self, *tensors: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
         if tensors and tensors[0].device.type == "cuda":
-            copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+            copies = tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors)
             for copy, tensor in zip(copies, tensors, strict=True):
                 copy.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.Event()
+            self._event, tensors = torch.cuda.Event(), copies
             self._event.record()
-            tensors = tuple(copies)
         self._tensors = tensors
 
     def read(self) -> tuple[Tensor, ...]:
+        """Return the copies, complete."""
         if self._event is not None:
             self._event.synchronize()
         return self._tensors
 
 
-class Held:
-    """Keeps memory of the host alive until a GPU has done what it was asked for before now."""
+class KeepAlive:
+    """Hold a reference to host memory; `wait()` returns when a GPU has done all that was queued until now."""
 
-    def __init__(self, kept: object) -> None:
-        self._kept, self._event = kept, torch.cuda.Event()
+    def __init__(self, owner: object) -> None:
+        self._owner, self._event = owner, torch.cuda.Event()
         self._event.record()
 
     def wait(self) -> None:
+        """Wait for the GPU; afterwards the memory may be dropped."""
         self._event.synchronize()
+
+
+def device_bytes(device: torch.device) -> int:
+    """Return the memory of a CUDA device, or of the machine, in bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that a device or the machine has no memory left."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    texts = ("can't allocate memory", "not enough memory")  # of the CPU's allocator, which raises RuntimeError
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)

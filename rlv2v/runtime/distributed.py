@@ -1,7 +1,7 @@
-"""Several processes as one run: torchrun's ranks, what they average and what they agree on.
+"""Several processes as one run: the ranks of torchrun, what they average, and what they agree on.
 
-The one place that uses torch.distributed. Alone, a process averages, gathers and agrees with itself: every function
-here is then the identity, and the rest of the package has no path of its own for several ranks.
+This is the one place that uses torch.distributed. A process alone averages, gathers and agrees with itself: every
+function is then the identity, and the rest of the package has no path of its own for several ranks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlv2v.errors import UserError
+from rlv2v.errors import UserError, first_line
 from rlv2v.runtime.device import grow_segments, pick_device
 
 NUM_BUCKETS = 4  # a phase; fewer where they would be small
@@ -26,12 +26,12 @@ T = TypeVar("T")
 
 
 class StepControl(NamedTuple):
-    """What all ranks do alike next."""
+    """What all ranks do next, alike."""
 
     stop: bool
     """Some rank was asked to end."""
     seconds: float
-    """Rank 0's clock."""
+    """Seconds of the run by rank 0's clock."""
     save: bool
     """Rank 0 wants a checkpoint."""
 
@@ -47,34 +47,34 @@ class World:
     def __init__(self, device: torch.device, control: Any = None) -> None:
         self.device, self._control = device, control
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if control else (0, 1)
-        self._sent: tuple[Any, Tensor] | None = None
+        self._pending: tuple[Any, Tensor] | None = None
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes and speaks."""
+        """Whether this rank is the one that writes files and messages."""
         return self.rank == 0
 
     def broadcast_object(self, make: Callable[[], T]) -> T:
-        """What `make` gives on rank 0, on all ranks."""
+        """Call `make` on rank 0 alone, and return its result on all ranks."""
         value = [make() if self.first else None]
         if self._control:
-            with lost():
+            with peer_errors():
                 dist.broadcast_object_list(value, group=self._control, device=torch.device("cpu"))
         return value[0]  # type: ignore[return-value]
 
     def broadcast_parameters(self, *modules: nn.Module) -> None:
         """Give all ranks the parameters and buffers of rank 0."""
-        if self._control:
-            with lost(), torch.no_grad():
-                for module in modules:
-                    for tensor in (*module.parameters(), *module.buffers()):
-                        # a dense copy: the tensors of channels-last weights are not contiguous
-                        copy = tensor.detach().contiguous()
-                        dist.broadcast(copy, 0)
-                        tensor.copy_(copy)
+        if not self._control:
+            return
+        with peer_errors(), torch.no_grad():
+            for module in modules:
+                for tensor in (*module.parameters(), *module.buffers()):
+                    copy = tensor.detach().contiguous()  # channels-last weights are not contiguous
+                    dist.broadcast(copy, 0)
+                    tensor.copy_(copy)
 
     def rank0_first(self, make: Callable[[], T]) -> T:
-        """Run `make` on rank 0, then on all others: they find what it left on the disk."""
+        """Call `make` on rank 0, then on all others, which find what it left on the disk; return its result."""
         value = make() if self.first else None
         self.barrier()
         return make() if value is None else value
@@ -82,30 +82,29 @@ class World:
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self._control:
-            with lost():
+            with peer_errors():
                 dist.barrier(group=self._control)
 
     def all_agree(self, control: StepControl) -> StepControl:
-        """What the ranks said at their last call, in one; alone: what is said now.
+        """Hand in what this rank wants, and return what the ranks agreed on at the call before; alone: this call's.
 
-        The answer is a step old, so that no rank waits for it: it travels while the next step is computed.
+        The answer is a step old so that no rank waits for it: it travels while the next step is computed.
         """
         if not self._control:
             return control
-        before = self.flush()
-        said = [float(control.stop), *((control.seconds, float(control.save)) if self.first else (0.0, 0.0))]
-        sums = torch.tensor(said, dtype=torch.float64)
-        with lost():
-            self._sent = (dist.all_reduce(sums, group=self._control, async_op=True), sums)
-        return before
+        agreed = self.flush()
+        by_rank0 = (control.seconds, float(control.save)) if self.first else (0.0, 0.0)
+        sums = torch.tensor([float(control.stop), *by_rank0], dtype=torch.float64)
+        with peer_errors():
+            self._pending = (dist.all_reduce(sums, group=self._control, async_op=True), sums)
+        return agreed
 
     def flush(self) -> StepControl:
-        """What the ranks said at their last call."""
-        if self._sent is None:
+        """Wait for the answer to the last call of `all_agree`, and return it."""
+        if self._pending is None:
             return StepControl(False, 0.0, False)
-        work, sums = self._sent
-        self._sent = None
-        with lost():
+        (work, sums), self._pending = self._pending, None
+        with peer_errors():
             work.wait()
         return StepControl(bool(sums[0]), float(sums[1]), bool(sums[2]))
 
@@ -113,18 +112,17 @@ class World:
         """Leave the other ranks; every rank calls it, and only when all goes well."""
         if self._control:
             self.flush()
-            dist.destroy_process_group()
-            self._control = None
+            self.abort()
 
     def abort(self) -> None:
-        """Leave the other ranks after an error: with its threads left to the interpreter's end, gloo aborts there."""
+        """Leave the other ranks after an error: gloo aborts if its threads live until the interpreter's end."""
         if self._control:
-            self._sent = self._control = None
+            self._pending = self._control = None
             dist.destroy_process_group()
 
 
 def connect(device: str) -> World:
-    """This process's world: torchrun's, over NCCL on GPUs and gloo on CPUs; without torchrun a world of one.
+    """Join torchrun's ranks, over NCCL on GPUs and gloo on CPUs; without torchrun this is a world of one.
 
     Args:
         device: as `rlv2v.runtime.device.pick_device` takes it; "auto" and "cuda" mean the GPU of the local rank.
@@ -151,42 +149,29 @@ def connect(device: str) -> World:
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"torchrun: rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not reach the others: "
-            f"{str(error).splitlines()[0]}"
+            f"{first_line(error)}"
         ) from None
 
 
-@contextmanager
-def pretend(size: int) -> Iterator[World]:
-    """Within it this process is rank 0 of `size` ranks, none of which is there but itself: what it sends goes nowhere.
-
-    To count what a step sends, without the ranks; no number that comes out of it is right.
-    """
-    dist.init_process_group("fake", rank=0, world_size=size)
-    try:
-        yield World(torch.device("cpu"), dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
-
-
 def restarts() -> int:
-    """How often torchrun has brought this job back."""
+    """Return how often torchrun has brought this job back."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def num_ranks() -> int:
-    """Ranks that the functions below run over."""
+    """Return the number of ranks that the functions below run over."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 @contextmanager
-def lost() -> Iterator[None]:
-    """A peer that is gone is no bug of this rank: say so in one line."""
+def peer_errors() -> Iterator[None]:
+    """Turn a collective's error into a UserError: a rank that is gone is no bug of this one."""
     try:
         yield
     except RuntimeError as error:
-        text = str(error).strip().splitlines()[0]
         raise UserError(
-            f"lost another rank ({text}); torchrun --max-restarts brings a run back by itself, --resume by hand"
+            f"lost another rank ({first_line(error)}); torchrun --max-restarts brings a run back by itself, "
+            "--resume by hand"
         ) from None
 
 
@@ -194,7 +179,7 @@ class _Mean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         y = x.contiguous().clone()
-        with lost():
+        with peer_errors():
             dist.all_reduce(y)
         return y / dist.get_world_size()
 
@@ -207,10 +192,10 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.size = len(x)
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
-        with lost():
-            dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+        shares = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        with peer_errors():
+            dist.all_gather(shares, x.contiguous())
+        return torch.cat(shares)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -219,28 +204,28 @@ class _Gather(torch.autograd.Function):
 
 
 def mean(x: Tensor) -> Tensor:
-    """The mean of x over the ranks. Backward: the mean of its gradients, so that what they average to is right."""
+    """Return the mean of x over the ranks; its gradient is the mean of the ranks' gradients."""
     return x if num_ranks() == 1 else _Mean.apply(x)
 
 
 def gather(x: Tensor) -> Tensor:
-    """(B,...) of every rank -> (ranks*B,...), for a term that all ranks then compute alike.
+    """Concatenate (B,...) of every rank to (ranks*B,...), for a term that all ranks then compute alike.
 
-    Backward gives this rank's part of the gradient, times the ranks: the mean over ranks of the weights' gradients is
-    then the term's own.
+    Backward returns this rank's share of the gradient, times the number of ranks: the mean over ranks of the weights'
+    gradients is then the term's own.
     """
     return x if num_ranks() == 1 else _Gather.apply(x)
 
 
 class Reducer:
-    """The mean over ranks of one phase's gradients, in few large buckets, begun while backward still runs.
+    """Average one phase's gradients over the ranks, in few large buckets, begun while the backward pass still runs.
 
         with reducer:
             loss.backward()
         reducer.finish()
 
     Buckets follow the order in which the first backward pass made the gradients, so that each is complete early; they
-    go out in that order on every rank. A weight without a gradient stays without one.
+    are sent in that order on every rank. A weight without a gradient stays without one.
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
@@ -263,10 +248,9 @@ class Reducer:
             if not self._buckets:
                 self._order.append(index)
                 return
-            bucket = self._bucket_of[index]
-            self._missing[bucket] -= 1
+            self._missing[self._bucket_of[index]] -= 1
             while len(self._sent) < len(self._buckets) and not self._missing[len(self._sent)]:
-                self._send(self._buckets[len(self._sent)])
+                self._send_next()
 
         return ready
 
@@ -286,45 +270,43 @@ class Reducer:
         if not self._buckets:
             self._arrange()
         while len(self._sent) < len(self._buckets):
-            self._send(self._buckets[len(self._sent)])
+            self._send_next()
         for work, flat, grads in self._sent:
-            if work is None:
-                continue
-            with lost():
-                work.wait()
-            flat /= num_ranks()
-            parts = flat.split([grad.numel() for grad in grads])
-            torch._foreach_copy_(grads, [part.view(grad.shape) for part, grad in zip(parts, grads, strict=True)])
+            if work is not None:
+                with peer_errors():
+                    work.wait()
+                flat /= num_ranks()
+                pieces = flat.split([grad.numel() for grad in grads])
+                torch._foreach_copy_(grads, [p.view(grad.shape) for p, grad in zip(pieces, grads, strict=True)])
         self._sent = []
 
-    def _send(self, bucket: list[int]) -> None:
+    def _send_next(self) -> None:
+        """Begin the all-reduce of the first bucket that has not been sent."""
+        bucket = self._buckets[len(self._sent)]
         grads = [grad for index in bucket if (grad := self._weights[index].grad) is not None]
-        if not grads:
-            self._sent.append((None, torch.empty(0), []))
-            return
-        flat = torch.cat([grad.reshape(-1) for grad in grads])
-        with lost():
-            self._sent.append((dist.all_reduce(flat, async_op=True), flat, grads))
+        flat = torch.cat([grad.reshape(-1) for grad in grads]) if grads else torch.empty(0)
+        with peer_errors():
+            self._sent.append((dist.all_reduce(flat, async_op=True) if grads else None, flat, grads))
 
     def _arrange(self) -> None:
-        """Buckets by rank 0's order of the pass that has just run; what it left out comes last."""
+        """Fill the buckets in rank 0's order of the pass that has just run; the weights it left out come last."""
         order = [[*self._order, *(i for i in range(len(self._weights)) if i not in set(self._order))]]
-        with lost():
+        with peer_errors():
             dist.broadcast_object_list(order)
         sizes = [weight.numel() * weight.element_size() for weight in self._weights]
         limit = max(MIN_BUCKET_BYTES, -(-sum(sizes) // NUM_BUCKETS))
-        bucket, held = list[int](), 0
+        bucket, filled = list[int](), 0
         for index in order[0]:
             bucket.append(index)
-            held += sizes[index]
-            if held >= limit:
+            filled += sizes[index]
+            if filled >= limit:
                 self._buckets.append(bucket)
-                bucket, held = [], 0
+                bucket, filled = [], 0
         self._buckets += [bucket] if bucket else []
         self._bucket_of = {index: number for number, bucket in enumerate(self._buckets) for index in bucket}
 
     def close(self) -> None:
-        """Take the hooks off the weights."""
+        """Remove the hooks from the weights."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

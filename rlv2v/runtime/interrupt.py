@@ -1,4 +1,4 @@
-"""Signals that ask a run to end."""
+"""The signals that ask a run to end."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from types import FrameType
 
 
 class Interrupt:
-    """Ctrl-C or SIGTERM asks the run to end after its step (`by` names the signal); a second one ends it at once.
+    """Note in `by` the name of a signal (Ctrl-C or SIGTERM) that asks the run to end after its step.
 
-    At once is as safe as a kill: what is on the disk is whole at every moment.
+    A second signal ends the process at once, which is as safe as a kill: files on the disk are whole at every moment.
     """
 
     def __init__(self) -> None:
         self.by = ""
 
     def __enter__(self) -> Interrupt:
-        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._handlers = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def ask(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int, _: FrameType | None) -> None:
         if self.by:
             os._exit(128 + number)
         self.by = signal.Signals(number).name

@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar, `metrics.jsonl`, TensorBoard, and strips of samples."""
+"""The log of a run: a progress bar, `metrics.jsonl`, TensorBoard, and grids of samples."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from tqdm import tqdm
 
 
 class RunLog:
-    """Writes the numbers of a run as they come; `metrics.jsonl` goes on where an interrupted run stopped.
+    """Write the values of a run as they come; `metrics.jsonl` goes on where an interrupted run stopped.
 
     Args:
         run: the run's folder.
         step: where the run starts; lines of later steps, left by a run killed after its last checkpoint, are dropped.
         total: (unit, amount) of the whole run, ("step", 300) or ("s", 300.0), for the progress bar.
-        frames: that a step takes in, over all ranks, for the frames a second.
+        frames: frames that a step takes in, over all ranks, for `frames_per_second`.
     """
 
     def __init__(self, run: Path, *, step: int, seconds: float, total: tuple[str, float], frames: int) -> None:
         path = run / "metrics.jsonl"
-        kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        lines = [line for line in read_metrics(path) if line["step"] <= step] if step else []
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         self.file = path.open("a", buffering=1)
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
         self.unit, self.total = total
@@ -42,15 +42,15 @@ class RunLog:
         )
 
     def advance(self, step: int, seconds: float) -> None:
-        """Move the bar to where the run is."""
+        """Move the bar to the run's step or seconds."""
         self.bar.update(min(step if self.unit == "step" else seconds, self.total) - self.bar.n)
 
     def write(self, step: int, seconds: float, values: Mapping[str, float]) -> None:
-        """One line of numbers, everywhere, with the frames a second since the last one where time has passed."""
-        before, self.last = self.last, (step, seconds)
+        """Log one line of values; it has the frames a second since the last line if time has passed."""
+        (last_step, last_seconds), self.last = self.last, (step, seconds)
         values, shown = dict(values), {"step": str(step)}
-        if seconds > before[1]:
-            rate = self.frames * (step - before[0]) / (seconds - before[1])
+        if seconds > last_seconds:
+            rate = self.frames * (step - last_step) / (seconds - last_seconds)
             values["frames_per_second"], shown["frames/s"] = round(rate, 2), f"{rate:.0f}"
         self.file.write(json.dumps({"step": step, "seconds": round(seconds, 3), **values}) + "\n")
         for name, value in values.items():
@@ -66,13 +66,14 @@ class RunLog:
         self.board.add_image("samples", image, int(path.stem), dataformats="HWC")
 
     def close(self) -> None:
+        """Close the bar and the files."""
         self.bar.close()
         self.board.close()
         self.file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a `metrics.jsonl`; a last line cut off by a kill is left out."""
+    """Return the lines of a `metrics.jsonl`, without a last line that a kill cut off."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
         try:

@@ -1,4 +1,4 @@
-"""Watches the numbers of a run: one that is none stops it, by its name and step, before it reaches a checkpoint."""
+"""A guard that stops a run at a NaN or an infinity, by its name and step, before it reaches a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,45 +13,49 @@ from rlv2v.errors import UserError
 from rlv2v.runtime import distributed as dist
 from rlv2v.runtime.device import HostCopy
 
-LAG = 4  # steps that a GPU's numbers are read later: by then they are there, and nobody waits
-SMALLEST_SCALE = 1.0  # of a loss in fp16: below, the gradients do not fit however small they are made
+LAG = 4  # steps after which a GPU's values are read: by then they have arrived, and nobody waits
+SMALLEST_SCALE = 1.0  # of a loss in fp16; at a smaller one no gradient fits into fp16's range
 
 
 class NanGuard:
-    """Reads what each step said, as means over the ranks, and stops the run at a number that is none.
+    """Read the logged values of each step, as means over the ranks, and stop the run at a NaN or infinity.
 
-    All ranks read the same numbers at the same step, so that all stop together. Where losses are scaled (fp16), a
-    gradient beyond the range is part of the search for the scale; a scale below 1 is not.
+    All ranks read the same values at the same step, so that all stop together. Where losses are scaled (fp16), an
+    infinite gradient is part of the search for the scale; a scale below 1 is not.
+
+    Args:
+        device: where the values are computed.
+        lag: steps after which they are read; by default `LAG` on a GPU, else 0.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._lag = LAG if device.type == "cuda" else 0
-        self._said: deque[tuple[int, tuple[str, ...], HostCopy]] = deque()
+    def __init__(self, device: torch.device, lag: int | None = None) -> None:
+        self._lag = (LAG if device.type == "cuda" else 0) if lag is None else lag
+        self._pending: deque[tuple[int, tuple[str, ...], HostCopy]] = deque()
 
     def record(self, step: int, values: Mapping[str, Tensor]) -> None:
-        """Take the numbers () of a step."""
+        """Take the values () of a step."""
         stacked = torch.stack([value.detach().float() for value in values.values()])
-        self._said.append((step, tuple(values), HostCopy(dist.mean(stacked))))
+        self._pending.append((step, tuple(values), HostCopy(dist.mean(stacked))))
 
     def read(self, *, everything: bool = False) -> dict[str, float]:
-        """Check what is there, or all; returns the newest numbers that were read, {} for none.
+        """Check all values that are `lag` steps old, or `everything`; return the newest of them, {} for none.
 
         Raises:
-            UserError: a loss, a norm of gradients or a scale is no number.
+            UserError: a loss, gradient norm or scale is NaN or infinite.
         """
         newest: dict[str, float] = {}
-        while len(self._said) > (0 if everything else self._lag):
-            step, names, copy = self._said.popleft()
+        while len(self._pending) > (0 if everything else self._lag):
+            step, names, copy = self._pending.popleft()
             newest = dict(zip(names, copy.read()[0].tolist(), strict=True))
-            check_numbers(newest, step)
+            check_values(newest, step)
         return newest
 
 
-def check_numbers(values: Mapping[str, float], step: int) -> None:
-    """Raise UserError for the first of a step's numbers that is none."""
-    scaled = any(name.startswith("scale") for name in values)
+def check_values(values: Mapping[str, float], step: int) -> None:
+    """Raise UserError for the first of a step's values that is NaN or infinite, or a scale that is too small."""
+    is_scaled = any(name.startswith("scale") for name in values)
     for name, value in values.items():
-        if not math.isfinite(value) and not (scaled and name.startswith("grad")):
+        if not math.isfinite(value) and not (is_scaled and name.startswith("grad")):
             kind = "gradient norm" if name.startswith("grad") else "loss"
             stop(f"{kind} {name!r} is {value}", step)
         if name.startswith("scale") and value < SMALLEST_SCALE:
@@ -59,7 +63,7 @@ def check_numbers(values: Mapping[str, float], step: int) -> None:
 
 
 def check_weights(nets: Iterable[tuple[str, nn.Module]], step: int) -> None:
-    """Raise UserError for the first weight or buffer that holds a number that is none; waits for a GPU."""
+    """Raise UserError for the first weight or buffer with a NaN or infinity in it; waits for a GPU."""
     named = [
         (f"{net}.{name}", tensor)
         for net, module in nets
@@ -71,8 +75,9 @@ def check_weights(nets: Iterable[tuple[str, nn.Module]], step: int) -> None:
         stop(f"weight {named[bad[0]][0]!r} is {norms[bad[0]].item()}", step)
 
 
-def stop(what: str, step: int) -> None:
+def stop(reason: str, step: int) -> None:
+    """Raise the UserError that ends the run."""
     raise UserError(
-        f"{what} at step {step}: the run stops; its last checkpoint is whole. "
+        f"{reason} at step {step}: the run stops; its last checkpoint is whole. "
         f"Try a smaller --lr or --disc-lr, or --precision fp32"
     )

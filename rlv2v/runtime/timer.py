@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""The time that each section of a training step takes."""
 
 from __future__ import annotations
 
@@ -6,48 +6,50 @@ import time
 
 import torch
 
-PARTS = ("data", "replay", "critics", "generators", "discriminators", "all_reduce", "optimiser", "host", "checkpoint")
+SECTIONS = (
+    "data", "replay", "critics", "generators", "discriminators", "all_reduce", "optimiser", "host", "checkpoint",
+)  # fmt: skip
 
 
 class StepTimer:
-    """Splits the time of steps: each `mark(part)` books what has passed since the last mark.
+    """Split the time of steps: each `mark(section)` books the time since the last mark.
 
-    On the CPU by the wall clock. On a GPU by events in its stream, read only by `read`, so that nothing waits for it:
-    a part is then the time until the GPU had done it. Parts: waiting for clips, the replay buffer with its new
-    transitions, forward and backward of the three phases, what of the all-reduce was not hidden behind them, clipping
-    and optimiser, the host's reading of what a step said and its log, and what a checkpoint held the loop up.
+    On the CPU this is wall time. On a GPU it is the time between events in its stream, which only `read` waits for.
+    The sections are: waiting for clips; the replay buffer and its new transitions; forward and backward of the three
+    phases; the share of the all-reduce that they did not hide; clipping and optimiser; reading and logging a step's
+    values; and the time that a checkpoint held the loop up.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._spent: dict[str, float] = {}
-        self._marks: list[tuple[str, torch.cuda.Event]] = []
+        self._events: list[tuple[str, torch.cuda.Event]] = []
         self._steps = 0
         self._last = time.perf_counter()
         self.mark("")
 
-    def mark(self, part: str) -> None:
-        """Book the time since the last mark as `part`; "" books it nowhere."""
+    def mark(self, section: str) -> None:
+        """Book the time since the last mark to `section`; "" books it nowhere."""
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
-            self._marks.append((part, event))
+            self._events.append((section, event))
             return
         now = time.perf_counter()
-        self._spent[part] = self._spent.get(part, 0.0) + now - self._last
+        self._spent[section] = self._spent.get(section, 0.0) + now - self._last
         self._last = now
 
     def step(self) -> None:
-        """One more step is done."""
+        """Count a step that is done."""
         self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """Seconds a step of each part since the last call, as `time_<part>`; waits for a GPU."""
+        """Return the seconds a step of each section since the last call, as `time_<section>`; waits for a GPU."""
         if self._cuda:
-            self._marks[-1][1].synchronize()
-            for (_, before), (part, after) in zip(self._marks, self._marks[1:], strict=False):
-                self._spent[part] = self._spent.get(part, 0.0) + before.elapsed_time(after) / 1e3
-            self._marks = self._marks[-1:]
+            self._events[-1][1].synchronize()
+            for (_, start), (section, end) in zip(self._events, self._events[1:], strict=False):
+                self._spent[section] = self._spent.get(section, 0.0) + start.elapsed_time(end) / 1e3
+            self._events = self._events[-1:]
         steps = max(1, self._steps)
         spent, self._spent, self._steps = self._spent, {}, 0
-        return {f"time_{part}": spent.get(part, 0.0) / steps for part in PARTS}
+        return {f"time_{section}": spent.get(section, 0.0) / steps for section in SECTIONS}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlv2v import _native
 from rlv2v.kernels import dispatch
-from rlv2v.kernels.plain import PlainRecurrence
+from rlv2v.kernels.eager import EagerRecurrence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = layer.Shape(2, 3, 4, 5, 6, 7)
@@ -45,7 +45,7 @@ def test_every_form_returns_the_references_numbers(device: str, monkeypatch: pyt
     monkeypatch.setattr(torch.ops.aten, "_thnn_fused_lstm_cell", aten_cell, raising=False)
     data = layer.solved(SHAPE)
     forms = peers.cpu_forms(quick=True) if device == "cpu" else peers.cuda_forms(F32, quick=True)
-    forms = [one for one in forms if one.backend in ("", "cpu", "plain")]
+    forms = [one for one in forms if one.backend in ("", "cpu", "eager")]
     assert len(forms) == (15 if device == "cpu" else 5)
     for one in forms:
         difference = layer.Layer(one, data).check()
@@ -97,7 +97,7 @@ def test_ratios_are_like_for_like(bench: Bench) -> None:
     assert groups == {(F32, ""), (F32, "compiled"), (BF16, ""), (BF16, "compiled"), (BF16, "autocast+compile")}
 
 
-class Wrong(PlainRecurrence):
+class Wrong(EagerRecurrence):
     """A backend that is a little off in the gradient alone."""
 
     def backward(self, *args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -106,8 +106,8 @@ class Wrong(PlainRecurrence):
 
 
 def test_a_wrong_backend_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = dispatch.RUNNERS["cpu"]
-    monkeypatch.setitem(dispatch.RUNNERS, "cpu", right._replace(recurrence=Wrong()))
+    right = dispatch.TABLE["cpu"]
+    monkeypatch.setitem(dispatch.TABLE, "cpu", right._replace(recurrence=Wrong()))
     eager, ours = layer.layer_rows(bench, SHAPE, [form("eager"), form("cpu")], 2, ["forward+backward"])[:2]
     assert eager["valid"] and not ours["valid"] and ours["median_us"] is None
     assert ours["difference"]["gradient"] > 5e-6 and ours["ours"]

@@ -1,4 +1,4 @@
-"""What the tests of the checkpoints share: small states that tell their step, and a way to damage one."""
+"""Helpers of the tests of checkpoints: small states that hold their step, checks, and a way to damage a file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,14 @@ def assert_holds(store: Checkpoints, step: int) -> None:
         assert bool((store.load(step, replica_name(replica))["seen"] == step).all())
 
 
-def parts(run: Path) -> list[str]:
+def assert_all_whole(store: Checkpoints) -> None:
+    """Check every folder that is named like a checkpoint, byte by byte."""
+    for step in (int(path.name) for path in store.folder.glob("[0-9]*")):
+        for name in ("state", *map(replica_name, range(store.replicas(step)))):
+            store.load(step, name)
+
+
+def hidden_files(run: Path) -> list[str]:
     return [path.name for path in run.rglob(".*")]
 
 

@@ -1,4 +1,4 @@
-"""The lock on a run's folder: one holder, named to the next, gone with it however it dies."""
+"""Tests of the lock on a run's folder: one holder, named to the next, gone with it however it dies."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ time.sleep(60)
 
 
 @contextmanager
-def holder(run: Path, how: str) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """A process that holds the lock, and the children it has made by then."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(run), how], stdout=subprocess.PIPE, text=True)
+def holder(run: Path, kind: str) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """Start a process that holds the lock; yield it and the pids of the children it has made."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(run), kind], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    children = [int(pid) for pid in process.stdout.readline().split()]
+    pids = [int(pid) for pid in process.stdout.readline().split()]
     try:
-        yield process, children
+        yield process, pids
     finally:
         process.kill()
         process.wait()
         process.stdout.close()
-        for child in children:
-            os.kill(child, signal.SIGKILL)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
 
 
-def test_a_second_run_is_refused_and_told_who_is_there(tmp_path: Path) -> None:
+def test_a_second_run_is_refused_and_the_holder_named(tmp_path: Path) -> None:
     with holder(tmp_path, "alone") as (process, _):
         with pytest.raises(UserError, match=f"{tmp_path}: another run .*pid {process.pid} on {socket.gethostname()}"):
             lock_folder(tmp_path)
@@ -64,15 +64,15 @@ def test_a_second_run_is_refused_and_told_who_is_there(tmp_path: Path) -> None:
     lock_folder(tmp_path).close()
 
 
-@pytest.mark.parametrize("how", ["forks", "starts"])
-def test_a_killed_holder_leaves_no_lock_to_its_children(tmp_path: Path, how: str) -> None:
-    with holder(tmp_path, how) as (process, children):
-        assert len(children) == 1
+@pytest.mark.parametrize("kind", ["forks", "starts"])
+def test_a_killed_holder_leaves_no_lock_to_its_children(tmp_path: Path, kind: str) -> None:
+    with holder(tmp_path, kind) as (process, pids):
+        assert len(pids) == 1
         with pytest.raises(UserError):
             lock_folder(tmp_path)
         process.kill()
         process.wait()
-        os.kill(children[0], 0)  # the child lives on
+        os.kill(pids[0], 0)  # the child lives on
         lock_folder(tmp_path).close()
 
 

@@ -1,22 +1,40 @@
-"""What a run survives: signals, kills, a full disk, a second run in its folder."""
+"""Tests of what a run survives: kills, signals, a full disk, too little memory, a second run, files of old versions."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils._pytree import tree_leaves
 
-from rlv2v.checkpoint.store import Checkpoints
+import rlv2v.evaluate
+import rlv2v.report
+import rlv2v.translate
+from rlv2v.checkpoint.store import Checkpoints, replica_name
+from rlv2v.config import Config
 from rlv2v.data.synth import Counts, write_dataset
+from rlv2v.errors import UserError
+from rlv2v.runtime.interrupt import Interrupt
 from rlv2v.runtime.log import read_metrics
+from rlv2v.train import train
+
+STEPS = 5
+# Children of a server that has imported everything once, and has no threads that a fork would cut off.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["rlv2v.train"])
 
 
 @pytest.fixture(scope="module")
@@ -26,25 +44,98 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture(autouse=True)
-def one_openmp_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def config_of(data: Path, run: Path) -> Config:
+    """Return a short run that writes a checkpoint after each step."""
+    return Config.of(
+        "tiny", data=data, out=run, steps=STEPS, snapshot_seconds=0.0, rl_every=1, replay_alpha=0.6, keep=99
+    )
+
+
+def contents(run: Path) -> list[Any]:
+    """Return all that the last checkpoint holds but the clock's reading, and the losses that were logged."""
+    store = Checkpoints(run, keep=1, num_replicas=1)
+    state = store.load(STEPS)
+    state["schedule"].pop("seconds")
+    lines = [(line["step"], line["loss"]) for line in read_metrics(run / "metrics.jsonl")]
+    return tree_leaves([state, store.load(STEPS, replica_name(0)), lines])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Return the contents of a run that nobody kills."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(config_of(data, run))
+    return contents(run)
+
+
+def die_before_rename(config: Config, name: str, number: int) -> None:
+    """Train, but die before the n-th rename of a file or folder to `name`."""
+    count = 0
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        if event == "os.rename" and Path(arguments[1]).name == name:
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    train(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "newest"),
+    [
+        ("00000003", 1, 2),
+        pytest.param("config.json", 1, None, marks=pytest.mark.thorough),
+        pytest.param("00000000", 1, None, marks=pytest.mark.thorough),
+        pytest.param("manifest.json", 4, 2, marks=pytest.mark.thorough),
+        pytest.param("model.safetensors", 4, 3, marks=pytest.mark.thorough),
+    ],
+)
+def test_a_killed_run_ends_as_if_nothing_had_happened(
+    data: Path, undisturbed: list[Any], tmp_path: Path, name: str, number: int, newest: int | None
+) -> None:
+    config = config_of(data, tmp_path / "run")
+    process = processes.Process(target=die_before_rename, args=(config, name, number))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    store = Checkpoints(config.out, keep=1, num_replicas=1)
+    assert store.newest() == newest
+    train(config.replace(resume=(config.out / "config.json").is_file()))
+    resumed = contents(config.out)
+    assert len(resumed) == len(undisturbed) > 100
+    for a, b in zip(resumed, undisturbed, strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    assert not list(config.out.rglob(".*.part"))
+
+
+@pytest.mark.thorough
+def test_a_run_that_is_killed_at_any_moment_can_be_resumed(data: Path, tmp_path: Path, bench_folder: None) -> None:
+    """Some of the kills of bench/survive.py, by the clock: while it starts, and while it trains."""
+    import survive
+
+    for seconds in (2.0, 5.0):
+        row = survive.kill_and_resume(data, tmp_path / f"{seconds}", 30, seconds)
+        assert row["fault"] is None, row
 
 
 def start(*arguments: object, limit: Callable[[], None] | None = None) -> subprocess.Popen[str]:
-    line = [sys.executable, "-m", "rlv2v.train", *map(str, arguments)]
-    return subprocess.Popen(line, stderr=subprocess.PIPE, text=True, preexec_fn=limit)
+    command = [sys.executable, "-m", "rlv2v.train", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=limit, env=environment)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    said = process.communicate(timeout=120)[1]
-    return process.returncode, said
+    errors = process.communicate(timeout=240)[1]
+    return process.returncode, errors
 
 
-def wait_until(true: Callable[[], object], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it did not come to it in time"
+def wait_until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    """Poll until a process has left on the disk what a test waits for."""
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
 
 
@@ -56,118 +147,131 @@ def steps(run: Path) -> list[int]:
     return Checkpoints(run, keep=1, num_replicas=1).steps
 
 
+def test_a_second_signal_ends_the_process_at_once() -> None:
+    with Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.by == "SIGTERM"
+        child = os.fork()
+        if not child:
+            os.kill(os.getpid(), signal.SIGINT)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.thorough
 def test_sigterm_saves_and_ends_well(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(*tiny(data, run, "--steps", 100000))
-    wait_until(lambda: len(read_metrics(run / "metrics.jsonl")) > 1)
+    wait_until(lambda: len(read_metrics(run / "metrics.jsonl")) > 1, process)
     process.send_signal(signal.SIGTERM)
-    code, said = finish(process)
-    assert code == 0, said
+    code, errors = finish(process)
+    assert code == 0, errors
     assert Checkpoints(run, keep=1, num_replicas=1).newest() == steps(run)[-1] >= 10
-    assert said.splitlines()[-1] == (f"stopped by SIGTERM at step {steps(run)[-1]}; go on with --resume --out {run}")
+    assert errors.splitlines()[-1] == f"stopped by SIGTERM at step {steps(run)[-1]}; go on with --resume --out {run}"
 
 
-def test_a_second_signal_ends_at_once_and_leaves_the_run_whole(data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    # a step of many seconds: only the second signal can end it within seconds
-    process = start(*tiny(data, run, "--size", 128, "--warmup-steps", 0, "--batch-x", 64))
-    wait_until(lambda: steps(run) == [0])
-    time.sleep(1.0)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
-    assert process.poll() is None, "the first one waits for the step"
-    began = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    assert finish(process)[0] == 128 + signal.SIGTERM and time.monotonic() - began < 3
-    assert Checkpoints(run, keep=1, num_replicas=1).newest() == 0
-
-
+@pytest.mark.thorough
 def test_a_signal_while_warming_up_ends_and_the_run_begins_again(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(*tiny(data, run, "--warmup-steps", 1000000))
-    wait_until((run / "config.json").is_file)
-    time.sleep(2.0)
+    wait_until((run / "config.json").is_file, process)
     process.send_signal(signal.SIGINT)
-    code, said = finish(process)
-    assert code == 0 and "during the warm-up" in said, said
+    code, errors = finish(process)
+    assert code == 0 and "during the warm-up" in errors, errors
     assert not steps(run)
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(config | {"warmup_steps": 2}))  # or it would take the hour it asks for
-    code, said = finish(start("--resume", "--out", run, "--steps", 2))
-    assert code == 0 and "no checkpoint yet" in said and steps(run)[-1] == 2, said
+    path = run / "config.json"
+    path.write_text(path.read_text().replace("1000000", "2"))  # or it would take the hours it asks for
+    code, errors = finish(start("--resume", "--out", run, "--steps", 2))
+    assert code == 0 and "no checkpoint yet" in errors and steps(run)[-1] == 2, errors
 
 
+@pytest.mark.thorough
 def test_two_runs_in_one_folder_are_refused(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(*tiny(data, run, "--steps", 100000))
-    wait_until(lambda: steps(run))
-    for flags in (tiny(data, run), ["--resume", "--out", run]):
-        code, said = finish(start(*flags))
-        assert code == 2 and ("another run is at work" in said or "holds a run already" in said), said
-    code, said = finish(start("--resume", "--out", run))
-    assert f"pid {process.pid}" in said, "named"
+    wait_until(lambda: steps(run), process)
+    code, errors = finish(start(*tiny(data, run)))
+    assert code == 2 and "holds a run already" in errors, errors
+    code, errors = finish(start("--resume", "--out", run))
+    assert code == 2 and "another run is at work" in errors and f"pid {process.pid}" in errors, errors
     process.kill()
     process.communicate()
-    code, said = finish(start("--resume", "--out", run, "--steps", steps(run)[-1] + 1))
-    assert code == 0, f"a killed run holds nothing: {said}"
+    code, errors = finish(start("--resume", "--out", run, "--steps", steps(run)[-1] + 1))
+    assert code == 0, f"a killed run holds nothing: {errors}"
 
 
+@pytest.mark.thorough
 def test_a_disk_that_fills_up_while_training(data: Path, tmp_path: Path) -> None:
-    """Room for the first checkpoint, which has no moments yet, and not for the second."""
+    """There is room for the first checkpoint, which has no moments yet, and not for the second."""
 
     def small_files() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
 
     run = tmp_path / "run"
-    code, said = finish(start(*tiny(data, run, "--steps", 30, "--snapshot-seconds", 0.5), limit=small_files))
-    assert code == 2 and "state.pt" in said.splitlines()[-1] and "free space" in said and "Traceback" not in said
+    code, errors = finish(start(*tiny(data, run, "--steps", 30, "--snapshot-seconds", 0), limit=small_files))
+    assert code == 2 and "state.pt" in errors.splitlines()[-1] and "free space" in errors and "Traceback" not in errors
     assert steps(run) == [0] and Checkpoints(run, keep=1, num_replicas=1).newest() == 0
     assert not list(run.rglob(".*.part"))
-    code, said = finish(start("--resume", "--out", run, "--steps", 3))
-    assert code == 0 and steps(run)[-1] == 3, said
+    code, errors = finish(start("--resume", "--out", run, "--steps", 3))
+    assert code == 0 and steps(run)[-1] == 3, errors
 
 
-@pytest.mark.parametrize("where", ["/proc/run", "checkpoints"])
-def test_a_folder_that_cannot_be_written(data: Path, tmp_path: Path, where: str) -> None:
-    run = Path(where) if where.startswith("/") else tmp_path / "run"
-    if where == "checkpoints":
+@pytest.mark.parametrize("reason", ["not writable", "a file in the way"])
+def test_a_folder_that_cannot_be_written_is_refused(data: Path, tmp_path: Path, reason: str) -> None:
+    run = Path("/proc/run") if reason == "not writable" else tmp_path / "run"
+    if reason != "not writable":
         run.mkdir()
-        (run / where).write_text("a file")
-    code, said = finish(start(*tiny(data, run)))
-    assert code == 2 and "--out" in said.splitlines()[-1] and "Traceback" not in said, said
+        (run / "checkpoints").write_text("a file")
+    with pytest.raises(UserError, match=f"{run}.*expected a folder that a run can be written to.*--out"):
+        train(config_of(data, run))
 
 
-def test_killed_at_any_moment_the_run_ends_as_if_nothing_had_happened(tmp_path: Path, bench_folder: None) -> None:
-    """Three of the kills of bench/survive.py: before, at and long after the first checkpoint."""
-    import survive
-
-    data, number = tmp_path / "data", 30
-    write_dataset(data, size=16, frames=4, counts=Counts(x=24, y=12, z=12, s=6, val=2, test=2))
-    assert survive.finish(survive.TRAIN + survive.flags(data, tmp_path / "whole", number)) is None
-    wanted = survive.contents(tmp_path / "whole", number)
-    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    kills = {tmp_path / f"kill-{after:g}": after for after in (2.0, 4.5, 7.0)}
-    with ThreadPoolExecutor(2) as pool:
-        rows = list(pool.map(lambda run: survive.kill_and_resume(data, run, number, kills[run]), kills))
-    for run, row in zip(kills, rows, strict=True):
-        assert row["fault"] is None, row
-        assert survive.same(survive.contents(run, number), wanted), row
-        again = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in again] == [line["step"] for line in lines]
-        assert [line["loss"] for line in again] == [line["loss"] for line in lines]
-    changed = list(wanted)
-    first = next(i for i, value in enumerate(changed) if hasattr(value, "dtype") and value.dtype.is_floating_point)
-    changed[first] = changed[first] + 1e-7
-    assert not survive.same(changed, wanted), "one bit is seen"
-
-
+@pytest.mark.thorough
 def test_too_little_memory_ends_with_what_would_fit(data: Path, tmp_path: Path) -> None:
     def little_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (5 * 2**29, 5 * 2**29))
 
     flags = ("--size", 128, "--batch-x", 128, "--warmup-steps", 0)
-    code, said = finish(start(*tiny(data, tmp_path / "run", *flags), limit=little_memory))
-    last = said.strip().splitlines()[-1]
-    assert code == 2 and "Traceback" not in said, said
+    code, errors = finish(start(*tiny(data, tmp_path / "run", *flags), limit=little_memory))
+    last = errors.strip().splitlines()[-1]
+    assert code == 2 and "Traceback" not in errors, errors
     assert "out of memory on cpu: a step of this run needs about" in last and "--memory" in last
+
+
+# files of an older version
+
+
+def age(run: Path) -> None:
+    """Rewrite a run as version 1 wrote it: a flat config, and version 1 in the model."""
+    path, model = run / "config.json", run / "model.safetensors"
+    config = json.loads(path.read_text())
+    with safe_open(model, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, model, {"config": path.read_text(), "version": "1"})
+    sections = [section for section in config.values() if isinstance(section, dict)]
+    flat = {name: value for section in [config, *sections] for name, value in section.items()}
+    path.write_text(json.dumps(flat | {"data": "data"}))
+
+
+@pytest.mark.parametrize("command", ["train", "translate", "evaluate", "report"])
+def test_a_run_of_an_older_version_is_refused_in_one_line(
+    data: Path, tmp_path: Path, tiny_run: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (run / name).write_bytes((tiny_run / name).read_bytes())
+    age(run)
+    source = next((data / "testX").iterdir())
+    calls: dict[str, tuple[Any, Any]] = {
+        "train": (lambda _: train(Config.of("tiny", out=run, resume=True)), Config),
+        "translate": (rlv2v.translate.main, rlv2v.translate.Args(run, source, tmp_path / "out.mp4", device="cpu")),
+        "evaluate": (rlv2v.evaluate.main, rlv2v.evaluate.Args(run, data, device="cpu")),
+        "report": (rlv2v.report.main, rlv2v.report.Args(run, data=data, device="cpu")),
+    }
+    main, args = calls[command]
+    with pytest.raises(UserError, match=r"version.*train anew"):
+        main(args)
+    assert not (tmp_path / "out.mp4").exists() and not (run / "report").exists()

@@ -13,24 +13,26 @@ import av
 import numpy as np
 import pytest
 
+from rlv2v.config import Config
 from rlv2v.data.synth import Counts, write_dataset
 from rlv2v.data.video import read_frames
 from rlv2v.data.writer import write_image
 from rlv2v.errors import UserError
-from rlv2v.report import Args, curves, main, running_mean, side_by_side
+from rlv2v.metrics import METRICS
+from rlv2v.report import Args, main
+from rlv2v.report_page import curves, running_mean, side_by_side
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 
 @pytest.fixture(scope="module")
 def page(tiny_run, tmp_path_factory) -> tuple[str, Path]:
-    """The page of a run with a log, a sample strip and a synthetic test set; and the set's folder."""
+    """The page of a run with a log, a sample grid and a synthetic test set; and the set's folder."""
     root = tmp_path_factory.mktemp("report")
     data = root / "data"
     write_dataset(data, size=16, frames=4, counts=Counts(x=4, y=4, z=0, s=0, val=0, test=2))
     run = shutil.copytree(tiny_run, root / "a <run>")
-    config = json.loads((run / "config.json").read_text()) | {"data": str(data)}
-    (run / "config.json").write_text(json.dumps(config))
+    (run / "config.json").write_text(Config.of("tiny", data=data).to_json())
     lines = [{"step": step, "seconds": step / 2, "loss": 1 / step, "odd": None} for step in range(1, 31)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 31, "lo')
     (run / "samples").mkdir()
@@ -40,12 +42,13 @@ def page(tiny_run, tmp_path_factory) -> tuple[str, Path]:
 
 
 class Check(HTMLParser):
-    """Every tag is closed in order, every id is unique, and nothing is fetched from elsewhere."""
+    """Every tag is closed in order, every id is unique, labels point to one, and nothing is fetched from elsewhere."""
 
     def __init__(self) -> None:
         super().__init__()
         self.open: list[str] = []
         self.ids: list[str] = []
+        self.referred: set[str] = set()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag not in VOID:
@@ -53,6 +56,8 @@ class Check(HTMLParser):
         for name, value in attrs:
             if name == "id":
                 self.ids.append(value or "")
+            if name == "aria-labelledby":
+                self.referred.add(value or "")
             if name in ("src", "href"):
                 assert value is not None and value.startswith(("data:", "#")), value
 
@@ -63,16 +68,18 @@ class Check(HTMLParser):
 def test_page_is_well_formed_and_stands_alone(page):
     check = Check()
     check.feed(page[0])
+    check.close()
     assert check.open == [] and len(check.ids) == len(set(check.ids))
+    assert {"videos", "metrics", "sample", "curves", "config"} == check.referred <= set(check.ids)
     assert "a &lt;run&gt;" in page[0] and "<run>" not in page[0]
 
 
 def test_videos_play_in_a_browser_and_show_source_translation_and_truth(page, tmp_path):
     text, data = page
-    found = re.findall(r"data:video/mp4;base64,([^\"]+)", text)
-    assert len(found) == 2
+    clips = re.findall(r"data:video/mp4;base64,([^\"]+)", text)
+    assert len(clips) == 2
     path = tmp_path / "clip.mp4"
-    path.write_bytes(base64.b64decode(found[0]))
+    path.write_bytes(base64.b64decode(clips[0]))
     with av.open(str(path)) as container:
         context = container.streams.video[0].codec_context
         assert (context.name, context.pix_fmt) == ("h264", "yuv420p")
@@ -87,9 +94,10 @@ def test_videos_play_in_a_browser_and_show_source_translation_and_truth(page, tm
 def test_table_curves_sample_and_config_are_there(page):
     text = page[0]
     assert text.count('<th scope="row">') == 3 and "100.00" in text
-    assert "copying the source scores 1" in text
+    assert all(f"<dd>{metric.meaning}</dd>".replace("'", "&#39;") in text for metric in METRICS.values())
+    assert text.count("<td>") == 3 * len(METRICS)
     assert text.count("<svg role=") == 1 and "loss over steps 1 to 30" in text
-    assert "data:image/png" in text and "<dt>disc_widths</dt><dd>[4, 8, 8]</dd>" in text
+    assert "data:image/png" in text and "<dt>disc_widths</dt><dd>4 8 8</dd>" in text
 
 
 def test_run_without_data_or_log_still_has_a_page(tiny_run, tmp_path):
@@ -127,7 +135,7 @@ def test_mistakes_are_refused_by_name(tiny_run, tmp_path):
     (tmp_path / "config.json").write_text("[]")
     for args, words in [
         (Args(tmp_path / "absent"), "expected a run folder with config.json"),
-        (Args(tmp_path), "expected a JSON object, got list"),
+        (Args(tmp_path), "config.json: expected a config of this version of rlv2v"),
         (Args(tiny_run, clips=-1), "--clips"),
         (Args(tiny_run, data=tmp_path / "absent"), "expected a folder testX"),
     ]:

@@ -10,29 +10,21 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from commands import Command, refusal
 
 from rlv2v.checkpoint.export import load_translator
 from rlv2v.checkpoint.store import Checkpoints
-from rlv2v.cli import run_command
 from rlv2v.config import Config
-from rlv2v.data.synth import Counts, write_dataset
 from rlv2v.errors import UserError
-from rlv2v.flags import flags_type, resolve
-from rlv2v.presets import PRESETS
-from rlv2v.runtime.log import read_metrics
-from rlv2v.train import main, train
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("data") / "synth"
-    write_dataset(out, size=16, frames=4, counts=Counts(x=24, y=12, z=12, s=6, val=2, test=2))
-    return out
+from rlv2v.flags import resolve
+from rlv2v.runtime.log import RunLog, read_metrics
+from rlv2v.train import train
 
 
 def tiny(data: Path, out: Path, **changes: object) -> Config:
@@ -53,42 +45,28 @@ def weights_of(run: Path) -> dict[str, torch.Tensor]:
     return {f"{part}.{key}": value for part in ("nets", "targets", "average") for key, value in state[part].items()}
 
 
-def assert_same(a: Path, b: Path) -> None:
-    mine, theirs = weights_of(a), weights_of(b)
-    assert mine.keys() == theirs.keys()
-    different = [key for key in mine if not torch.equal(mine[key], theirs[key])]
-    assert not different, different[:3]
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps with a checkpoint after each; tests that change it work on a copy."""
+    run = tmp_path_factory.mktemp("runs") / "trained"
+    train(tiny(data, run, snapshot_seconds=0.0))
+    return run
 
 
-def command(arguments: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `python -m rlv2v.train ARGUMENTS` does, in this process."""
-    monkeypatch.setattr(sys, "argv", ["rlv2v.train", *map(str, arguments)])
-    run_command(main, flags_type())
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(trained, tmp_path / "run")
 
 
-def refused(arguments: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """Run a command that must end with exit code 2 and one line on stderr; returns the line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        command(arguments, monkeypatch)
-    assert stop.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pytest")]
-    assert len(lines) == 1
-    return lines[0]
-
-
-def test_a_run_leaves_what_the_other_commands_read(data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "deep" / "run"
-    train(tiny(data, run))
-    assert {"config.json", "metrics.jsonl", "model.safetensors", "checkpoints", "samples", "tensorboard"} <= {
-        p.name for p in run.iterdir()
-    }
+def test_a_run_logs_what_it_does_and_translates_both_ways(data: Path, trained: Path) -> None:
+    run = trained
     lines = read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 4]
     names = {"loss", "loss_d", "loss_q", "g_y", "v_x", "tau_x", "rc_y", "cycle_x", "contrast_y", "colours_y", "gap"}
     assert names <= {name for line in lines for name in line}
-    assert list((run / "samples").glob("*.png"))
-    assert Config.from_json((run / "config.json").read_text(), "config") == tiny(data, run, replicas=1)
+    assert Config.from_json((run / "config.json").read_text(), "config") == tiny(
+        data, run, replicas=1, snapshot_seconds=0.0
+    )
     for direction in ("x2y", "y2x"):
         g, config = load_translator(run, direction)
         assert g(torch.zeros(1, 2, 3, 16, 16))[0].shape == (1, 2, 3, 16, 16)
@@ -107,12 +85,12 @@ def test_the_best_model_is_kept_beside_the_newest(data: Path, tmp_path: Path) ->
         assert all(torch.equal(value, average[f"g_y.{key}"]) for key, value in g.state_dict().items()), name
 
 
-def test_same_seed_same_run_other_seed_other_run(data: Path, tmp_path: Path) -> None:
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        train(tiny(data, tmp_path / name, seed=seed))
-    assert_same(tmp_path / "a", tmp_path / "b")
-    with pytest.raises(AssertionError):
-        assert_same(tmp_path / "a", tmp_path / "c")
+def test_same_seed_same_run_other_seed_other_run(data: Path, trained: Path, tmp_path: Path) -> None:
+    train(tiny(data, tmp_path / "again"))
+    train(tiny(data, tmp_path / "other", seed=1))
+    first, again, other = (weights_of(run) for run in (trained, tmp_path / "again", tmp_path / "other"))
+    assert first.keys() == again.keys() and all(torch.equal(first[key], again[key]) for key in first)
+    assert not all(torch.equal(first[key], other[key]) for key in first)
 
 
 def without_times(line: dict[str, float]) -> dict[str, float]:
@@ -120,37 +98,34 @@ def without_times(line: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in line.items() if name not in times and not name.startswith("time_")}
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.6])
+@pytest.mark.parametrize("alpha", [pytest.param(0.0, marks=pytest.mark.thorough), 0.6])
 def test_a_resumed_run_is_the_uninterrupted_run(data: Path, tmp_path: Path, alpha: float) -> None:
-    config = tiny(data, tmp_path / "whole", steps=9, snapshot_seconds=0.0, replay_alpha=alpha, rl_every=1)
+    run = tmp_path / "run"
+    config = tiny(data, run, steps=9, snapshot_seconds=0.0, replay_alpha=alpha, rl_every=1)
     train(config)
-    before = weights_of(tmp_path / "whole")
-    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
-    shutil.rmtree(newest(tmp_path / "whole"))  # as if killed right after step 8's checkpoint
+    expected, lines = weights_of(run), read_metrics(run / "metrics.jsonl")
+    shutil.rmtree(newest(run))  # as if killed right after step 8's checkpoint
     train(config.replace(resume=True, loader_threads=3))
-    after = weights_of(tmp_path / "whole")
-    assert all(torch.equal(before[key], after[key]) for key in before)
-    resumed = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    for old, new in zip(map(json.loads, lines), resumed, strict=True):
+    assert all(torch.equal(value, expected[key]) for key, value in weights_of(run).items())
+    for old, new in zip(lines, read_metrics(run / "metrics.jsonl"), strict=True):
         assert without_times(old) == without_times(new)
-
-
-def test_resume_may_make_a_run_longer(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(tiny(data, tmp_path / "run"))
-    command(["--resume", "--out", tmp_path / "run", "--steps", 6], monkeypatch)
-    assert newest(tmp_path / "run").name == "00000006"
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"rl": False},
         {"method": "cyclegan"},
-        {"reward": "paper", "rl_every": 1},
         {"average": 0.0, "colours": 0.0, "contrast": 0.0, "mask_prior": 0.0, "cycle": 0.0, "identity": 0.0},
-        {"l_v": 0.0, "l_tau": 0.0, "l_rc": 0.0},
-        {"gan": "nonsaturating", "disc_norm": "clip", "chrono": False},
-        {"augment": "dihedral", "disc_frames": 0, "threads": 2},
+        *(
+            pytest.param(changes, marks=pytest.mark.thorough)
+            for changes in (
+                {"rl": False},
+                {"reward": "paper", "rl_every": 1},
+                {"l_v": 0.0, "l_tau": 0.0, "l_rc": 0.0},
+                {"gan": "nonsaturating", "disc_norm": "clip", "chrono": False},
+                {"augment": "dihedral", "disc_frames": 0},
+            )
+        ),
     ],
 )
 def test_every_switch_trains(data: Path, tmp_path: Path, changes: dict[str, object]) -> None:
@@ -179,74 +154,91 @@ def test_sets_z_and_s_may_be_missing(data: Path, tmp_path: Path) -> None:
     assert "identity_s" not in read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
 
 
-def test_presets_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, changes in PRESETS.items():
-        config = Config.of(name)
-        assert all(config.get(key) == value for key, value in changes.items())
+def test_flags_go_on_top_of_preset_and_method() -> None:
     assert resolve({"preset": "tiny", "budget": 9.0}).steps is None
     assert resolve({"preset": "paper", "method": "cyclegan"}).loss.l_v == 0.0
-    assert resolve({"preset": "tiny", "data": {"size": 24}}).data.size == 24
+    config = resolve({"preset": "tiny", "data": {"size": 24}, "loss": {"cycle": 1.5}})
+    assert (config.data.size, config.data.frames, config.loss.term("cycle"), config.steps) == (24, 4, 1.5, 4)
     assert Config().length == ("s", 300.0)
 
 
+@pytest.mark.parametrize("preset", ["default", "paper", "tiny", "workstation"])
+def test_a_config_survives_its_file(preset: str) -> None:
+    config = Config.of(preset, data=Path("mine"), seed=3).check()
+    assert Config.from_json(config.to_json(), "config") == config
+
+
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("change", "got"),
     [
-        (["--size", "20"], "--size"),
-        (["--frames", "1"], "--frames"),
-        (["--lr", "0"], "--lr"),
-        (["--steps", "4", "--budget", "3"], "--steps"),
-        (["--gamma", "1.5"], "--gamma"),
-        (["--device", "tpu9"], "--device"),
-        (["--eta1", "0.5", "2"], "--eta1"),
-        (["--loader-threads", "0"], "--loader-threads"),
-        (["--device", "cpu", "--decode", "gpu"], "--decode gpu: expected to train on a CUDA device, got cpu"),
-        (["--preset", "nonsense"], "--preset"),
-        (["--gamma", "much"], "--gamma"),
-        (["--speed", "9"], "--speed"),
+        (lambda values: values["model"].pop("widths"), "one without 'widths'"),
+        (lambda values: values.pop("loss"), "one without 'loss'"),
+        (lambda values: values["data"].update(odd=1), "a setting more than it has"),
+        (lambda values: values.update(data="folder"), "string indices"),
+        (lambda values: values["data"].update(size="big"), "not supported"),
     ],
 )
-def test_bad_values(
-    data: Path,
-    tmp_path: Path,
-    flags: list[str],
-    says: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    arguments = ["--preset", "tiny", "--data", data, "--out", tmp_path / "run", *flags]
-    assert says in refused(arguments, monkeypatch, capsys)
+def test_a_config_of_another_version_is_refused(change: Callable[[dict[str, Any]], object], got: str) -> None:
+    values = json.loads(Config().to_json())
+    change(values)
+    with pytest.raises(UserError, match=rf"old: expected a config of this version of rlv2v, got .*{got}"):
+        Config.from_json(json.dumps(values), "old")
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ("--size 20", "--size: expected a multiple of 8 (patch * 2 ** number of widths), got 20"),
+        ("--frames 1", "--frames: expected at least 2, got 1"),
+        ("--lr 0", "--lr: expected a number > 0, got 0.0"),
+        ("--cycle nan", "--cycle: expected a number >= 0, got nan"),
+        ("--steps 4 --budget 3", "--steps: expected --steps or --budget, not both, got 4"),
+        ("--gamma 1.5", "--gamma: expected 0 <= value < 1, got 1.5"),
+        ("--betas 0.5 1", "--betas: expected two numbers >= 0 and < 1, got (0.5, 1.0)"),
+        ("--eta1 0.5 2", "--eta1: expected two probabilities, got (0.5, 2.0)"),
+        ("--loader-threads 0", "--loader-threads: expected at least 1, got 0"),
+        ("--head convlstm", "--patch: expected 1 with --head convlstm, got 2"),
+        ("--device cpu --decode gpu", "--decode gpu: expected to train on a CUDA device, got cpu; use --decode cpu"),
+    ],
+)
+def test_bad_values(data: Path, tmp_path: Path, flags: str, line: str, command: Command) -> None:
+    arguments = ("train", "--preset", "tiny", "--data", data, "--out", tmp_path / "run", *flags.split())
+    assert refusal(command(*arguments)) == f"rlv2v.train: {line}"
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_data(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    start: list[object] = ["--preset", "tiny", "--out", tmp_path / "run", "--data"]
-    assert "nowhere" in refused([*start, tmp_path / "nowhere"], monkeypatch, capsys)
+def test_bad_data(data: Path, tmp_path: Path, command: Command) -> None:
+    def refused(*arguments: object) -> str:
+        return refusal(command("train", "--preset", "tiny", "--out", tmp_path / "run", "--data", *arguments))
+
+    assert "nowhere" in refused(tmp_path / "nowhere")
     empty = tmp_path / "empty"
     (empty / "trainX").mkdir(parents=True)
-    assert "trainX" in refused([*start, empty], monkeypatch, capsys)
+    assert "trainX" in refused(empty)
     (empty / "trainX" / "a.mp4").write_bytes(b"no video")
-    assert "a.mp4" in refused([*start, empty], monkeypatch, capsys)
+    assert "a.mp4" in refused(empty)
     (empty / "trainX" / "good.mp4").symlink_to(next((data / "trainX").iterdir()).resolve())
-    assert "trainY" in refused([*start, empty], monkeypatch, capsys)
-    assert "shorter" in refused([*start, data, "--frames", 64], monkeypatch, capsys)
+    assert "trainY" in refused(empty)
+    assert "shorter" in refused(data, "--frames", 64)
+    assert "tpu9" in refused(data, "--device", "tpu9")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_is_never_overwritten(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_run_is_never_overwritten_and_may_be_made_longer(
+    data: Path, tmp_path: Path, run: Path, command: Command
 ) -> None:
-    run = tmp_path / "run"
-    train(tiny(data, run))
-    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    assert "--resume" in refused(["--preset", "tiny", "--data", data, "--out", run], monkeypatch, capsys)
-    assert "--lr" in refused(["--resume", "--out", run, "--lr", 0.1], monkeypatch, capsys)
-    assert "no-run" in refused(["--resume", "--out", tmp_path / "no-run"], monkeypatch, capsys)
+    files = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     (tmp_path / "file").write_text("")
-    assert "file" in refused(["--preset", "tiny", "--data", data, "--out", tmp_path / "file"], monkeypatch, capsys)
-    assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    for arguments, word in (
+        (("--preset", "tiny", "--data", data, "--out", run), "--resume"),
+        (("--resume", "--out", run, "--lr", 0.1), "--lr"),
+        (("--resume", "--out", tmp_path / "no-run"), "no-run"),
+        (("--preset", "tiny", "--data", data, "--out", tmp_path / "file"), "file"),
+    ):
+        assert word in refusal(command("train", *arguments))
+    assert files == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    assert command("train", "--resume", "--out", run, "--steps", 6)[0] == 0
+    assert newest(run).name == "00000006"
 
 
 class Malicious:
@@ -265,74 +257,70 @@ def damage(path: Path, kind: str) -> None:
         torch.save({"weights": torch.zeros(3)}, path)
 
 
-@pytest.mark.parametrize("kind", ["truncated", "foreign", "malicious", "other"])
-@pytest.mark.parametrize("name", ["state.pt", "replica-00000.pt"])
+@pytest.mark.parametrize("name", ["state.pt", pytest.param("replica-00000.pt", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    "kind",
+    ["malicious", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("truncated", "foreign", "other"))],
+)
 def test_a_damaged_checkpoint_is_passed_over(
-    data: Path, tmp_path: Path, kind: str, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    data: Path,
+    tmp_path: Path,
+    run: Path,
+    name: str,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    run = tmp_path / "run"
-    train(tiny(data, run, snapshot_seconds=0.0))
-    whole = weights_of(run)
+    expected = weights_of(run)
     monkeypatch.chdir(tmp_path)
     damage(newest(run) / name, kind)
-    train(tiny(data, run).replace(resume=True))
+    train(tiny(data, run, resume=True))
     assert name in caplog.text and "step 3 is used instead" in caplog.text
-    assert all(torch.equal(value, whole[key]) for key, value in weights_of(run).items()), "and step 4 is made again"
+    assert all(torch.equal(value, expected[key]) for key, value in weights_of(run).items()), "and step 4 is made again"
     assert not (tmp_path / "pwned").exists()
 
 
-def test_no_whole_checkpoint_is_an_error(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "run"
-    train(tiny(data, run))
+def test_a_run_without_a_whole_checkpoint_or_model_is_refused(run: Path, tmp_path: Path, command: Command) -> None:
     for path in (run / "checkpoints").glob("*/state.pt"):
         damage(path, "truncated")
-    assert "state.pt" in refused(["--resume", "--out", run, "--steps", 9], monkeypatch, capsys)
-
-
-def test_bad_models(data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    train(tiny(data, run))
+    assert "state.pt" in refusal(command("train", "--resume", "--out", run, "--steps", 9))
     model = run / "model.safetensors"
-    whole = model.read_bytes()
-    for damage in (whole[:200], b"", b"{}", pickle.dumps(Malicious(), protocol=2)):
-        model.write_bytes(damage)
+    for content in (model.read_bytes()[:200], b"", b"{}", pickle.dumps(Malicious(), protocol=2)):
+        model.write_bytes(content)
         with pytest.raises(UserError, match=r"model\.safetensors"):
             load_translator(run)
     with pytest.raises(UserError, match="train one first"):
         load_translator(tmp_path)
 
 
-def start(arguments: list[object], **how: object) -> subprocess.Popen[str]:
-    line = [sys.executable, "-m", "rlv2v.train", *map(str, arguments)]
-    return subprocess.Popen(line, stderr=subprocess.PIPE, text=True, **how)  # type: ignore[call-overload, no-any-return]
+def test_ctrl_c_saves_and_the_run_goes_on(
+    data: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, write = tmp_path / "run", RunLog.write
+
+    def write_and_interrupt(log: RunLog, step: int, *rest: Any) -> None:
+        write(log, step, *rest)
+        if step == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(RunLog, "write", write_and_interrupt)
+    code, _, err = command("train", "--preset", "tiny", "--data", data, "--out", run, "--steps", 1000)
+    assert code == 0
+    assert err.splitlines()[-1] == f"stopped by SIGINT at step 2; go on with --resume --out {run}"
+    assert newest(run).name == "00000002"
+    assert command("train", "--resume", "--out", run, "--steps", 3)[0] == 0
+    assert newest(run).name == "00000003"
 
 
-def test_ctrl_c_saves_and_the_run_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = tmp_path / "run"
-    process = start(["--preset", "tiny", "--data", data, "--out", run, "--steps", 100000])
-    deadline = time.monotonic() + 60
-    while not read_metrics(run / "metrics.jsonl") and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert "--resume" in err.splitlines()[-1]
-    step = int(newest(run).name)
-    command(["--resume", "--out", run, "--steps", step + 1], monkeypatch)
-    assert int(newest(run).name) == step + 1
-
-
-def test_a_full_disk_is_said_and_leaves_nothing_half_written(data: Path, tmp_path: Path) -> None:
+@pytest.mark.thorough
+def test_a_disk_too_small_for_any_checkpoint_leaves_nothing_half_written(data: Path, tmp_path: Path) -> None:
     def small_files() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
-    process = start(["--preset", "tiny", "--data", data, "--out", tmp_path / "run"], preexec_fn=small_files)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 2, err
-    assert "Traceback" not in err
+    line = [sys.executable, "-m", "rlv2v.train", "--preset", "tiny", "--data", data, "--out", tmp_path / "run"]
+    done = subprocess.run(line, stderr=subprocess.PIPE, text=True, preexec_fn=small_files, timeout=60, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert not list((tmp_path / "run").rglob(".*.p*"))
     assert not store_of(tmp_path / "run").steps
 
@@ -341,4 +329,4 @@ def test_without_data_the_synthetic_set_is_written_and_used(tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     train(Config.of("tiny", out=Path("run"), steps=1))
     assert (tmp_path / "data" / "synth-16x4" / "dataset.json").is_file()
-    assert Config.from_json(Path("run/config.json").read_text(), "config").data == Path("data/synth-16x4")
+    assert Config.from_json(Path("run/config.json").read_text(), "config").data.folder == Path("data/synth-16x4")

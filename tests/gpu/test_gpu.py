@@ -18,10 +18,11 @@ from rlv2v.errors import UserError
 from rlv2v.method.clips import Clips
 from rlv2v.method.step import Algorithm
 from rlv2v.runtime import distributed as dist
-from rlv2v.runtime.cuda_graphs import NUM_PLAIN, Graphs
+from rlv2v.runtime.cuda_graphs import Graphs, Inputs, Phase, Recorder, Recording
 from rlv2v.train import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+NUM_PLAIN = 3  # calls of a phase before it is recorded
 SMALL = {"replicas": 1, "rl_every": 1, "steps": 60, "replay_alpha": 0.5}
 
 
@@ -47,12 +48,12 @@ def clips_of(config: Config, seed: int) -> Clips:
 def run(config: Config, steps: int, graphs: Graphs | None = None) -> tuple[list[dict[str, float]], Algorithm]:
     algorithm = Algorithm(config, torch.device("cuda"), graphs=graphs)
     algorithm.start()
-    told = []
+    logs = []
     for step in range(steps):
         values = algorithm.step(clips_of(config, step))
         values |= algorithm.advance(float(step + 1), values.pop("distance"))
-        told.append({name: value.item() for name, value in values.items()})
-    return told, algorithm
+        logs.append({name: value.item() for name, value in values.items()})
+    return logs, algorithm
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -62,20 +63,18 @@ def test_a_step_waits_for_nothing(precision: str) -> None:
     algorithm.start()
     clips = [clips_of(config, step) for step in range(8)]
     for step in range(2):  # kernels are compiled and checked, memory is taken
-        told = algorithm.step(clips[step])
-        algorithm.advance(float(step), told["distance"])
+        algorithm.advance(float(step), algorithm.step(clips[step])["distance"])
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(2, 8):
-            told = algorithm.step(clips[step])
-            algorithm.advance(float(step), told["distance"])
+            algorithm.advance(float(step), algorithm.step(clips[step])["distance"])
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture
 def deterministic() -> Iterator[None]:
-    """The library's sums in one order."""
+    """Make cuDNN add in a fixed order."""
     torch.backends.cudnn.deterministic = True
     yield
     torch.backends.cudnn.deterministic = False
@@ -83,7 +82,7 @@ def deterministic() -> Iterator[None]:
 
 @pytest.fixture
 def two_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A group of one rank over NCCL that takes itself for two, so that everything is sent; its means are halves."""
+    """Make a group of one rank over NCCL that takes itself for two: everything is sent, and its means are halves."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -96,46 +95,56 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     world.close()
 
 
-def same_numbers(config: Config) -> None:
-    """Bit by bit, a run that is recorded and one that is not."""
-    steps = 2 * NUM_PLAIN + 6
-    plain, ours = run(config, steps, Graphs(None))
-    recorded, theirs = run(config, steps)
-    assert len(theirs.graphs._recorded) == 5
-    for step, (mine, other) in enumerate(zip(plain, recorded, strict=True)):
-        assert mine.keys() == other.keys()
-        for name, value in mine.items():  # a norm of fp16's gradients may be NaN while its scale is sought
-            np.testing.assert_array_equal(other[name], value, f"{name} at step {step}")
-    for mine, other in zip(ours.nets.parameters(), theirs.nets.parameters(), strict=True):
-        assert torch.equal(mine, other)
+class CountingRecorder(Recorder):
+    """Count the phases that are recorded."""
+
+    num_recorded = 0
+
+    def record(self, phase: Phase, inputs: Inputs) -> Recording:
+        self.num_recorded += 1
+        return super().record(phase, inputs)
+
+
+def assert_same_numbers(config: Config) -> None:
+    """Check that a recorded run and a plain one agree bit by bit."""
+    steps, recorder = 2 * NUM_PLAIN + 6, CountingRecorder()
+    plain_logs, plain = run(config, steps, Graphs(None))
+    recorded_logs, recorded = run(config, steps, Graphs(recorder))
+    assert recorder.num_recorded == 5
+    for step, (expected, logs) in enumerate(zip(plain_logs, recorded_logs, strict=True)):
+        assert expected.keys() == logs.keys()
+        for name, value in expected.items():  # a norm of fp16's gradients may be NaN while its scale is sought
+            np.testing.assert_array_equal(logs[name], value, f"{name} at step {step}")
+    for expected, weight in zip(plain.nets.parameters(), recorded.nets.parameters(), strict=True):
+        assert torch.equal(expected, weight)
 
 
 @pytest.mark.filterwarnings("error:The AccumulateGrad node")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_graphs_change_no_number(precision: str, deterministic: None) -> None:
-    same_numbers(Config.of("tiny", precision=precision, **SMALL).check())
+    assert_same_numbers(Config.of("tiny", precision=precision, **SMALL).check())
 
 
 @pytest.mark.filterwarnings("error:The AccumulateGrad node")
 @pytest.mark.parametrize("norm", ["clip", "batch"])
 def test_graphs_hold_what_goes_to_other_ranks(norm: str, deterministic: None, two_ranks: None) -> None:
-    same_numbers(Config.of("tiny", norm=norm, disc_norm=norm, **SMALL).check())
+    assert_same_numbers(Config.of("tiny", norm=norm, disc_norm=norm, **SMALL).check())
 
 
 def test_recordings_share_their_memory() -> None:
-    """Of the largest phase; apart, those of this config would hold more than twice what its plain run does."""
+    """All recordings take the memory of the largest; kept apart, they would hold over twice that of a plain run."""
     changes = {**SMALL, "size": 64, "frames": 8, "rl_every": 2}
-    held = []
+    reserved = []
     torch.cuda.init()
     for graphs in (False, True):
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_reserved()
+        at_start = torch.cuda.memory_reserved()
         _, algorithm = run(Config.of("tiny", graphs=graphs, **changes).check(), 4 * NUM_PLAIN + 6)
-        held.append(torch.cuda.max_memory_reserved() - before)
+        reserved.append(torch.cuda.max_memory_reserved() - at_start)
         del algorithm
-    assert held[1] < 1.5 * held[0], held
+    assert reserved[1] < 1.5 * reserved[0], reserved
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -150,8 +159,8 @@ def test_a_run_trains_and_resumes(data: Path, tmp_path: Path, precision: str, gr
 
 
 def test_out_of_memory_is_advice(data: Path, tmp_path: Path) -> None:
-    whole = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(2 * 2**30 / whole)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(2 * 2**30 / total)
     try:
         with pytest.raises(UserError, match=r"out of memory.*--no-graphs"):
             train(Config.of("tiny", data=data, out=tmp_path / "run", size=512, frames=4, batch_x=64))

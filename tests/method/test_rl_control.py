@@ -1,4 +1,4 @@
-"""Critic and actor on a control problem whose optimal Q and policy are known: both get there.
+"""Critic and actor learn a control problem whose optimal Q and policy are known.
 
 Linear-quadratic, horizon 2: videos of 3 frames, each of one grey m. r(s, a) = -(a^2 + RHO (a - m_p)^2), m_p the last
 grey of s: get to grey 0, but move slowly. By dynamic programming, from the end:
@@ -14,18 +14,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlv2v.method import rl as ddpg
+from rlv2v.method import rl
 from rlv2v.method.rl import Policies, Transitions, actor_loss, critic_loss, critic_targets
 from rlv2v.model import Discriminator, Translator
 
-SIZE = 8
+SIZE = 4
 RHO, GAMMA, LENGTH = 1.5, 0.9, 3
 K2 = RHO / (1 + RHO)
 K1 = RHO / (1 + RHO + GAMMA * K2)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def grey(levels: Tensor) -> Tensor:
-    """(n,) or (n,L) -> frames of one grey."""
+    """Return frames of one grey each: (n,) -> (n,3,H,W), (n,L) -> (n,L,3,H,W)."""
     return levels[..., None, None, None].expand(*levels.shape, 3, SIZE, SIZE)
 
 
@@ -38,17 +39,17 @@ def q_star(m: Tensor, a: Tensor, lengths: Tensor) -> Tensor:
 
 
 def lq_batch(rng: torch.Generator, num: int) -> tuple[Transitions, Tensor, Tensor]:
-    """Random states and actions, with the greys m of the last frame and a of the action."""
+    """Return random states and actions, and the greys m of the last frame and a of the action."""
     levels = torch.rand(num, LENGTH - 1, generator=rng) * 2 - 1
     lengths = torch.randint(1, LENGTH, (num,), generator=rng)
-    m, a = ddpg.last_of(levels, lengths), torch.rand(num, generator=rng) * 2 - 1
+    m, a = rl.last_of(levels, lengths), torch.rand(num, generator=rng) * 2 - 1
     rewards = lq_reward(m, a)
     ends, weights = lengths == LENGTH - 1, torch.ones_like(rewards)
     return Transitions(grey(levels), lengths, grey(a), rewards, grey(a), ends, weights), m, a
 
 
 class Gain(nn.Module):
-    """A policy or generator in the calling form of `Translator`: frame t times its own gain k_t; the state counts."""
+    """A policy or generator called like a `Translator`: it multiplies frame t by a gain k_t; its state is t."""
 
     def __init__(self, gains: list[float]) -> None:
         super().__init__()
@@ -61,7 +62,7 @@ class Gain(nn.Module):
 
 
 class Quadratic(nn.Module):
-    """A critic in the calling form of `Discriminator`, for each length a quadratic form of the last two greys and 1."""
+    """A critic called like a `Discriminator`: for each length, a quadratic form of the last two greys and 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,12 +71,12 @@ class Quadratic(nn.Module):
     def forward(
         self, x: Tensor, state: tuple[Tensor, Tensor] | None = None, *, all_states: bool = False
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The state: how many frames there were, and the grey of the last."""
+        """Return the values, and as state the number of frames and the grey of the last."""
         a = x.mean((2, 3, 4))
-        start, grey_before = (
+        start, last_grey = (
             (torch.zeros(len(x), dtype=torch.long), torch.zeros_like(a[:, 0])) if state is None else state
         )
-        m = torch.cat((grey_before[:, None], a[:, :-1]), 1)
+        m = torch.cat((last_grey[:, None], a[:, :-1]), 1)
         features = torch.stack((a * a, a * m, m * m, a, m, torch.ones_like(a)), -1)
         index = start[:, None] + torch.arange(x.shape[1])
         values = (features * self.forms[index]).sum(-1, keepdim=True)
@@ -83,13 +84,13 @@ class Quadratic(nn.Module):
 
 
 def lq_policies(k1: float, k2: float) -> Policies:
-    """P_A has the gains k1, k2; abroad, P_B has them too, and the generators (fixed) double and halve."""
+    """Return policies with the gains k1, k2 in P_A and P_B; the generators, which are fixed, double and halve."""
     double, half = (Gain([g] * LENGTH).requires_grad_(False) for g in (2.0, 0.5))
     return Policies(Gain([k1, k2]), double, Gain([k1, k2]), half)
 
 
 def lq_return(policies: Policies) -> float:
-    """Mean return of P_A from a grid of first greys."""
+    """Return the mean return of P_A over a grid of first greys."""
     m = torch.linspace(-1, 1, 21)
     total, levels = torch.zeros(21), m[:, None]
     for p in range(1, LENGTH):
@@ -109,13 +110,13 @@ def fit_critic(q: nn.Module, policies: Policies, steps: int, lr: float, tau: flo
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        ddpg.polyak(target, q, tau)
+        rl.polyak(target, q, tau)
 
 
 def q_error(q: nn.Module) -> Tensor:
     batch, m, a = lq_batch(torch.Generator().manual_seed(9), 256)
     with torch.no_grad():
-        return ddpg.q_value(q, batch.states, batch.lengths, batch.actions) - q_star(m, a, batch.lengths)
+        return rl.q_value(q, batch.states, batch.lengths, batch.actions) - q_star(m, a, batch.lengths)
 
 
 def test_the_known_solution_is_the_solution() -> None:
@@ -134,20 +135,21 @@ def test_the_critic_converges_to_the_optimal_q() -> None:
     assert q_error(q).abs().max() < 1e-2
 
 
-def test_a_judge_as_critic_learns_the_optimal_q_too() -> None:
-    """The network itself, to a tenth of Q*'s spread."""
+@pytest.mark.thorough
+def test_a_discriminator_network_as_critic_learns_the_optimal_q_too() -> None:
+    """To a tenth of Q*'s spread."""
     torch.manual_seed(0)
     q = Discriminator((8, 16), patch=2, norm="none")
     _, m, a = lq_batch(torch.Generator().manual_seed(9), 256)
     spread = q_star(m, a, torch.ones(256, dtype=torch.long)).std()
-    before = q_error(q).square().mean().sqrt()
+    first_error = q_error(q).square().mean().sqrt()
     fit_critic(q, lq_policies(K1, K2), steps=400, lr=1e-2, tau=0.1)
     error = q_error(q).square().mean().sqrt()
-    assert before > 0.8 * spread and error < 0.1 * spread
+    assert first_error > 0.8 * spread and error < 0.1 * spread
 
 
 def test_the_policy_descends_to_the_optimum() -> None:
-    """Critic and actor in turn, from a policy that does nothing; both proposals end at the optimal gains."""
+    """Critic and actor move in turn, from a policy that does nothing; both candidates end at the optimal gains."""
     policies, q = lq_policies(0.0, 0.0), Quadratic()
     targets, q_target = copy.deepcopy(policies), copy.deepcopy(q)
     actors = [policies.p_a, policies.p_b]
@@ -167,8 +169,8 @@ def test_the_policy_descends_to_the_optimum() -> None:
         actor.zero_grad()
         actor_loss(q, policies, batch.states, batch.lengths).backward()
         actor.step()
-        for mine, theirs in ((q_target, q), *zip(targets, policies, strict=True)):
-            ddpg.polyak(mine, theirs, 0.1)
+        for target, source in ((q_target, q), *zip(targets, policies, strict=True)):
+            rl.polyak(target, source, 0.1)
     for net in actors:
         assert net.gains[:2].tolist() == pytest.approx([K1, K2], abs=0.02)
     assert q_error(q).abs().max() < 0.05
@@ -176,8 +178,9 @@ def test_the_policy_descends_to_the_optimum() -> None:
     assert first < 1.9 * best and lq_return(policies) == pytest.approx(best, abs=2e-3)
 
 
+@pytest.mark.thorough
 def test_a_network_as_policy_improves_its_return() -> None:
-    """A ConvLSTM predictor led by the exact critic: its actions go where Q* is highest."""
+    """A ConvLSTM predictor that follows the exact critic goes where Q* is highest."""
     torch.manual_seed(0)
     predictor = Translator((4, 4))
     policies = Policies(predictor, *lq_policies(0.5, 0.5)[1:])

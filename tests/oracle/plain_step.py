@@ -142,7 +142,7 @@ class Plain:
         directions = normalize(directions, dim=0)
         for name, optimiser in self.optimisers.items():
             for group in optimiser.param_groups:
-                group["lr"] = self.rates[name] * schedule.learning
+                group["lr"] = self.rates[name] * schedule.lr_factor
         logs: dict[str, float] = {}
         domain, batch = None, list[Transition]()
         if config.rl.enabled and schedule.step % config.rl.every == 0:

@@ -1,13 +1,15 @@
-"""One rank of tests/test_dist.py: runs every case and leaves what it found in `OUT/<rank>.pt`."""
+"""One rank of test_distributed.py: it leaves the results of every case in `OUT/<rank>.pt`; then the last rank dies."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from rlv2v.errors import UserError
 from rlv2v.method.terms import domain_gap, gap_floor
 from rlv2v.model.norm import SequenceNorm, local_stats
 from rlv2v.runtime import distributed as dist
@@ -16,7 +18,7 @@ PER_RANK = 2
 
 
 def inputs(num_ranks: int) -> dict[str, Tensor]:
-    """What the ranks share, alike in every process: clips of all ranks, in order."""
+    """Return the clips of all ranks, in order; they are the same in every process."""
     rng = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -30,7 +32,7 @@ def share(values: Tensor, rank: int) -> Tensor:
 
 
 def normalise(x: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """Two runs of a batch normalisation, the second apart; its gradients of mean(weights * y)."""
+    """Run a batch normalisation over all ranks and with local statistics; return its gradients of mean(weights * y)."""
     norm = SequenceNorm(4, "batch").double()
     x = x.requires_grad_()
     y, _ = norm(x)
@@ -67,46 +69,67 @@ class Net(nn.Module):
         return x.square().mean()
 
 
-def reduce(net: Net, x: Tensor, passes: int) -> tuple[list[Tensor | None], list[int]]:
-    """Gradients after some passes, each averaged over the ranks; how many buckets had gone before each was finished."""
-    reducer, early = dist.Reducer(list(net.parameters())), []
+def reduce(net: Net, x: Tensor, passes: int) -> tuple[list[Tensor | None], list[tuple[int, int]], int]:
+    """Return gradients after some passes, each averaged over the ranks; all-reduces of each pass, before and after
+    `finish` was called; and those of a pass after `close`."""
+    sent: list[Tensor] = []
+    all_reduce = dist.dist.all_reduce
+
+    def counted(tensor: Tensor, *args: object, **options: object) -> object:
+        sent.append(tensor)
+        return all_reduce(tensor, *args, **options)
+
+    dist.dist.all_reduce = counted
+    reducer, counts = dist.Reducer(list(net.parameters())), []
     for _ in range(passes):
         net.zero_grad(set_to_none=True)
+        sent.clear()
         with reducer:
             net(x).backward()
-        early.append(len(reducer._sent))
+        early = len(sent)
         reducer.finish()
+        counts.append((early, len(sent)))
     grads = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
     reducer.close()
+    sent.clear()
     with reducer:
         net(x).backward()
-    assert not reducer._sent, "without hooks nothing is sent"
-    return grads, [*early, len(reducer._buckets)]
+    dist.dist.all_reduce = all_reduce
+    return grads, counts, len(sent)
 
 
 def main(out: Path) -> None:
     world = dist.connect("cpu")
-    given = inputs(world.size)
-    found: dict[str, object] = {}
-    x, g = (share(given[name], world.rank) for name in "xg")
-    found["norm"] = normalise(x, g)
-    found["gaps"] = gaps(share(given["a"], world.rank), share(given["b"], world.rank))
-    found["grads"], found["early"] = reduce(Net(), torch.full((300,), float(world.rank + 1)), 3)
+    clips = inputs(world.size)
+    results: dict[str, object] = {}
+    x, g = (share(clips[name], world.rank) for name in "xg")
+    results["norm"] = normalise(x, g)
+    results["gaps"] = gaps(share(clips["a"], world.rank), share(clips["b"], world.rank))
+    results["grads"], results["counts"], results["closed"] = reduce(Net(), torch.full((300,), world.rank + 1.0), 3)
 
-    control = []
+    agreed = []
     for step in range(4):  # rank 1 wants to stop at step 2; rank 0's clock and wish to save count, no other's
-        said = dist.StepControl(world.rank == 1 and step == 2, 10.0 * step + world.rank, step == 1 or world.rank == 1)
-        control.append(tuple(world.all_agree(said)))
-    found["control"], found["last"] = control, tuple(world.flush())
-    found["shared"] = world.broadcast_object(lambda: f"rank {world.rank}")
+        control = dist.StepControl(
+            world.rank == 1 and step == 2, 10.0 * step + world.rank, step == 1 or world.rank == 1
+        )
+        agreed.append(tuple(world.all_agree(control)))
+    results["agreed"], results["last"] = agreed, tuple(world.flush())
+    results["shared"] = world.broadcast_object(lambda: f"rank {world.rank}")
     path = out / "by-first"
-    found["in turn"] = world.rank0_first(lambda: path.write_text("x") if world.first else path.read_text())
+    results["in turn"] = world.rank0_first(lambda: path.write_text("x") if world.first else path.read_text())
     net = nn.Linear(3, 3)
     nn.init.constant_(net.weight, world.rank)
     world.broadcast_parameters(net)
-    found["weights"] = net.weight.detach()
-    torch.save(found, out / f"{world.rank}.pt")
-    world.close()
+    results["weights"] = net.weight.detach()
+    world.barrier()
+    if world.rank < world.size - 1:
+        try:
+            while True:
+                world.all_agree(dist.StepControl(False, 0.0, False))
+        except UserError as error:
+            results["lost"] = str(error)
+    torch.save(results, out / f"{world.rank}.pt")
+    os._exit(0)  # as a killed rank, without leaving the others
 
 
 if __name__ == "__main__":

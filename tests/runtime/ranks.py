@@ -1,4 +1,4 @@
-"""Several ranks of one run as processes of this machine, over gloo."""
+"""Helpers that start several ranks of one run as processes of this machine, over gloo."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def free_port() -> int:
 def start_ranks(
     num: int, arguments: Sequence[object], environment: Mapping[str, str] = {}
 ) -> list[subprocess.Popen[str]]:
-    """`python ARGUMENTS` once a rank, with what torchrun would set."""
+    """Start `python ARGUMENTS` once a rank, with the variables that torchrun would set."""
     shared = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
@@ -41,9 +41,8 @@ def start_ranks(
 
 
 def run_ranks(num: int, arguments: Sequence[object], environment: Mapping[str, str] = {}) -> list[str]:
-    """The same, to the end; returns what each said on stderr. AssertionError if one failed."""
+    """Run ranks to their end; return the stderr of each. Raises AssertionError if one failed."""
     processes = start_ranks(num, arguments, environment)
-    said = [process.communicate(timeout=300)[1] for process in processes]
-    for process, text in zip(processes, said, strict=True):
-        assert process.returncode == 0, text
-    return said
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert not any(process.returncode for process in processes), "\n".join(errors)
+    return errors

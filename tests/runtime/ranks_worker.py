@@ -1,4 +1,4 @@
-"""One rank of tests/test_ranks.py in float64: some steps of a run's algorithm, its weights left in `OUT`.
+"""One rank of test_ranks.py in float64: it makes some steps of a run's algorithm and leaves its weights in `OUT`.
 
 python ranks_worker.py DATA OUT FLAGS...
 """
@@ -15,7 +15,7 @@ from rlv2v.config import Config
 from rlv2v.data import to_model
 from rlv2v.data.index import open_dataset
 from rlv2v.data.loader import Loader
-from rlv2v.method import rl as ddpg
+from rlv2v.method import collector
 from rlv2v.method.clips import Clips
 from rlv2v.method.step import Algorithm
 from rlv2v.runtime import distributed as dist
@@ -29,14 +29,14 @@ def double(frames: Tensor) -> Tensor:
 
 def main(data: Path, out: Path, preset: str) -> None:
     torch.set_num_threads(1)
-    ddpg.to_model = double  # type: ignore[attr-defined]
+    collector.to_model = double  # type: ignore[attr-defined]
     world = dist.connect("cpu")
     small = {"size": 16, "frames": 4, "rl_every": 1, "steps": 2 * STEPS, "replicas": 2, "replay_alpha": 0.6}
     config = Config.of(preset, widths=(4, 8), disc_widths=(4, 8, 8), **small).check()
     share = 2 // world.size
     loader = Loader(
         open_dataset(data, frames=4),
-        batch={name: share * getattr(config, f"batch_{name}") for name in "xyzs"},
+        batch={name: share * getattr(config.data, f"batch_{name}") for name in "xyzs"},
         frames=4,
         size=16,
         seed=0,
@@ -49,11 +49,11 @@ def main(data: Path, out: Path, preset: str) -> None:
     algorithm.start()
     for _ in range(STEPS):
         sets = [getattr(clips, name) for clips in [Clips.of(next(loader), world.device, False)] for name in "xyzs"]
-        told = algorithm.step(Clips(*(s.double() for s in sets)))
-        algorithm.advance(0.0, told["distance"])
+        logs = algorithm.step(Clips(*(s.double() for s in sets)))
+        algorithm.advance(0.0, logs["distance"])
     loader.close()
     if world.first:
-        torch.save({name: algorithm.parts[name].state_dict() for name in ("nets", "targets", "average")}, out)
+        torch.save({name: algorithm.state_parts[name].state_dict() for name in ("nets", "targets", "average")}, out)
     world.close()
 
 

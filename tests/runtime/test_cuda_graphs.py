@@ -1,20 +1,20 @@
-"""What is recorded and replayed: a tape of the operators that a phase calls stands in for a CUDA graph.
+"""Phases that are recorded and replayed; a tape of the operators that a phase calls stands in for a CUDA graph.
 
-The tape keeps what a CUDA graph keeps: which operators ran, on which memory. A replay runs them again on that memory
-and nothing else; a number of the host that changed since, or memory that the recording did not know, is missed as a
-graph would miss it. An operator that reads a number back to the host is refused, as it is while a graph is captured.
+The tape holds what a CUDA graph holds: which operators ran, on which memory. A replay runs them again on that memory
+and nothing else. So it misses what a graph would miss: a number of the host that has changed, or memory that the
+recording did not know. An operator that reads a number back to the host is refused, as during a graph's capture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_leaves
 
 from rlv2v.config import Config
 from rlv2v.errors import UserError
@@ -22,11 +22,12 @@ from rlv2v.method.clips import Clips
 from rlv2v.method.step import Algorithm
 from rlv2v.runtime.cuda_graphs import NUM_PLAIN, Graphs, Recorder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
 
 
 class Tape(TorchDispatchMode):
-    """Records every operator; `replay` runs them again, each result into the memory of the first."""
+    """Records every operator; `replay` runs them again and writes each result into the memory of the first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,64 +38,55 @@ class Tape(TorchDispatchMode):
         if name in READS:
             raise RuntimeError(f"{name}: the host would wait for the device")
         out = func(*args, **(kwargs or {}))
-        tensors = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+        tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         self.calls.append((func, args, kwargs or {}, tensors))
         return out
 
     def replay(self) -> None:
         with torch.no_grad():
             for func, args, kwargs, outputs in self.calls:
-                again = [t for t in tree_flatten(func(*args, **kwargs))[0] if isinstance(t, Tensor)]
+                again = [t for t in tree_leaves(func(*args, **kwargs)) if isinstance(t, Tensor)]
                 for mine, new in zip(outputs, again, strict=True):
                     if mine.data_ptr() != new.data_ptr():  # neither a view nor in place
                         mine.copy_(new)
 
 
 class Tapes(Recorder):
-    """Records as CUDA graphs that share a pool do: a replay may overwrite what the other phases gave."""
+    """Records as CUDA graphs that share a pool do: a replay may overwrite the outputs of the other phases."""
 
-    def __init__(self) -> None:
-        self.outputs: list[list[Tensor]] = []
-        self.recording = False
+    def __init__(self, state: Callable[[], Iterable[Tensor]] = tuple) -> None:
+        self.outputs: list[Tensor] = []
+        self.state, self.recording = state, False
 
-    def plain(self, phase: Callable[..., Any], inputs: tuple[Tensor | None, ...]) -> Any:
+    def plain(self, phase: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
         return phase(*inputs)
 
-    def record(self, phase: Callable[..., Any], inputs: tuple[Tensor | None, ...]) -> tuple[Callable[[], None], Any]:
-        """Nothing has been changed by the recording when it returns."""
-        live = [t for t in gc_tensors() if t.is_leaf]
-        before = [(t, t.detach().clone()) for t in live]
+    def record(self, phase: Callable[..., Any], inputs: tuple[Any, ...]) -> tuple[Callable[[], None], Any]:
+        """Record a phase, and undo what it changed meanwhile: a capture computes nothing."""
+        old = [(t, t.detach().clone()) for t in self.state()]
         self.recording = True
         with Tape() as tape:
             outputs = phase(*inputs)
         self.recording = False
         with torch.no_grad():
-            for tensor, value in before:
+            for tensor, value in old:
                 tensor.copy_(value)
-        mine = [t for t in tree_flatten(outputs)[0] if isinstance(t, Tensor)]
-        assert not any(t.requires_grad for t in mine)
-        self.outputs.append(mine)
+        tensors = [t for t in tree_leaves(outputs) if isinstance(t, Tensor)]
+        assert not any(t.requires_grad for t in tensors), "an autograd graph would be kept"
+        self.outputs += tensors
 
         def replay() -> None:
-            for others in self.outputs:
-                for tensor in others:
-                    tensor.fill_(float("nan"))
+            for tensor in self.outputs:
+                tensor.fill_(float("nan"))
             tape.replay()
 
         return replay, outputs
 
 
-STATE: list[Algorithm] = []
-
-
-def gc_tensors() -> list[Tensor]:
-    """All that a phase may change: weights, buffers, moments, the schedule."""
-    algorithm = STATE[-1]
-    found: list[Tensor] = []
-    for part in algorithm.parts.values():
-        state = part.state_dict()
-        found += [t for t in tree_flatten(state)[0] if isinstance(t, Tensor)]
-    return found
+def state_of(algorithm: Algorithm) -> list[Tensor]:
+    """Return all that a phase may change: weights, buffers, moments, the schedule."""
+    states = [part.state_dict() for part in algorithm.state_parts.values()]
+    return [t for t in tree_leaves(states) if isinstance(t, Tensor) and t.is_leaf]
 
 
 def clips_of(config: Config, seed: int) -> Clips:
@@ -107,64 +99,81 @@ def clips_of(config: Config, seed: int) -> Clips:
     return Clips(*sets, noise(config.data.batch_s, 1))
 
 
-def run(config: Config, recorder: Tapes | None, steps: int) -> tuple[list[dict[str, float]], Algorithm]:
+def run(config: Config, steps: int, *, record: bool) -> tuple[list[dict[str, float]], Algorithm]:
+    recorder = Tapes(lambda: state_of(algorithm)) if record else None
     algorithm = Algorithm(config, torch.device("cpu"), graphs=Graphs(recorder))
-    STATE.append(algorithm)
     algorithm.start()
 
-    def mark(part: str) -> None:
-        assert recorder is None or not recorder.recording, f"{part}: an event of its own inside a recording"
+    def book_time(section: str) -> None:
+        assert recorder is None or not recorder.recording, f"{section}: cannot be timed inside a recording"
 
-    told = []
+    logs = []
     for step in range(steps):
-        values = algorithm.step(clips_of(config, step), mark)
+        values = algorithm.step(clips_of(config, step), book_time)
         values |= algorithm.advance(float(step + 1), values.pop("distance"))
-        told.append({name: value.item() for name, value in values.items()})
-    return told, algorithm
+        logs.append({name: value.item() for name, value in values.items()})
+    return logs, algorithm
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("preset", ["tiny", "paper"])
+@pytest.mark.parametrize(
+    ("preset", "precision"),
+    [
+        ("tiny", "fp32"),
+        *(
+            pytest.param(*case, marks=pytest.mark.thorough)
+            for case in [("tiny", "bf16"), ("paper", "fp32"), ("paper", "bf16")]
+        ),
+    ],
+)
 def test_a_recorded_run_is_the_plain_run(preset: str, precision: str) -> None:
-    small = {"size": 16, "frames": 4, "widths": (4, 8), "disc_widths": (4, 8), "rl_every": 1, "steps": 40}
+    small = {"size": 8, "frames": 3, "widths": (4,), "disc_widths": (4, 4), "rl_every": 1, "steps": 40}
     config = Config.of(preset, replicas=1, precision=precision, replay_alpha=0.5, **small).check()
-    steps = 2 * NUM_PLAIN + 5  # each domain's turn comes every second step
-    recorded, ours = run(config, Tapes(), steps)
-    plain, theirs = run(config, None, steps)
+    steps = 2 * NUM_PLAIN + 4  # each domain's turn comes every second step
+    recorded, ours = run(config, steps, record=True)
+    plain, theirs = run(config, steps, record=False)
     phases = {"critics_x", "critics_y", "generators_x", "generators_y", "discriminators"}
-    assert set(ours.graphs._recorded) == phases
+    assert ours.graphs.recorded == phases
     assert recorded == plain
-    for name, part in ours.parts.items():
-        mine, other = (tree_flatten(p.state_dict())[0] for p in (part, theirs.parts[name]))
-        for a, b in zip(mine, other, strict=True):
+    for name, part in ours.state_parts.items():
+        states = (tree_leaves(p.state_dict()) for p in (part, theirs.state_parts[name]))
+        for a, b in zip(*states, strict=True):
             assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, name
 
 
+class Inputs(NamedTuple):
+    a: Tensor
+    b: Tensor | None
+
+
+def test_inputs_and_outputs_keep_their_structure_and_belong_to_the_caller() -> None:
+    weight = torch.ones(2, requires_grad=True)
+
+    def phase(name: str, inputs: Inputs, scale: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        assert inputs.b is None
+        return {name: inputs.a * scale * weight}, inputs.a + 1
+
+    graphs, outputs = Graphs(Tapes()), []
+    for call in range(NUM_PLAIN + 3):
+        logs, more = graphs("phase", phase, "sum", Inputs(torch.full((2,), float(call)), None), torch.tensor(2.0))
+        assert not logs["sum"].requires_grad
+        outputs.append((logs["sum"].tolist(), logs["sum"], more))
+    assert graphs.recorded == {"phase"}
+    for call, (values, tensor, more) in enumerate(outputs):
+        assert values == tensor.tolist() == [2.0 * call] * 2 and more.tolist() == [call + 1.0] * 2
+
+
 def test_a_number_of_the_host_would_be_missed() -> None:
-    """The tape is no tautology: what it may not replay right, it replays wrong."""
-    number, held = [1.0], torch.zeros(2)
-
-    class Simple(Tapes):
-        def record(self, phase: Callable[..., Any], inputs: Any) -> Any:
-            with Tape() as tape:
-                outputs = phase(*inputs)
-            return tape.replay, outputs
-
-    graphs = Graphs(Simple())
-
-    def phase(x: Tensor) -> Tensor:
-        held.add_(x)
-        return x * number[0] + held
-
+    """The tape is no tautology: what a graph replays wrong, it replays wrong."""
+    number, graphs = [1.0], Graphs(Tapes())
     for call in range(NUM_PLAIN + 2):
         number[0] = float(call)
-        got = graphs("phase", phase, torch.ones(2))
-    assert got.tolist() != (torch.ones(2) * number[0] + held).tolist()
+        result = graphs("phase", lambda x: x * number[0], torch.ones(2))
+    assert result.tolist() != [number[0]] * 2
     with pytest.raises(RuntimeError, match="host would wait"), Tape():
         torch.ones(1).item()
 
 
-def test_nothing_is_recorded_before_all_had_their_plain_calls() -> None:
+def test_no_phase_is_recorded_before_all_had_their_plain_calls() -> None:
     """Else the plain calls of one phase would need memory beside the recordings of the others."""
     recorded: list[str] = []
 
@@ -183,7 +192,7 @@ def test_nothing_is_recorded_before_all_had_their_plain_calls() -> None:
     assert recorded == ["often", "seldom"]
 
 
-def test_what_cannot_be_recorded_says_how_to_go_on() -> None:
+def test_a_phase_that_cannot_be_recorded_says_how_to_go_on() -> None:
     class Broken(Tapes):
         def record(self, phase: Callable[..., Any], inputs: Any) -> Any:
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nCompile with ...")
@@ -197,23 +206,24 @@ def test_what_cannot_be_recorded_says_how_to_go_on() -> None:
 
 def test_a_step_reads_nothing_back() -> None:
     """Between the replay buffer and the log no operator of a step waits for the device."""
-    config = Config.of("tiny", replicas=1, rl_every=1, replay_alpha=0.5, steps=9).check()
+    small = {"size": 8, "widths": (4,), "disc_widths": (4, 4)}
+    config = Config.of("tiny", replicas=1, rl_every=1, replay_alpha=0.5, steps=9, **small).check()
     algorithm = Algorithm(config, torch.device("cpu"))
     algorithm.start()
-    for step in range(4):
+    for step in range(3):  # the third draws what the first one stored
         with Tape():
-            told = algorithm.step(clips_of(config, step))
-            algorithm.advance(float(step), told.pop("distance"))
+            logs = algorithm.step(clips_of(config, step))
+            algorithm.advance(float(step), logs.pop("distance"))
         algorithm.flush()
 
 
 def test_replicas_of_one_rank_draw_for_themselves() -> None:
-    """The same clips for both, yet other prefixes, other proposals, other transitions."""
-    config = Config.of("tiny", replicas=2, rl_every=1, eta1=(0.0, 0.0), transitions=8, steps=9).check()
+    """Both have the same clips, yet other prefixes, other candidates, other transitions."""
+    small = {"size": 8, "widths": (4,), "disc_widths": (4, 4)}
+    config = Config.of("tiny", replicas=2, rl_every=1, eta1=(0.0, 0.0), transitions=8, steps=9, **small).check()
     algorithm = Algorithm(config, torch.device("cpu"))
     algorithm.start()
-    one = clips_of(config, 0)
-    algorithm.step(Clips(*(torch.cat((s, s)) for s in (one.x, one.y, one.z, one.s) if s is not None)))
+    algorithm.step(Clips(*(torch.cat((v, v)) for v in clips_of(config, 0))))
     algorithm.flush()
     first, second = (replay.state_dict() for replay in algorithm.agents["x"].replays)
     assert first["rewards"].tolist() != second["rewards"].tolist()

@@ -1,0 +1,1 @@
+"""The ConvLSTM recurrence in Triton: one launch a step."""

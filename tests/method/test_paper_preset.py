@@ -1,0 +1,49 @@
+"""The preset `paper` and the baseline `cyclegan`: every setting that shapes the method, by value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlv2v.config import FLAGS, Config
+
+PAPER = {
+    # section 6.1: nothing is augmented
+    "size": 32, "frames": 8, "augment": "none", "batch_x": 2, "batch_y": 1, "batch_z": 2, "batch_s": 4,
+    # section 3.2, 3.4, table 1: ConvLSTM head, no patches, statistics over the mini-batch, ReLU at the end of Q
+    "widths": (8, 16, 24), "disc_widths": (8, 16, 24, 32, 32), "patch": 1, "head": "convlstm",
+    "norm": "batch", "disc_norm": "batch", "chrono": False, "q_positive": True,
+    # eq. 1-10 with log D and squared distances, on every frame; no added term
+    "gan": "log", "l_adv": 1.0, "l_v": 2.0, "l_tau": 10.0, "l_rc": 10.0, "distance": "l2", "disc_frames": 0,
+    "ramp_at": 0.3, "adversarial_end": 1.0,
+    "cycle": 0.0, "identity": 0.0, "contrast": 0.0, "mask_prior": 0.0, "colours": 0.0,
+    # section 3.4, 6.2: L2 penalty 0.001, pre-training; no clipping, no average of the weights
+    "lr": 2e-3, "disc_lr": 2e-3, "betas": (0.5, 0.99), "weight_decay": 1e-3, "clip_grad": 0.0, "average": 0.0,
+    "warmup_steps": 80, "warmup_lr": 3e-3,
+    # section 3.3, Algorithm 1: a mini-batch in every step, eta 0.8, uniform replay, the paper's reward
+    "rl": True, "rl_weight": 0.3, "transitions": 2, "rl_every": 1, "gamma": 0.9, "tau": 0.03,
+    "eta1": (0.8, 0.8), "eta2": (0.8, 0.8), "reward": "paper", "reward_distance": 1.0,
+    "replay_capacity": 1024, "replay_alpha": 0.0, "replay_beta": 0.4,
+}  # fmt: skip
+MACHINE = {
+    "preset": "paper", "method": "rlv2v", "out": Path("runs/rlv2v"), "resume": False, "steps": None, "budget": None,
+    "seed": 0, "data": Path("@synthetic"), "loader_threads": 1, "decode": "cpu", "device": "auto", "threads": 1,
+    "precision": "fp32", "memory": "store", "graphs": True, "replicas": 0, "snapshot_seconds": 60.0, "keep": 2,
+}  # fmt: skip
+
+
+def settings(config: Config) -> dict[str, object]:
+    return {flag: config.get(flag) for flag in FLAGS}
+
+
+def test_every_setting_of_the_preset_paper() -> None:
+    assert settings(Config.of("paper").check()) == PAPER | MACHINE
+
+
+def test_cyclegan_is_its_paper_on_single_frames() -> None:
+    """Eq. 3 and section 5.2 of Zhu et al. 2017; nothing of ours, and no state from frame to frame."""
+    ours, cyclegan = settings(Config.of("default")), settings(Config.of("default", method="cyclegan").check())
+    assert {flag: value for flag, value in cyclegan.items() if value != ours[flag]} == {
+        "method": "cyclegan", "l_v": 0.0, "l_tau": 0.0, "l_rc": 0.0, "cycle": 10.0, "identity": 5.0, "contrast": 0.0,
+        "mask_prior": 0.0, "colours": 0.0, "adversarial_end": 1.0, "rl": False,
+    }  # fmt: skip
+    assert Config.of("default", method="cyclegan").per_frame and not Config.of("default").per_frame
