@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from harness import Bench, Contender, TimedArgs, rows_of
+from harness import Bench, Contender, TimedArgs, rows_of, run_python
 
 from rlv2v.cli import run_command
 from rlv2v.config import Config
@@ -66,12 +65,8 @@ def main(args: Args) -> None:
     """Start two ranks, print what they found and the JSON line."""
     with Bench("all_reduce", args) as bench, tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
-        command += [str(out), str(args.num_rounds), *map(str, args.widths)]
-        environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"the ranks failed: {done.stderr[-2000:]}")
+        ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__)
+        run_python(*ranks, out, args.num_rounds, *args.widths, threads=args.threads)
         measured = json.loads(out.read_text())
         work = {"gb_s": float(measured["bytes"])}
         contenders = [Contender(name, work=work, ours=name == "Reducer") for name in measured["times"]]

@@ -2,23 +2,22 @@
 
     python bench/checkpoint.py [--json F] [--folder .]
 
-Networks, targets, average, optimisers and full replay buffers of both domains, at the sizes of a config. Both forms get
-their state from the same `state_dict()` calls, which are timed with them, write to the same disk, and flush to it. The
-limit is a copy of the state in memory. Beside the stall: what the background writing takes from work that goes on.
+Networks, targets, average, optimisers and full replay buffers of both domains. Both forms get their state from the same
+`state_dict()` calls, which are timed with them, and flush to the same disk. The limit is a copy of the state in memory.
 """
 
 from __future__ import annotations
 
 import os
-import statistics
 import tempfile
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from harness import Bench, Contender, Row, TimedArgs, compare, copy_limit, wall_us
+from harness import Bench, Contender, Row, TimedArgs, compare, copy_limit
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -52,18 +51,15 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         torch.manual_seed(0)
-        self.nets = build_nets(config)
-        self.parts: dict[str, Any] = {"nets": self.nets, "targets": build_nets(config)}
-        self.parts["average"] = build_nets(config, discriminators=False)
-        for name, prefixes in (("generators", "gp"), ("discriminators", "d"), ("critics", "q")):
-            weights = [p for n, p in self.nets.named_parameters() if n[0] in prefixes]
-            adam = torch.optim.AdamW(weights, fused=True)
-            for weight in weights:
+        nets, targets, average = build_nets(config), build_nets(config), build_nets(config, discriminators=False)
+        self.nets, self.parts = nets, dict[str, Any](nets=nets, targets=targets, average=average)
+        for prefixes in ("gp", "d", "q"):
+            adam = torch.optim.AdamW([p for n, p in nets.named_parameters() if n[0] in prefixes], fused=True)
+            for weight in adam.param_groups[0]["params"]:
                 weight.grad = torch.ones_like(weight)
             adam.step()
-            self.parts[f"adam_{name}"] = adam
+            self.parts[f"adam_{prefixes}"] = adam
         self.replays = {domain: full_replay(config) for domain in "xy"}
-        self.clip = torch.rand(config.data.batch_x, config.data.frames, 3, config.data.size, config.data.size)
 
     def state(self) -> dict[str, Any]:
         """Return the state that all ranks share."""
@@ -72,12 +68,6 @@ class Run:
     def replica(self) -> dict[str, Any]:
         """Return the state of one replica."""
         return {f"replay_{domain}": replay.state_dict() for domain, replay in self.replays.items()}
-
-    @torch.no_grad()
-    def translate(self, times: int) -> None:
-        """Do what stands for the training that goes on: translations."""
-        for _ in range(times):
-            self.nets.g_y(self.clip)
 
 
 def full_replay(config: Config) -> PrioritizedReplay:
@@ -109,15 +99,12 @@ def same(store: Checkpoints, run: Run) -> bool:
 
 def case_rows(case: str, args: Args) -> list[Row]:
     """Check and time the two forms at one size."""
-    run, rounds = Run(Config.of("default", **CASES[case])), args.num_rounds
+    run = Run(Config.of("default", **CASES[case]))
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-checkpoint-") as name:
-        store, single, step = Checkpoints(Path(name), keep=1, num_replicas=1), Path(name) / "single.pt", 0
-        background: list[float] = []
+        store, single, steps = Checkpoints(Path(name), keep=1, num_replicas=1), Path(name) / "single.pt", count(1)
 
         def ours() -> None:
-            nonlocal step
-            step += 1
-            store.save(step, run.state(), {0: run.replica()})
+            store.save(next(steps), run.state(), {0: run.replica()})
 
         def peer() -> None:
             with single.open("wb") as file:
@@ -125,42 +112,20 @@ def case_rows(case: str, args: Args) -> list[Row]:
                 os.fsync(file.fileno())
 
         ours()
-        background_us = wall_us(store.wait)
+        store.wait()
         valid = same(store, run)
-        num_bytes = sum(file.stat().st_size for file in (store.folder / f"{step:08d}").iterdir())
+        num_bytes = sum(file.stat().st_size for file in (store.folder / f"{store.newest():08d}").iterdir())
         work = {"gb_s": 2.0 * sum(tensor.nbytes for tensor in tensors(run.state(), run.replica()))}
         contenders = [
-            Contender(
-                "rlv2v", ours, work=work, ours=True, valid=valid, cleanup=lambda: background.append(wall_us(store.wait))
-            ),
+            Contender("rlv2v", ours, work=work, ours=True, valid=valid, cleanup=store.wait),
             Contender("torch.save", peer),
             copy_limit(work["gb_s"]),
         ]
-        rows = compare(case, "stall", contenders, rounds)
-        number = 2 + int(2 * background_us / wall_us(lambda: run.translate(1)))  # longer than the writing takes
-        taken = []
-        for _ in range(rounds):
-            quiet = wall_us(lambda: run.translate(number))
-            ours()
-            taken.append(wall_us(lambda: run.translate(number)) - quiet)
-            store.wait()
+        rows = compare(case, "stall", contenders, args.num_rounds)
     for row in rows[:2]:
-        row |= {"bytes": num_bytes, "percent_of_interval": percent_of_interval(row["median_us"] or 0.0)}
-    row, taken_us = rows[0], statistics.median(taken)
-    if valid:
-        row |= {"background_s": round(statistics.median(background) / 1e6, 4), "taken_s": round(taken_us / 1e6, 4)}
-        row["percent_of_interval_with_taken"] = percent_of_interval(row["median_us"] + max(taken_us, 0.0))
-        print(
-            f"{case}: {num_bytes / 2**20:.1f} MiB, written in the background in {row['background_s']:.3f} s, which "
-            f"takes {row['taken_s']:.3f} s from work that goes on; with the stall "
-            f"{row['percent_of_interval_with_taken']:.3f} % of {INTERVAL_S:g} s"
-        )
+        percent = round((row["median_us"] or 0.0) / 1e4 / INTERVAL_S, 4)
+        row |= {"bytes": num_bytes, "percent_of_interval": percent}
     return rows
-
-
-def percent_of_interval(us: float) -> float:
-    """Return microseconds in percent of the time between checkpoints."""
-    return round(us / 1e4 / INTERVAL_S, 4)
 
 
 def main(args: Args) -> None:

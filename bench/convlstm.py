@@ -1,40 +1,47 @@
-"""Time the ConvLSTM beside what users have: a layer, its gates alone, the bytes it keeps, the kernels it launches.
+"""Time the ConvLSTM beside what users have: a layer, its gates alone, four networks at once, the bytes it keeps.
 
     python bench/convlstm.py [--device cpu|cuda] [--json F] [--quick]
 
 Contenders of a case run in turns, compiled and warmed up before. Each is first checked against the reference in
 float64, on inputs that all dtypes hold exactly: ours to the kernels' limits, peers to twice those. Ratios are like for
-like: bfloat16 over eager, compiled and autocast bfloat16, float32 over float32. % of limit: the time that the work
-would take at the best rate that a bare convolution or GEMM (FLOPs) and a copy (bytes) reached in between, the longer of
-the two. convlstm_peers says who the peers are; convlstm_gates and convlstm_counts, what else is measured.
+like, bfloat16 over bfloat16. % of limit: the time of the work at the best rate that a bare convolution or GEMM (FLOPs)
+and a copy (bytes) reached in between, the longer of the two. Saved bytes are those that autograd holds from forward to
+backward, for each element and step (one of B*T*C*H*W). convlstm_peers says who the peers of the layer are.
+
+The gates are the pointwise part of a step: a (B,4C,H,W), c_prev -> h, c and dh, dc -> da, dc_prev, with dense inputs in
+the layout of a layer. Peers: through torch's autograd; `by hand`, with as few of torch's operators as it takes; both
+compiled. In 16 bits the peers' cells have 16 bits too, ours 32. GB/s are of the bytes that the fused form moves.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 import torch
-from convlstm_counts import launch_rows, saved_rows
-from convlstm_gates import gates_contenders
 from convlstm_layer import (
     PASSES,
     Form,
     Layer,
     Shape,
     checked,
+    differences,
     layer_rows,
     limits_of,
     name_of,
-    noise,
-    obstacle,
+    rounded,
+    runnable,
     solved,
     stacked,
 )
-from convlstm_peers import cpu_forms, cuda_forms, eager, mine
-from harness import Bench, Clock, Contender, DeviceArgs, Row, compare, cuda_us, wall_us
+from convlstm_peers import BF16, F32, compiled, cpu_forms, cuda_forms, eager, mine, pointwise
+from harness import CLOCKS, Bench, Contender, DeviceArgs, Row, compare, copy_limit
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
+from rlv2v import _native
 from rlv2v.cli import run_command
-from rlv2v.errors import UserError
+from rlv2v.kernels.cpu import CODES
+from rlv2v.kernels.layout import gates_dtype
 
 CPU_SHAPES = [Shape(4, 8, 32, 32, 32, 32), Shape(2, 8, 16, 16, 64, 64), Shape(4, 8, 128, 128, 8, 8)]
 GPU_SIDES = {32: 32, 64: 16, 128: 8, 256: 8}
@@ -42,81 +49,199 @@ GPU_SIDES = {32: 32, 64: 16, 128: 8, 256: 8}
 GPU_SHAPES = [Shape(batch, 8, c, c, side, side) for c, side in GPU_SIDES.items() for batch in (1, 2, 4, 16)]
 SAVED_SHAPE = Shape(2, 8, 16, 16, 16, 16)
 NETWORKS = 4
+Step = Callable[[], tuple[Tensor, ...]]
+Function = Callable[..., tuple[Tensor, ...]]
 
 
-@dataclass(frozen=True)
-class Args(DeviceArgs):
-    """Time the ConvLSTM against its peers."""
+def saved_bytes(run: Callable[[], Tensor], inputs: Iterable[Tensor]) -> dict[str, int]:
+    """Return the bytes that autograd saves in `run`: `saved`, and those of `inputs` apart; a storage counts once.
 
-    only: tuple[str, ...] = ()
-    """Cases whose name contains one of these words, like `gates` or `B4`; all when empty."""
+    `with_result` adds the hidden states where they are not among what is saved.
+    """
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage  # held, so that no other one gets its address meanwhile
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = run()
+    sizes = {address: storage.nbytes() for address, storage in storages.items()}
+    own = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    saved = sum(size for address, size in sizes.items() if address not in own)
+    storage = result.untyped_storage()
+    more = 0 if storage.data_ptr() in sizes else storage.nbytes()
+    return {"saved": saved, "inputs": sum(sizes.values()) - saved, "with_result": saved + more}
+
+
+def saved_rows(bench: Bench, shape: Shape, device: str = "cpu") -> list[Row]:
+    """Return the rows of saved bytes, of eager and of ours."""
+    backend = "cpu" if device == "cpu" else "triton"
+    forms = [Form("eager", dtype, eager, joined=True) for dtype in (F32, BF16)]
+    for dtype in (F32, BF16, torch.float16):
+        forms += [mine(backend, dtype, "frame-major"), mine(backend, dtype, "frame-major recompute")]
+    rows = list[Row]()
+    for form in runnable(bench, f"saved {shape}", forms, shape, device):
+        layer = Layer(form, solved(shape, device), device)
+        each = {name: round(size / shape.elements, 2) for name, size in saved_bytes(layer.run, layer.leaves).items()}
+        row: Row = {"case": f"saved {shape}", "backend": form.backend or form.name, "ours": bool(form.backend)}
+        row |= {"pass": "recompute" if "recompute" in form.name else "store", "dtype": name_of(form.dtype)}
+        row |= {"bytes_per_element_step": each["saved"], "bytes_with_result": each["with_result"]}
+        rows.append(row | {"bytes_of_inputs": each["inputs"]})
+    return rows
 
 
 def grouped_rows(
     bench: Bench, shape: Shape, dtype: torch.dtype, backend: str, rounds: int, device: str = "cuda"
 ) -> list[Row]:
     """Time four networks of a shape: in one grouped call, in four calls of ours, in four of eager."""
-    form, case = mine(backend, dtype, "frame-major"), f"{NETWORKS} networks {shape}"
-    reason = obstacle(form, shape, device, NETWORKS)
-    if reason is not None:
-        bench.skip(f"{case}, {backend} {name_of(dtype)}", reason)
-        return []
-    data = [solved(noise(shape, seed), device) for seed in range(NETWORKS)]
-    ways = {
-        "eager": [Layer(Form("eager", dtype, eager, joined=True), one, device) for one in data],
-        f"{backend} {NETWORKS} calls": [Layer(form, one, device) for one in data],
-        f"{backend} grouped": [Layer(form, stacked(data), device)],
-    }
-    differences = {}
-    for way, layers in ways.items():
-        found = [layer.check() for layer in layers]
-        differences[way] = {key: torch.tensor([one[key] for one in found]).max().item() for key in found[0]}
-    whole, rows = shape._replace(batch=NETWORKS * shape.batch), list[Row]()
-    clock: Clock = cuda_us if device == "cuda" else wall_us
-    for passes in PASSES:
-        contenders = []
-        for way, layers in ways.items():
-            calls = [layer.call(passes) for layer in layers]
-            one_after_the_other = lambda calls=calls: [call() for call in calls]  # noqa: E731
-            work = whole.work(passes, dtype)
-            contender = Contender(way, one_after_the_other, name_of(dtype), work, ours=way != "eager")
-            contenders.append(checked(contender, differences[way], dtype))
-        contenders += limits_of(whole, passes, [dtype], device)
-        rows += compare(case, passes, contenders, rounds, clock)
+    case, rows = f"{NETWORKS} networks {shape}", list[Row]()
+    for form in runnable(bench, case, [mine(backend, dtype, "frame-major")], shape, device, NETWORKS):
+        data = [solved(shape, device, seed) for seed in range(NETWORKS)]
+        ways = {
+            "eager": [Layer(Form("eager", dtype, eager, joined=True), one, device) for one in data],
+            f"{backend} {NETWORKS} calls": [Layer(form, one, device) for one in data],
+            f"{backend} grouped": [Layer(form, stacked(data), device)],
+        }
+        differences = {way: [layer.check() for layer in layers] for way, layers in ways.items()}
+        whole = shape._replace(batch=NETWORKS * shape.batch)
+        for passes in PASSES:
+            contenders = []
+            for way, layers in ways.items():
+                calls = [layer.calls[passes] for layer in layers]
+                in_turn = lambda calls=calls: [call() for call in calls]  # noqa: E731
+                contender = Contender(way, in_turn, name_of(dtype), whole.work(passes, dtype), ours=way != "eager")
+                every = [checked(contender, difference, dtype) for difference in differences[way]]
+                contenders.append(min(every, key=lambda one: one.valid))
+            contenders += limits_of(whole, passes, [dtype], device)
+            rows += compare(case, passes, contenders, rounds, CLOCKS[device])
     return rows
 
 
-def main(args: Args) -> None:
-    """Check, time, print the table and the JSON line; exit code 1 if one of ours is wrong."""
+def moved_bytes(elements: int, dtype: torch.dtype) -> int:
+    """Return the bytes that the fused form moves.
 
-    def wanted(name: str) -> bool:
-        return not args.only or any(word in name for word in args.only)
+    Forward: a, c_prev read, h, c, gates written. Backward: dh, dc, gates, c, c_prev read, da, dc_prev written.
+    """
+    size, of_gates, cell = dtype.itemsize, gates_dtype(dtype).itemsize, 4
+    forward = 4 * size + cell + size + cell + 4 * of_gates
+    backward = size + cell + 4 * of_gates + cell + cell + 4 * size + cell
+    return elements * (forward + backward)
 
+
+def by_autograd(cell: Function, inputs: tuple[Tensor, ...]) -> Step:
+    """Return the step that computes `h, c, da, dc_prev` through torch's autograd."""
+    a, c_prev, dh, dc = inputs
+    a, c_prev = a.clone().requires_grad_(), c_prev.clone().requires_grad_()
+
+    def step() -> tuple[Tensor, ...]:
+        h, c = cell(a, c_prev)
+        return h, c, *torch.autograd.grad((h, c), (a, c_prev), (dh, dc))
+
+    return step
+
+
+def forward_by_hand(a: Tensor, c_prev: Tensor) -> tuple[Tensor, ...]:
+    """Return `h, c`, the activated gates and tanh c."""
+    channels = c_prev.shape[1]
+    sigmoids, g = a[:, : 3 * channels].sigmoid(), a[:, 3 * channels :].tanh()
+    i, f, o = sigmoids.chunk(3, 1)
+    c = torch.addcmul(i * g, f, c_prev)
+    tanh_c = c.tanh()
+    return o * tanh_c, c, sigmoids, g, tanh_c
+
+
+def backward_by_hand(
+    dh: Tensor, dc: Tensor, c_prev: Tensor, sigmoids: Tensor, g: Tensor, tanh_c: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return `da, dc_prev`."""
+    i, f, o = sigmoids.chunk(3, 1)
+    dc = dc + dh * o * (1 - tanh_c * tanh_c)
+    d_sigmoids = torch.cat((dc * g, dc * c_prev, dh * tanh_c), 1)
+    return torch.cat((d_sigmoids * sigmoids * (1 - sigmoids), dc * i * (1 - g * g)), 1), dc * f
+
+
+def by_hand(forward: Function, backward: Function, inputs: tuple[Tensor, ...]) -> Step:
+    """Return the step that computes `h, c, da, dc_prev` without autograd."""
+    a, c_prev, dh, dc = inputs
+
+    def step() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            h, c, *saved = forward(a, c_prev)
+            return h, c, *backward(dh, dc, c_prev, *saved)
+
+    return step
+
+
+def fused(inputs: tuple[Tensor, ...]) -> Step:
+    """Return our step: a, dh of the dtype, c_prev and dc float32, channels-last."""
+    a, c_prev, dh, dc = (tensor.contiguous(memory_format=torch.channels_last) for tensor in inputs)
+    batch, channels, height, width = c_prev.shape
+    code, rows = CODES[a.dtype], batch * height * width
+
+    def step() -> tuple[Tensor, ...]:
+        h, c, gates = torch.empty_like(dh), torch.empty_like(c_prev), torch.empty_like(a, dtype=gates_dtype(a.dtype))
+        threads = torch.get_num_threads()
+        _native.gates_forward(
+            code, rows, channels, a.data_ptr(), 0, c_prev.data_ptr(),
+            h.data_ptr(), c.data_ptr(), gates.data_ptr(), threads,
+        )  # fmt: skip
+        da, dc_prev = torch.empty_like(a), torch.empty_like(c_prev)
+        _native.gates_backward(
+            code, True, rows, channels, dh.data_ptr(), 0, 0, dc.data_ptr(), gates.data_ptr(), c.data_ptr(),
+            c_prev.data_ptr(), da.data_ptr(), dc_prev.data_ptr(), threads,
+        )  # fmt: skip
+        return h, c, da, dc_prev
+
+    return step
+
+
+def gates_contenders(shape: Shape, *, with_compiled: bool) -> list[Contender]:
+    """Return all contenders of a shape in both dtypes, checked against float64: h by value, the others by norms."""
+    rng = torch.Generator().manual_seed(0)
+    state = (shape.batch, shape.channels, shape.height, shape.width)
+    sizes = ((shape.batch, 4 * shape.channels, *state[2:]), state, state, state)
+    exact_inputs = tuple(rounded(torch.randn(*size, generator=rng)) for size in sizes)
+    exact, contenders = by_autograd(pointwise, exact_inputs)(), list[Contender]()
+    for dtype in (F32, BF16):
+        inputs = tuple(tensor.to(dtype) for tensor in exact_inputs)
+        a, c_prev, dh, dc = inputs
+        steps = {
+            "eager": by_autograd(pointwise, inputs),
+            "eager by hand": by_hand(forward_by_hand, backward_by_hand, inputs),
+        }
+        if with_compiled:
+            torch._dynamo.reset()
+            steps["compile"] = by_autograd(compiled(pointwise), inputs)
+            steps["compile by hand"] = by_hand(compiled(forward_by_hand), compiled(backward_by_hand), inputs)
+        steps["cpu"] = fused((a, c_prev.float(), dh, dc.float()))
+        work = {"gb_s": float(moved_bytes(shape.elements // shape.steps, dtype))}
+        for name, step in steps.items():
+            group = "compiled" if name.startswith("compile") else ""
+            contender = Contender(name, step, name_of(dtype), work, ours=name == "cpu", group=group)
+            contenders.append(checked(contender, differences(step(), exact, num_values=1), dtype))
+        contenders.append(copy_limit(work["gb_s"], name_of(dtype)))
+    return contenders
+
+
+def main(args: DeviceArgs) -> None:
+    """Time the ConvLSTM against its peers; exit code 1 if one of ours is wrong."""
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True  # everybody gets cuDNN's fastest convolution
     with Bench("convlstm", args) as bench:
         rounds, quick = args.num_rounds, args.quick
-        if args.device == "cpu":
-            for shape in CPU_SHAPES[:1] if quick else CPU_SHAPES:
-                if wanted(f"layer {shape}"):
-                    bench.add(layer_rows(bench, shape, cpu_forms(quick=quick), rounds, PASSES[1:] if quick else PASSES))
-                gates = f"gates B{shape.batch} C{shape.channels} {shape.height}x{shape.width}"
-                if wanted(gates):
-                    bench.add(compare(gates, PASSES[1], gates_contenders(shape, with_compiled=True), rounds))
+        for shape in (CPU_SHAPES[:1] if quick else CPU_SHAPES) if args.device == "cpu" else ():
+            bench.add(layer_rows(bench, shape, cpu_forms(quick=quick), rounds, PASSES[1:] if quick else PASSES))
+            gates = f"gates B{shape.batch} C{shape.channels} {shape.height}x{shape.width}"
+            bench.add(compare(gates, PASSES[1], gates_contenders(shape, with_compiled=True), rounds))
         for shape in (GPU_SHAPES[2:3] if quick else GPU_SHAPES) if args.device == "cuda" else ():
             for dtype in (torch.float16, torch.bfloat16):
-                if wanted(f"layer {shape}"):
-                    bench.add(layer_rows(bench, shape, cuda_forms(dtype, quick=quick), rounds, device="cuda"))
+                bench.add(layer_rows(bench, shape, cuda_forms(dtype, quick=quick), rounds, device="cuda"))
                 for backend in ("triton", "cuda"):
-                    if wanted(f"{NETWORKS} networks {shape}"):
-                        bench.add(grouped_rows(bench, shape, dtype, backend, rounds))
-        if wanted("saved"):
-            bench.add(saved_rows(bench, SAVED_SHAPE, args.device))
-        if wanted("launches"):
-            bench.add(launch_rows(bench, args.device))
-        if not bench.rows and not bench.missing:
-            raise UserError(f"--only {' '.join(args.only)}: no case is called so")
+                    bench.add(grouped_rows(bench, shape, dtype, backend, rounds))
+        bench.add(saved_rows(bench, SAVED_SHAPE, args.device))
 
 
 if __name__ == "__main__":
-    run_command(main, Args)
+    run_command(main, DeviceArgs)

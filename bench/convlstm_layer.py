@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from harness import Bench, Clock, Contender, Row, compare, copy_limit, cuda_us, wall_us
+from harness import CLOCKS, Bench, Contender, Row, compare, copy_limit
 from torch import Tensor
 from torch.nn.functional import conv2d
 
@@ -58,17 +59,15 @@ class Shape(NamedTuple):
         return {"gflop_s": 3 * flops, "gb_s": 3.0 * x + 3 * h + 2 * c + 2 * gates}
 
 
-@dataclass(frozen=True)
-class Data:
-    """Hold a layer's arguments and the gradient of its result, float64 values that every dtype holds exactly."""
+class Data(NamedTuple):
+    """Hold a layer's arguments, the gradient of its result, and what the float64 reference makes of them."""
 
     x: Tensor
     w_x: Tensor
     w_h: Tensor
     bias: Tensor
     dhs: Tensor
-    exact: tuple[Tensor, ...] = ()
-    """hs, and the gradients of x, w_x, w_h, bias; empty where nothing is checked."""
+    exact: tuple[Tensor, ...]  # hs, and the gradients of x, w_x, w_h, bias
 
 
 def rounded(tensor: Tensor) -> Tensor:
@@ -76,32 +75,24 @@ def rounded(tensor: Tensor) -> Tensor:
     return tensor.bfloat16().half().double()
 
 
-def noise(shape: Shape, seed: int = 0) -> Data:
-    """Return unit-sized random data, with weights that keep the pre-activations unit-sized."""
+def solved(shape: Shape, device: str = "cpu", seed: int = 0) -> Data:
+    """Return unit-sized random data, with weights that keep the pre-activations unit-sized, and the exact result."""
     rng = torch.Generator().manual_seed(seed)
-
-    def normal(*size: int, scale: float = 1.0) -> Tensor:
-        return rounded(torch.randn(*size, generator=rng) * scale)
-
     b, t, c_in, c, h, w, k = shape
     scale = ((c_in + c) * k * k) ** -0.5
-    w_x, w_h = normal(4 * c, c_in, k, k, scale=scale), normal(4 * c, c, k, k, scale=scale)
-    return Data(normal(b, t, c_in, h, w), w_x, w_h, normal(4 * c), normal(b, t, c, h, w))
-
-
-def solved(data: Data, device: str = "cpu") -> Data:
-    """Return the data with the exact results of the float64 reference."""
-    inputs = (data.x, data.w_x, data.w_h, data.bias)
-    leaves = x, w_x, w_h, bias = [tensor.to(device, copy=True).requires_grad_() for tensor in inputs]
+    sizes = ((b, t, c_in, h, w), (4 * c, c_in, k, k), (4 * c, c, k, k), (4 * c,), (b, t, c, h, w))
+    scales = (1.0, scale, scale, 1.0, 1.0)
+    tensors = [rounded(torch.randn(size, generator=rng) * s) for size, s in zip(sizes, scales, strict=True)]
+    *leaves, dhs = (tensor.to(device, copy=True) for tensor in tensors)
+    x, w_x, w_h, bias = (leaf.requires_grad_() for leaf in leaves)
     hs, _ = convlstm_ref(x, w_x, w_h, bias, None, None)
-    return replace(data, exact=(hs.detach(), *torch.autograd.grad(hs, leaves, data.dhs.to(device))))
+    return Data._make([*tensors, (hs.detach(), *torch.autograd.grad(hs, leaves, dhs))])
 
 
 def stacked(data: list[Data]) -> Data:
     """Return several layers of one shape as one with a leading group axis."""
-    names = ("x", "w_x", "w_h", "bias", "dhs")
-    tensors = {name: torch.stack([getattr(one, name) for one in data]) for name in names}
-    return Data(**tensors, exact=tuple(torch.stack(part) for part in zip(*(one.exact for one in data), strict=True)))
+    *tensors, exact = zip(*data, strict=True)
+    return Data._make([*map(torch.stack, tensors), tuple(map(torch.stack, zip(*exact, strict=True)))])
 
 
 def frame_major(frames: Tensor) -> Tensor:
@@ -121,22 +112,16 @@ class Form:
 
     name: str
     dtype: torch.dtype
-    run: Run
-    """x, then w_x and w_h or, `joined`, one weight of both, then the bias, to hs."""
+    run: Run  # x, then w_x and w_h or, `joined`, one weight of both, then the bias, to hs
     joined: bool = False
-    leaves: torch.dtype | None = None
-    """Dtype of x and the weights where it is not `dtype`: autocast."""
+    leaves: torch.dtype | None = None  # dtype of x and the weights where it is not `dtype`: autocast
     channels_last: bool = False
     frame_major: bool = False
-    cell_order: bool = False
-    """Gates i, f, g, o in the weights, as in aten's LSTM cell."""
-    backend: str = ""
-    """Of rlv2v.kernels; empty for a peer."""
+    cell_order: bool = False  # gates i, f, g, o in the weights, as in aten's LSTM cell
+    backend: str = ""  # of rlv2v.kernels; empty for a peer
     group: str = ""
-    training_only: bool = False
-    """Differs from another form in the backward alone."""
-    graphs: bool = False
-    """Runs in CUDA graphs, whose results the next call overwrites."""
+    training_only: bool = False  # differs from another form in the backward alone
+    graphs: bool = False  # runs in CUDA graphs, whose results the next call overwrites
 
 
 class Layer:
@@ -152,6 +137,7 @@ class Layer:
         dtype = form.leaves or form.dtype  # `to` keeps the strides
         self.leaves = [tensor.to(device, dtype, copy=True).requires_grad_() for tensor in (x, *weights)]
         self.dhs = dhs.to(device, form.dtype)
+        self.calls: dict[str, Callable[[], object]] = {"forward": self.forward, "forward+backward": self.train}
 
     def run(self) -> Tensor:
         """Return hs."""
@@ -168,10 +154,6 @@ class Layer:
         """Return hs and the gradients of x and all weights."""
         hs = self.run()
         return hs, *torch.autograd.grad(hs, self.leaves, self.dhs)
-
-    def call(self, passes: str) -> Callable[[], object]:
-        """Return the call to time."""
-        return self.forward if passes == "forward" else self.train
 
     def check(self) -> dict[str, float]:
         """Return the differences of both passes from the exact result."""
@@ -205,13 +187,20 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def obstacle(form: Form, shape: Shape, device: str, groups: int = 1) -> str | None:
-    """Return why a backend of ours cannot run a shape; None if it can, and for a peer."""
-    if not form.backend:
-        return None
+def runnable(bench: Bench, case: str, forms: Iterable[Form], shape: Shape, device: str, groups: int = 1) -> list[Form]:
+    """Return the forms that can run a shape; record why a backend of ours cannot."""
     b, t, _, c, h, w, k = shape
-    problem = Problem(torch.device(device), form.dtype, groups, t, b, c, h, w, k)
-    return TABLE[form.backend].recurrence.unsupported_reason(problem)
+    can = []
+    for form in forms:
+        reason = None
+        if form.backend:
+            problem = Problem(torch.device(device), form.dtype, groups, t, b, c, h, w, k)
+            reason = TABLE[form.backend].recurrence.unsupported_reason(problem)
+        if reason is None:
+            can.append(form)
+        else:
+            bench.skip(f"{case}, {form.name} {name_of(form.dtype)}", reason)
+    return can
 
 
 def limits_of(shape: Shape, passes: str, dtypes: Iterable[torch.dtype], device: str) -> list[Contender]:
@@ -221,24 +210,21 @@ def limits_of(shape: Shape, passes: str, dtypes: Iterable[torch.dtype], device: 
     so little work does not fill, at sizes that do.
     """
     limits, n, c = list[Contender](), shape.batch * shape.steps, shape.channels
-
-    def limit(name: str, call: Callable[[], object], dtype: torch.dtype, flops: float) -> None:
-        limits.append(Contender(name, call, name_of(dtype), {"gflop_s": flops}, limit=True))
-
+    sizes = ((n, c, shape.height, shape.width), (4 * c, c, shape.kernel, shape.kernel))
+    rows, inner, columns = shape.batch * shape.height * shape.width, shape.kernel**2 * c, 4 * c
+    work = {"gflop_s": 2.0 * shape.steps * rows * inner * columns}
+    if device == "cuda":
+        rows = inner = columns = GPU_GEMM
+    product = {"gflop_s": 2.0 * rows * inner * columns}
     for dtype in dtypes:
-        frames, weight = (
-            torch.randn(size).to(device, dtype).contiguous(memory_format=torch.channels_last)
-            for size in ((n, c, shape.height, shape.width), (4 * c, c, shape.kernel, shape.kernel))
-        )
-        flops = 2.0 * n * shape.height * shape.width * 4 * c * c * shape.kernel**2
-        limit("convolution", lambda x=frames, w=weight: conv2d(x, w, padding="same"), dtype, flops)  # type: ignore[misc]
-        sizes = (shape.batch * shape.height * shape.width, shape.kernel**2 * c, 4 * c)
-        num_bytes = shape.work(passes, dtype)["gb_s"]
-        if device == "cuda":
-            sizes, num_bytes = (GPU_GEMM,) * 3, max(num_bytes, GPU_COPY_BYTES)
-        left, right = (torch.randn(size).to(device, dtype) for size in (sizes[:2], sizes[1:]))
-        limit("GEMM", lambda a=left, b=right: a @ b, dtype, 2.0 * sizes[0] * sizes[1] * sizes[2])  # type: ignore[misc]
-        limits.append(copy_limit(num_bytes, name_of(dtype), device))
+        tensors = [torch.randn(size).to(device, dtype).contiguous(memory_format=torch.channels_last) for size in sizes]
+        matrices = [torch.randn(size).to(device, dtype) for size in ((rows, inner), (inner, columns))]
+        num_bytes = max(shape.work(passes, dtype)["gb_s"], GPU_COPY_BYTES if device == "cuda" else 0)
+        limits += [
+            Contender("convolution", partial(conv2d, *tensors, padding="same"), name_of(dtype), work, limit=True),
+            Contender("GEMM", partial(torch.matmul, *matrices), name_of(dtype), product, limit=True),
+            copy_limit(num_bytes, name_of(dtype), device),
+        ]
     return limits
 
 
@@ -250,20 +236,16 @@ def layer_rows(
     A peer that raises, like a compiler that is not installed, is recorded as missing. An error of ours is a bug.
     """
     torch._dynamo.reset()
-    data, case, layers = solved(noise(shape), device), f"layer {shape}", list[tuple[Layer, dict[str, float]]]()
-    for form in forms:
-        reason = obstacle(form, shape, device)
-        if reason is None:
+    data, case, layers = solved(shape, device), f"layer {shape}", list[tuple[Layer, dict[str, float]]]()
+    for form in runnable(bench, case, forms, shape, device):
+        try:
             layer = Layer(form, data, device)
-            try:
-                layers.append((layer, layer.check()))
-            except Exception as error:
-                if form.backend:
-                    raise
-                reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        if reason is not None:
+            layers.append((layer, layer.check()))
+        except Exception as error:
+            if form.backend:
+                raise
+            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             bench.skip(f"{case}, {form.name} {name_of(form.dtype)}", reason)
-    clock: Clock = cuda_us if device == "cuda" else wall_us
     rows = list[Row]()
     for which in passes:
         contenders = []
@@ -271,10 +253,8 @@ def layer_rows(
             form = layer.form
             if which == "forward+backward" or not form.training_only:
                 dtype, work = name_of(form.dtype), shape.work(which, form.dtype)
-                contender = Contender(
-                    form.name, layer.call(which), dtype, work, ours=bool(form.backend), group=form.group
-                )
-                contenders.append(checked(contender, difference, form.dtype))
+                timed = Contender(form.name, layer.calls[which], dtype, work, ours=bool(form.backend), group=form.group)
+                contenders.append(checked(timed, difference, form.dtype))
         contenders += limits_of(shape, which, dict.fromkeys(layer.form.dtype for layer, _ in layers), device)
-        rows += compare(case, which, contenders, rounds, clock)
+        rows += compare(case, which, contenders, rounds, CLOCKS[device])
     return rows

@@ -1,19 +1,19 @@
 """The forms that bench/convlstm.py times: a ConvLSTM layer as users write it, and ours.
 
     eager             cat x and h, one convolution, chunk, a step: what public ConvLSTM repositories do
-    eager batched     the convolution of x once over all T, a smaller one of h a step, none for the zero state
+    ... batched       the convolution of x once over all T, a smaller one of h a step, none for the zero state
     ... channels-last the same in memory T,B,H,W,C, weights channels-last
     ... fused cell    the same with aten's `_thnn_fused_lstm_cell` for the gates (GPU)
     compile           torch.compile of a form, T unrolled, static shapes; `max-autotune` with CUDA graphs
     autocast          bfloat16 autocast around a form with float32 weights; compiled together with it
-All take x (B,T,C_in,H,W) without a state and return all hidden states. Without `autocast` in its name, a form in 16
-bits has inputs and weights of 16 bits. `frame-major`: x and the result's gradient are dense in the order T,B,H,W,C and
-weights channels-last, as in our layers; otherwise they are contiguous.
+All take x (B,T,C_in,H,W) without a state and return all hidden states. `frame-major`: x and the result's gradient are
+dense in the order T,B,H,W,C and weights channels-last, as in our layers; otherwise they are contiguous.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -25,7 +25,6 @@ from rlv2v.kernels import convlstm
 
 F32, BF16 = torch.float32, torch.bfloat16
 Function = TypeVar("Function", bound=Callable[..., Any])
-Cell = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
 
 
 def pointwise(a: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -36,13 +35,8 @@ def pointwise(a: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
-def cell(a: Tensor, a_h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return `pointwise` of the pre-activations from x and, if there is an h, from h."""
-    return pointwise(a if a_h is None else a + a_h, c)
-
-
 def aten_cell(a: Tensor, a_h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the same by aten's LSTM cell, pixels as rows: channels-last frames, gates i, f, g, o."""
+    """Return `h, c` by aten's LSTM cell, pixels as rows: channels-last frames, gates i, f, g, o."""
     batch, width4, *size = a.shape
     rows = a.permute(0, 2, 3, 1).reshape(-1, width4)
     hidden = torch.zeros_like(rows) if a_h is None else a_h.permute(0, 2, 3, 1).reshape(-1, width4)
@@ -63,32 +57,29 @@ def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.stack(hs, 1)
 
 
-def steps_of(a: Tensor, w_h: Tensor, cell: Cell = cell) -> list[Tensor]:
-    """Return all hidden states (B,C,H,W) from the pre-activations of x (T,B,4C,H,W)."""
-    h = c = None
-    hs: list[Tensor] = []
-    for a_t in a.unbind(0):
-        h, c = cell(a_t, None if h is None else conv2d(h, w_h, padding=w_h.shape[-1] // 2), c)
+def steps_of(x: Tensor, w_x: Tensor, w_h: Tensor, bias: Tensor, fused: bool = False) -> list[Tensor]:
+    """Return all hidden states (B,C,H,W); x is convolved once over all T."""
+    padding = w_x.shape[-1] // 2
+    a = conv2d(x.transpose(0, 1).flatten(0, 1), w_x, bias, padding=padding)
+    h: Tensor | None = None
+    c: Tensor | None = None
+    hs = list[Tensor]()
+    for a_t in a.unflatten(0, (x.shape[1], x.shape[0])).unbind(0):
+        a_h = None if h is None else conv2d(h, w_h, padding=padding)
+        h, c = aten_cell(a_t, a_h, c) if fused else pointwise(a_t if a_h is None else a_t + a_h, c)
         hs.append(h)
     return hs
 
 
 def batched(x: Tensor, w_x: Tensor, w_h: Tensor, bias: Tensor) -> Tensor:
-    """Convolve x once over all T; frames in torch's own layout."""
-    a = conv2d(x.transpose(0, 1).flatten(0, 1), w_x, bias, padding=w_x.shape[-1] // 2)
-    return torch.stack(steps_of(a.unflatten(0, (x.shape[1], x.shape[0])), w_h), 1)
+    """Stack the steps in torch's own layout."""
+    return torch.stack(steps_of(x, w_x, w_h, bias), 1)
 
 
-def channels_last(x: Tensor, w_x: Tensor, w_h: Tensor, bias: Tensor, cell: Cell = cell) -> Tensor:
+def channels_last(x: Tensor, w_x: Tensor, w_h: Tensor, bias: Tensor, fused: bool = False) -> Tensor:
     """Run `batched` in memory T,B,H,W,C: at most one copy of x, and hs is a view of such memory."""
-    a = conv2d(frame_major(x).transpose(0, 1).flatten(0, 1), w_x, bias, padding=w_x.shape[-1] // 2)
-    hs = steps_of(a.unflatten(0, (x.shape[1], x.shape[0])), w_h, cell)
+    hs = steps_of(frame_major(x), w_x, w_h, bias, fused)
     return torch.stack([h.permute(0, 2, 3, 1) for h in hs]).permute(1, 0, 4, 2, 3)
-
-
-def fused_cell(x: Tensor, w_x: Tensor, w_h: Tensor, bias: Tensor) -> Tensor:
-    """Run `channels_last` with `aten_cell`."""
-    return channels_last(x, w_x, w_h, bias, aten_cell)
 
 
 def autocast(run: Run) -> Run:
@@ -123,59 +114,47 @@ def mine(backend: str, dtype: torch.dtype, kind: str = "") -> Form:
     )
 
 
+PEERS: dict[str, tuple[Run, dict[str, Any]]] = {
+    "": (eager, {"joined": True}),
+    " batched": (batched, {}),
+    " channels-last": (channels_last, {"channels_last": True}),
+}
+
+
+def peers(name: str, dtype: torch.dtype, wrap: Callable[[Run], Run], kinds: Iterable[str], **fields: Any) -> list[Form]:
+    """Return the wrapped peers of some kinds."""
+    return [Form(f"{name}{kind}", dtype, wrap(PEERS[kind][0]), **PEERS[kind][1], **fields) for kind in kinds]
+
+
 def cpu_forms(*, quick: bool) -> list[Form]:
     """Return all forms for the CPU, each dtype with its own eager and compiled peers.
 
     quick: without the compiled ones, which take minutes, and without our eager backend.
     """
-    forms = list[Form]()
+    forms, best = list[Form](), ("", " channels-last")
     for dtype in (F32, BF16):
-        forms += [
-            Form("eager", dtype, eager, joined=True),
-            Form("eager batched", dtype, batched),
-            Form("eager channels-last", dtype, channels_last, channels_last=True),
-            *(mine("cpu", dtype, kind) for kind in ("", "frame-major", "recompute")),
-        ]
+        forms += peers("eager", dtype, lambda run: run, PEERS)
+        forms += [mine("cpu", dtype, kind) for kind in ("", "frame-major", "recompute")]
         if not quick:
-            group = "compiled"
-            forms += [
-                Form("compile", dtype, compiled(eager), joined=True, group=group),
-                Form("compile batched", dtype, compiled(batched), group=group),
-                Form("compile channels-last", dtype, compiled(channels_last), channels_last=True, group=group),
-                mine("eager", dtype),
-            ]
-    forms += [
-        Form("autocast", BF16, autocast(eager), joined=True, leaves=F32),
-        Form("autocast channels-last", BF16, autocast(channels_last), channels_last=True, leaves=F32),
-        mine("cpu", BF16, "autocast"),
-    ]
+            forms += [*peers("compile", dtype, compiled, PEERS, group="compiled"), mine("eager", dtype)]
+    forms += [*peers("autocast", BF16, autocast, best, leaves=F32), mine("cpu", BF16, "autocast")]
     if not quick:
-        name, faster = "autocast+compile", compiled(autocast(channels_last))
-        forms += [
-            Form(name, BF16, compiled(autocast(eager)), joined=True, leaves=F32, group=name),
-            Form(f"{name} channels-last", BF16, faster, channels_last=True, leaves=F32, group=name),
-        ]
+        name = "autocast+compile"
+        forms += peers(name, BF16, lambda run: compiled(autocast(run)), best, leaves=F32, group=name)
     return forms
 
 
 def cuda_forms(dtype: torch.dtype, *, quick: bool) -> list[Form]:
     """Return all forms of one dtype for a GPU; quick: without the compiled ones."""
     forms = [
-        Form("eager", dtype, eager, joined=True),
-        Form("eager batched", dtype, batched),
-        Form("eager channels-last", dtype, channels_last, channels_last=True),
-        Form("eager fused cell", dtype, fused_cell, channels_last=True, cell_order=True),
+        *peers("eager", dtype, lambda run: run, PEERS),
+        Form("eager fused cell", dtype, partial(channels_last, fused=True), channels_last=True, cell_order=True),
         *(mine("triton", dtype, kind) for kind in ("", "frame-major", "recompute")),
         *(mine("cuda", dtype, kind) for kind in ("", "frame-major")),
         mine("eager", dtype),
     ]
-    if quick:
-        return forms
-    name, tune = "channels-last", "max-autotune"
-    return [
-        *forms,
-        Form("compile", dtype, compiled(eager), joined=True, group="compiled"),
-        Form(f"compile {name}", dtype, compiled(channels_last), channels_last=True, group="compiled"),
-        Form(tune, dtype, compiled(eager, tune), joined=True, graphs=True, group="compiled"),
-        Form(f"{tune} {name}", dtype, compiled(channels_last, tune), channels_last=True, graphs=True, group="compiled"),
-    ]
+    if not quick:
+        tune, best = "max-autotune", ("", " channels-last")
+        forms += peers("compile", dtype, compiled, best, group="compiled")
+        forms += peers(tune, dtype, lambda run: compiled(run, tune), best, graphs=True, group="compiled")
+    return forms

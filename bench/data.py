@@ -2,11 +2,11 @@
 
     python bench/data.py [--json F] [--quick]
 
-Clips of 16 frames to 64x64 at random (file, start), the same draws for all, from real street footage that is written in
-four forms, each frame stamped with its file and number. Every way of reading runs in a process of its own, all on the
-same core, and must first return the right frames; the ways take turns, a block of clips each, and a time is a block's
-mean per clip. `Loader` is `next(loader)` end to end, `rlv2v` the work of one of its threads for a clip, cache off.
-Peers come with `pip install -e '.[bench]'`. Prepared raw is compared with the peers on the original 256x256 files.
+Clips of 16 frames to 64x64 at random (file, start), the same draws for all, from street footage in four forms, each
+frame stamped with its file and number. Every way of reading runs in a process of its own, all on the same core, and
+must first return the right frames; the ways take turns, a block of clips each. `Loader` is `next(loader)` end to end,
+`rlv2v` the work of one of its threads for a clip, cache off. Peers come with `pip install -e '.[bench]'`. Prepared raw
+is compared with the peers on the original 256x256 files.
 """
 
 from __future__ import annotations
@@ -15,25 +15,23 @@ import gc
 import itertools
 import json
 import logging
-import multiprocessing
 import os
+import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+from unittest.mock import patch
 
 import av
 import numpy as np
 import torch
 from av.video.reformatter import Colorspace
-from data_peers import FRAMES, PEERS, SIZE, WAYS, Worker, rss_mib, stamp
-from harness import Bench, Contender, Row, TimedArgs, rows_of, version, wall_us
+from data_peers import FRAMES, PEERS, SIZE, WAYS, load, open_files, plain_names, stamp, time_clips
+from harness import Bench, Contender, Row, TimedArgs, process_of_its_own, rows_of, run_python, version, wall_us
 from real_pair import street_clip
 
 from rlv2v.cli import run_command
@@ -55,7 +53,6 @@ FORMS: dict[str, tuple[str, int, dict[str, str]]] = {
 RAW, PREPARED, VP9_256, H264_256 = FORMS
 PACKAGES = {"PyAV": "av", "OpenCV": "opencv-python-headless", "decord": "decord", "torchcodec": "torchcodec"}
 Files = dict[str, list[Path]]
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -111,50 +108,54 @@ def random_draws(count: int, seed: int) -> list[tuple[int, int]]:
     return [(int(rng.integers(NUM_FILES)), int(rng.integers(LENGTH - FRAMES + 1))) for _ in range(count)]
 
 
-def start_workers(bench: Bench, stack: ExitStack, libraries: Path) -> dict[str, Worker]:
-    """Return the processes that could import their library."""
-    workers = {}
-    for name in WAYS:
-        worker = stack.enter_context(Worker(name, libraries))
-        try:
-            worker.ask("import")
-            workers[name] = worker
-        except RuntimeError as error:
-            if name not in PEERS:
-                raise
-            bench.skip(name, str(error).removeprefix(f"{name}: "))
+def start_workers(bench: Bench, stack: ExitStack, libraries: Path) -> dict[str, Executor]:
+    """Return the processes that could import their library; `libraries` is an empty folder for them to use."""
+    workers = dict[str, Executor]()
+    paths = filter(None, (os.environ.get("LD_LIBRARY_PATH"), plain_names(libraries)))
+    with patch.dict(os.environ, LD_LIBRARY_PATH=":".join(paths)):
+        for name in WAYS:
+            worker = stack.enter_context(process_of_its_own())
+            try:
+                worker.submit(load, name).result()
+                workers[name] = worker
+            except Exception as error:
+                if name not in PEERS:
+                    raise
+                bench.skip(name, fault_of(error))
     return workers
 
 
-def reading_rows(form: str, files: list[Path], workers: dict[str, Worker], blocks: int) -> list[Row]:
+def fault_of(error: Exception) -> str:
+    """Return an error's name and the first line of its text."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+
+
+def reading_rows(form: str, files: list[Path], workers: dict[str, Executor], blocks: int) -> list[Row]:
     """Check and time every way that reads a form."""
+    faults, draws = dict[str, str](), random_draws(24, 0)
     names = [name for name in workers if form != RAW or name not in PEERS]
-    faults, answers, draws = dict[str, str](), dict[str, list[dict[str, float]]](), random_draws(24, 0)
     for name in names:
         try:
-            wrong = workers[name].ask("open", files, draws)["wrong"]
+            wrong = workers[name].submit(open_files, name, [str(file) for file in files], draws).result()
             if wrong:
                 faults[name] = f"{wrong} of {len(draws) * FRAMES} frames"
-        except RuntimeError as error:
-            faults[name] = str(error).removeprefix(f"{name}: ")
-        if name not in faults:
-            answers[name] = []
+        except Exception as error:
+            faults[name] = fault_of(error)
     size = 400 if form == RAW else 12
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names if name not in faults}
     for block in range(blocks):
-        for name, found in answers.items():
-            found.append(workers[name].ask("run", (), random_draws(size, 1 + block)))
-    contenders, times = list[Contender](), dict[tuple[str, str], list[float]]()
+        for name, times in seconds.items():
+            times.append(workers[name].submit(time_clips, name, random_draws(size, 1 + block)).result())
+    contenders = []
     for name in names:
         ours, fields = name not in PEERS, dict[str, Any](wrong_data=faults.get(name))
-        if name in answers:
-            seconds = [answer["seconds"] for answer in answers[name]]
-            fields["clips_per_s"] = round(size / statistics.median(seconds), 1)
-            fields["cpu_ms"] = round(statistics.median(1e3 * answer["cpu"] / size for answer in answers[name]), 3)
-            fields["rss_mib"] = round(answers[name][-1]["rss_mib"])
-            times[name, "uint8"] = [1e6 * each / size for each in seconds]
+        if name in seconds:
+            wall, cpu = (statistics.median(values) for values in zip(*seconds[name], strict=True))
+            fields |= {"clips_per_s": round(size / wall, 1), "cpu_ms": round(1e3 * cpu / size, 3)}
         group, valid = "" if ours else "peer", name not in faults
         contenders.append(Contender(name, dtype="uint8", ours=ours, group=group, valid=valid, fields=fields))
-    return rows_of(form, "read", contenders, times)
+    us = {(name, "uint8"): [1e6 * wall / size for wall, _ in times] for name, times in seconds.items()}
+    return rows_of(form, "read", contenders, us)
 
 
 def compare_raw(rows: list[Row]) -> None:
@@ -167,17 +168,17 @@ def compare_raw(rows: list[Row]) -> None:
             row["speedup_over"] = {name: round(ratio, 3) for name, ratio in ratios.items()}
 
 
-def index_rows(root: Path, files: Files, repeats: int) -> list[Row]:
-    """Time the index of 16 files, first and second time, against one plain decode of them, in turns.
+def index_row(root: Path, files: Files, repeats: int) -> Row:
+    """Return the medians of the index of 16 files, first and second time, and of one plain decode, in turns.
 
     The first time with one file at a time, as the plain decode has it, and by default, one file a core.
     """
-    for name in ("trainX", "trainY"):
-        (root / name).mkdir(parents=True)
-    for form in (VP9_256, H264_256):
-        for k in range(2 * NUM_FILES):
-            folder = root / ("trainX" if k < NUM_FILES else "trainY")
-            (folder / f"{form} {k}.mp4").write_bytes(files[form][k % NUM_FILES].read_bytes())
+    folders = root / "trainX", root / "trainY"
+    for folder, copies in zip(folders, ("first", "second"), strict=True):
+        folder.mkdir(parents=True)
+        for form in (VP9_256, H264_256):
+            for path in files[form]:
+                shutil.copy(path, folder / f"{form} {copies} {path.name}")
     paths = sorted(root.glob("*/*.mp4"))
 
     def decode() -> None:
@@ -186,50 +187,37 @@ def index_rows(root: Path, files: Files, repeats: int) -> list[Row]:
                 for _ in container.decode(video=0):
                     pass
 
-    def forget() -> None:
-        for manifest in root.rglob(MANIFEST):
-            manifest.unlink(missing_ok=True)
-
     def one_at_a_time() -> None:
-        for name in ("trainX", "trainY"):
-            index_folder(root / name, frames=FRAMES, workers=1)
+        for folder in folders:
+            index_folder(folder, frames=FRAMES, workers=1)
 
     def index() -> None:
         open_dataset(root, frames=FRAMES)
 
-    names = ("plain decode", "one at a time", "first time", "second time")
-    times: dict[tuple[str, str], list[float]] = {(name, "uint8"): [] for name in names}
+    ways = {"plain_decode": decode, "one_at_a_time": one_at_a_time, "first": index, "second": index}
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
-        for name, call in zip(names, (decode, one_at_a_time, index, index), strict=True):
-            if name in names[1:3]:
-                forget()
-            times[name, "uint8"].append(wall_us(call))
-    contenders = [Contender(name, dtype="uint8", ours=name != "plain decode") for name in names]
-    return rows_of(f"index of {len(paths)} files of {LENGTH} frames, {cores()} cores", "index", contenders, times)
+        for name, call in ways.items():
+            for manifest in root.rglob(MANIFEST) if name != "second" else ():
+                manifest.unlink()
+            times[name].append(wall_us(call) / 1e3)
+    plain, one, first, second = (statistics.median(values) for values in times.values())
+    row: Row = {"case": f"index of {len(paths)} files of {LENGTH} frames", "backend": "rlv2v", "ours": True}
+    row |= {"cores": cores(), "plain_decode_ms": round(plain), "second_ms": round(second, 2)}
+    row |= {"one_at_a_time_over_plain": round(one / plain, 3), "first_over_plain": round(first / plain, 3)}
+    return row | {"first_over_second": round(first / second, 1)}
 
 
 def wait_row(data: Path, out: Path, steps: int) -> Row:
     """Return the share of a training's time that it waits for clips, by its own log, without the first log line."""
-    command = [sys.executable, "-m", "rlv2v.train", "--data", str(data), "--out", str(out), "--steps", str(steps)]
-    command += ["--warmup-steps", "2", "--no-warmup-cache", "--snapshot-seconds", "1e9"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"training failed: {done.stderr[-2000:]}")
+    flags = ("--steps", steps, "--warmup-steps", 2, "--snapshot-seconds", "1e9")
+    run_python("-m", "rlv2v.train", "--data", data, "--out", out, *flags)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     counted, seconds = lines[-1]["step"] - lines[0]["step"], lines[-1]["seconds"] - lines[0]["seconds"]
-    pairs = itertools.pairwise(lines)
-    waited = sum(line["time_data"] * (line["step"] - previous["step"]) for previous, line in pairs)
+    waited = sum(line["time_data"] * (line["step"] - last["step"]) for last, line in itertools.pairwise(lines))
     row: Row = {"case": "wait in training, default preset", "backend": "Loader", "ours": True, "steps": counted}
     row |= {"wait_percent": round(100 * waited / seconds, 3), "wait_ms": round(1e3 * waited / counted, 3)}
-    row |= {"step_ms": round(1e3 * seconds / counted, 1), "first_wait_ms": round(1e3 * lines[0]["time_data"], 1)}
-    print(f"{row['case']}: {row['wait_percent']:.3f} % of a step of {row['step_ms']:.0f} ms ({counted} steps)")
-    return row
-
-
-def alone(function: Callable[..., Result], *args: object) -> Result:
-    """Return `function(*args)` of a new process, whose memory is its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
+    return row | {"step_ms": round(1e3 * seconds / counted, 1), "first_wait_ms": round(1e3 * lines[0]["time_data"], 1)}
 
 
 def loader_memory(root: Path, unprepared: bool, marks: tuple[int, int]) -> list[float]:
@@ -237,29 +225,33 @@ def loader_memory(root: Path, unprepared: bool, marks: tuple[int, int]) -> list[
 
     unprepared: one clip of 16 frames a step, no cache; otherwise the default preset's batches.
     """
-    config = Config.of("default")
     torch.set_num_threads(1)
     if unprepared:
-        dataset = open_dataset(root, frames=FRAMES)
-        loader = Loader(dataset, batch={"x": 1}, frames=FRAMES, size=SIZE, seed=0, cache_mib=0)
+        loader = Loader(
+            open_dataset(root, frames=FRAMES), batch={"x": 1}, frames=FRAMES, size=SIZE, seed=0, cache_mib=0
+        )
     else:
-        dataset = open_dataset(root, frames=config.data.frames)
-        batch = {"x": config.data.batch_x, "y": config.data.batch_y, "z": config.data.batch_z, "s": config.data.batch_s}
-        loader = Loader(dataset, batch=batch, frames=config.data.frames, size=config.data.size, seed=0)
+        data = Config.of("default").data
+        dataset, batch = (
+            open_dataset(root, frames=data.frames),
+            {name: getattr(data, f"batch_{name}") for name in "xyzs"},
+        )
+        loader = Loader(dataset, batch=batch, frames=data.frames, size=data.size, seed=0)
     resident = []
     for step in range(1, marks[1] + 1):
         next(loader)
         if step in marks:
             gc.collect()
-            resident.append(rss_mib())
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            resident.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
     loader.close()
     return resident
 
 
 def memory_row(case: str, root: Path, unprepared: bool, marks: tuple[int, int]) -> Row:
-    """Return and print the growth of the loader's memory between two numbers of steps."""
-    early, late = alone(loader_memory, root, unprepared, marks)
-    print(f"loader memory, {case}: {early:.0f} MiB at step {marks[0]}, {late:.0f} MiB at {marks[1]}", flush=True)
+    """Return the growth of the loader's memory between two numbers of steps."""
+    with process_of_its_own() as process:
+        early, late = process.submit(loader_memory, root, unprepared, marks).result()
     row: Row = {"case": f"loader memory, {case}", "backend": "Loader", "ours": True, "steps": list(marks)}
     return row | {"rss_mib": [round(early, 1), round(late, 1)], "growth_percent": round(100 * (late / early - 1), 2)}
 
@@ -280,7 +272,9 @@ def main(args: Args) -> None:
             for form, paths in files.items():
                 bench.add(reading_rows(form, paths, workers, 3 if quick else args.rounds))
             compare_raw(bench.rows)
-        bench.add(index_rows(root / "index", files, 2 if quick else 5))
+            for row in bench.rows:
+                row["ratio"] = row["speedup_over"].get("best peer")
+        bench.add([index_row(root / "index", files, 2 if quick else 5)])
         write_dataset(root / "synth", size=32, frames=8, seed=0, counts=Counts(val=2, test=2))
         bench.add([wait_row(root / "synth", root / "run", 11 if quick else 31)])
         marks = (100, 300) if quick else (200, 2000)

@@ -19,14 +19,18 @@ import math
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,14 +38,12 @@ import torch
 
 from rlv2v.errors import UserError
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "tests"))  # for `oracle`: the literal twins that benches time
+sys.path.append(str(Path(__file__).parents[1] / "tests"))  # for `oracle`: the literal twins that benches time
 
 Row = dict[str, Any]
 Call = Callable[[], object]
 Clock = Callable[[Call], float]
 
-QUICK_ROUNDS = 5
 SHORT_US = 2000
 """A call shorter than this is repeated in its turn, after one that does not count: it starts with another's caches."""
 MAX_REPEATS = 20
@@ -69,7 +71,7 @@ class TimedArgs(Args):
     @property
     def num_rounds(self) -> int:
         """Return the rounds to run: at most 5 with --quick."""
-        return min(self.rounds, QUICK_ROUNDS) if self.quick else self.rounds
+        return min(self.rounds, 5) if self.quick else self.rounds
 
 
 @dataclass(frozen=True)
@@ -81,40 +83,32 @@ class DeviceArgs(TimedArgs):
 
 
 class Bench:
-    """Collect the rows of one bench, keep --json up to date, and print the JSON line at the end.
+    """Collect the rows of one bench, as a context manager; further fields go into the JSON before `rows`.
 
-        with Bench("losses", args) as bench:
-            bench.add(rows)
-
-    The file is replaced after each `add`, so an interrupted bench keeps the cases that it finished. Leaving the block
-    prints the line and raises SystemExit(1) if a row with `"ours": true` is not valid.
-
-    Args:
-        name: the bench's name in the JSON.
-        args: its flags, with `json`; those of `Args` are checked, and set torch's threads.
-        fields: further fields of the JSON, before `rows`.
-
-    Raises:
-        UserError: the folder of --json does not exist, or a shared flag is out of range.
+    The file of --json is replaced after each `add`, so an interrupted bench keeps the cases that it finished. Leaving
+    the block prints the JSON line and raises SystemExit(1) if a row with `"ours": true` is not valid. A flag that is
+    out of range, or a folder of --json that does not exist, raises UserError.
     """
 
-    def __init__(self, name: str, args: Any, **fields: Any) -> None:
+    def __init__(self, name: str, args: Args, **fields: Any) -> None:
         self.name, self.path, self.rows, self.fields = name, args.json, list[Row](), fields
         self.missing: dict[str, str] = {}
         if self.path is not None and not self.path.parent.is_dir():
             raise UserError(f"--json {self.path}: its folder does not exist; create it first")
         if isinstance(args, TimedArgs) and args.rounds < 2:
             raise UserError(f"--rounds: expected at least 2, got {args.rounds}")
-        if isinstance(args, Args):
-            if args.threads < 1:
-                raise UserError(f"--threads: expected at least 1, got {args.threads}")
-            torch.set_num_threads(args.threads)
+        if args.threads < 1:
+            raise UserError(f"--threads: expected at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
         if isinstance(args, DeviceArgs) and args.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: PyTorch sees no GPU")
 
     def add(self, rows: Iterable[Row], **fields: Any) -> None:
-        """Append rows, set further fields, and write the file."""
-        self.rows += rows
+        """Append rows, print those without a time, set further fields, and write the file."""
+        for row in rows:
+            self.rows.append(row)
+            if "median_us" not in row:
+                print(" | ".join(f"{key} {value}" for key, value in row.items() if key != "ours"), flush=True)
         self.fields |= fields
         if self.path is not None:
             partial = self.path.with_name(f".{self.path.name}.partial")
@@ -133,11 +127,6 @@ class Bench:
             head["missing"] = self.missing
         return json.dumps(finite(head | {"rows": self.rows}), allow_nan=False)
 
-    @property
-    def failed(self) -> bool:
-        """Return whether a row of ours is not valid."""
-        return any(row.get("ours") and row.get("valid") is False for row in self.rows)
-
     def __enter__(self) -> Bench:
         return self
 
@@ -145,7 +134,7 @@ class Bench:
         if kind is None:
             self.add([])
             print(self.text())
-            if self.failed:
+            if any(row.get("ours") and row.get("valid") is False for row in self.rows):
                 raise SystemExit(1)
 
 
@@ -153,35 +142,22 @@ class Bench:
 class Contender:
     """One way to do the work of a case: one of ours, a peer, or a limit (a bare copy, GEMM or convolution)."""
 
-    name: str
-    """Unique among the contenders of the same dtype."""
-    call: Call = lambda: None
-    """The work to time; unused where the times come from elsewhere."""
-    dtype: str = "float32"
-    """Of the arithmetic."""
+    name: str  # unique among the contenders of the same dtype
+    call: Call = lambda: None  # the work to time; unused where the times come from elsewhere
+    dtype: str = "float32"  # of the arithmetic
     work: Mapping[str, float] = field(default_factory=dict)
     """What a call stands for: FLOPs as `gflop_s`, bytes as `gb_s`. The row shows the first one's rate."""
     ours: bool = False
     limit: bool = False
-    backend: str = ""
-    """The row's `backend`, where it differs from the name."""
-    group: str = ""
-    """The fastest peer of a group counts as one more peer, `best <group>`."""
+    group: str = ""  # the fastest peer of a group counts as one more peer, `best <group>`
     valid: bool = True
-    cleanup: Call | None = None
-    """Runs after each call, outside the time."""
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    """Further fields of the row."""
+    cleanup: Call | None = None  # runs after each call, outside the time
+    fields: Mapping[str, Any] = field(default_factory=dict)  # further fields of the row
 
     @property
     def key(self) -> tuple[str, str]:
         """Return what the contender's times are stored under."""
         return self.name, self.dtype
-
-    @property
-    def is_peer(self) -> bool:
-        """Return whether others are compared with it."""
-        return not (self.ours or self.limit)
 
 
 Times = dict[tuple[str, str], list[float]]
@@ -203,6 +179,9 @@ def cuda_us(call: Call) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) * 1e3
+
+
+CLOCKS: dict[str, Clock] = {"cpu": wall_us, "cuda": cuda_us}
 
 
 def time_in_turns(contenders: Sequence[Contender], rounds: int, clock: Clock = wall_us) -> Times:
@@ -244,12 +223,11 @@ def peers_of(contender: Contender, contenders: Iterable[Contender], medians: Map
     """Return the median of each timed peer of the contender's dtype, and of the fastest of each group."""
     peers: dict[str, float] = {}
     for peer in contenders:
-        if peer.is_peer and peer.dtype == contender.dtype and peer.key != contender.key and peer.key in medians:
-            peers[peer.name] = medians[peer.key]
-            if peer.group:
-                best = f"best {peer.group}"
-                peers[best] = min(peers.get(best, float("inf")), medians[peer.key])
-    return peers
+        if not (peer.ours or peer.limit) and peer.dtype == contender.dtype and peer is not contender:
+            us = medians.get(peer.key, math.inf)
+            for name in [peer.name] + [f"best {peer.group}"] * bool(peer.group):
+                peers[name] = min(peers.get(name, math.inf), us)
+    return {name: us for name, us in peers.items() if us < math.inf}
 
 
 def limit_us(contender: Contender, contenders: Iterable[Contender], medians: Mapping[Any, float]) -> float | None:
@@ -258,12 +236,8 @@ def limit_us(contender: Contender, contenders: Iterable[Contender], medians: Map
     With several kinds of work it is the longest of their times.
     """
     limits = [c for c in contenders if c.limit and c.dtype == contender.dtype and c.key in medians]
-    times = []
-    for unit, amount in contender.work.items():
-        rates = [c.work[unit] / medians[c.key] for c in limits if unit in c.work]
-        if rates:
-            times.append(amount / max(rates))
-    return max(times, default=None)
+    rates = {unit: [c.work[unit] / medians[c.key] for c in limits if unit in c.work] for unit in contender.work}
+    return max((contender.work[unit] / max(each) for unit, each in rates.items() if each), default=None)
 
 
 def rows_of(case: str, passes: str, contenders: Sequence[Contender], times: Mapping[Any, Sequence[float]]) -> list[Row]:
@@ -272,30 +246,24 @@ def rows_of(case: str, passes: str, contenders: Sequence[Contender], times: Mapp
     medians = {key: p50 for key, (_, p50, _) in spreads.items()}
     rows = []
     for contender in contenders:
-        row: Row = {"case": case, "backend": contender.backend or contender.name, "pass": passes}
+        row: Row = {"case": case, "backend": contender.name, "pass": passes}
         row |= {"dtype": contender.dtype, "median_us": None, "p20_us": None, "p80_us": None, "percent_of_limit": None}
         row |= {"speedup_over": {}, "ours": contender.ours, "valid": contender.valid, **contender.fields}
         rows.append(row)
-        label = f"{case} | {passes} | {row['backend']} {contender.dtype}"
-        if not contender.valid or contender.key not in medians:
-            print(f"{label} | REFUSED: {dict(contender.fields)}", flush=True)
-            continue
-        row["p20_us"], row["median_us"], row["p80_us"] = (round(us, 2) for us in spreads[contender.key])
-        median, shown = medians[contender.key], []
-        for unit, amount in list(contender.work.items())[:1]:
-            row[unit] = round(amount / median / 1e3, 3)
-            shown.append(f"{row[unit]:.1f} {unit.replace('_', '/')}")
-        if not contender.limit:
-            limit = limit_us(contender, contenders, medians)
-            if limit is not None:
-                row["percent_of_limit"] = round(100 * limit / median, 1)
-                shown.append(f"{row['percent_of_limit']:.0f} % of the limit")
-            peers = peers_of(contender, contenders, medians)
-            row["speedup_over"] = {name: round(us / median, 3) for name, us in peers.items()}
-            shown += [f"{ratio:.2f} x {name}" for name, ratio in list(row["speedup_over"].items())[:1]]
-        print(
-            f"{label} | {median:.1f} us ({row['p20_us']:.1f} to {row['p80_us']:.1f}) | {', '.join(shown)}", flush=True
-        )
+        result = f"REFUSED: {dict(contender.fields)}"
+        if contender.valid and contender.key in medians:
+            row["p20_us"], row["median_us"], row["p80_us"] = (round(us, 2) for us in spreads[contender.key])
+            median = medians[contender.key]
+            for unit, amount in list(contender.work.items())[:1]:
+                row[unit] = round(amount / median / 1e3, 3)
+            if not contender.limit:
+                limit, peers = limit_us(contender, contenders, medians), peers_of(contender, contenders, medians)
+                row["percent_of_limit"] = None if limit is None else round(100 * limit / median, 1)
+                row["speedup_over"] = {name: round(us / median, 3) for name, us in peers.items()}
+            result = f"{median:.1f} us ({row['p20_us']:.1f} to {row['p80_us']:.1f})"
+            result += "".join(f" | {ratio:.2f} x {name}" for name, ratio in list(row["speedup_over"].items())[:1])
+            result += f" | {row['percent_of_limit']:.0f} % of the limit" if row["percent_of_limit"] else ""
+        print(f"{case} | {passes} | {contender.name} {contender.dtype} | {result}", flush=True)
     return rows
 
 
@@ -313,6 +281,20 @@ def copy_limit(num_bytes: float, dtype: str = "float32", device: str = "cpu") ->
     return Contender("copy", lambda: target.copy_(source), dtype, work, limit=True)
 
 
+def process_of_its_own(start: Callable[..., object] | None = None, *args: Any) -> ProcessPoolExecutor:
+    """Return an executor of one new process, with memory and caches of its own, that first calls `start(*args)`."""
+    return ProcessPoolExecutor(1, get_context("spawn"), initializer=start, initargs=args)
+
+
+def run_python(*arguments: object, threads: int = 1) -> None:
+    """Run this Python with arguments; RuntimeError with the end of its stderr if it fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+
+
 def finite(value: Any) -> Any:
     """Return nested dicts and lists with null for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
@@ -325,8 +307,7 @@ def finite(value: Any) -> Any:
 def machine() -> dict[str, str | int | None]:
     """Return `cpu, gpu, threads, torch, triton`; gpu and triton are None where there is none."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.is_file() else []
     return {
         "cpu": names[0] if names else platform.processor() or platform.machine(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -338,10 +319,9 @@ def machine() -> dict[str, str | int | None]:
 
 def version(package: str) -> str | None:
     """Return the installed version of a package, or None."""
-    try:
+    with suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 @cache

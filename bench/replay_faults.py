@@ -1,20 +1,16 @@
 """What replay buffers do in trouble: the same checks for every buffer that imports, ours included.
 
-    python bench/replay_faults.py [NAME [CHECK ...]]
-
 Each check runs in a process of its own, for at most 20 s, because some buffers crash or hang. A buffer's own remedy is
-used where it documents one (`check_for_update` of cpprb, frame stacking of tianshou, trajectories of reverb).
+used where it documents one (`check_for_update` of cpprb, frame stacking of tianshou).
 """
 
 from __future__ import annotations
 
 import faulthandler
 import importlib
-import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,66 +18,85 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
-from replay_peers import MAKERS, Cpprb, available, load
-from replay_rows import ADDED, ALPHA, BETA, DRAWN, Array, Payload, Peer
+from harness import Row
+from replay_peers import ADDED, ALPHA, BETA, DRAWN, MAKERS, Array, Payload, Peer
 
 from rlv2v.replay import PrioritizedReplay
 
 LIMIT_S = 20
 STACK = 4
-AHEAD = 8
-"""Samples after which a buffer that draws ahead shows what was set."""
 Outcome = tuple[str, bool | None]
+Samples = tuple[Array, Array, Array]
+Stack = tuple[Callable[..., object], Callable[[], Samples]]
+"""Add (row, frames, step, done), whose state is frames step .. step + STACK - 1 and whose next state is one frame on;
+return rows, states and next states of 32 draws."""
 
 
-class Stacked:
-    """Use a small prioritised buffer whose states share frames; frame t has the value t % 251."""
+def windows(frames: Array, step: int) -> tuple[Array, Array]:
+    """Return the state and the next state of a step."""
+    return frames[step : step + STACK], frames[step + 1 : step + 1 + STACK]
 
-    def __init__(self, name: str, capacity: int) -> None:
-        module = importlib.import_module(MAKERS[name].module)
-        self.name, self.module, one = name, module, {"shape": (1, STACK)}
-        if name == "rlv2v":
-            self.buffer: Any = PrioritizedReplay(capacity, (1,), STACK)
-        elif name == "cpprb":
-            fields = {"obs": one, "rew": {}, "done": {}}
-            self.buffer = module.PrioritizedReplayBuffer(capacity, fields, next_of="obs", stack_compress="obs")
-        else:
-            shared = {"stack_num": STACK, "ignore_obs_next": True, "save_only_last_obs": True, "sample_avail": True}
-            self.buffer = module.PrioritizedReplayBuffer(capacity, alpha=ALPHA, beta=BETA, **shared)
 
-    def add(self, row: int, frames: Array, step: int, done: bool) -> None:
-        """Add row `row`: the state is frames step .. step + STACK - 1 of the episode, the next state one frame on."""
-        state, next_state = frames[step : step + STACK], frames[step + 1 : step + 1 + STACK]
-        if self.name == "rlv2v":
-            if step == 0:
-                self.clip = self.buffer.put_clip(frames[:, None])
-            following = (self.clip, step + STACK)
-            shared = {"state": (self.clip, step, STACK), "action": following, "true_frame": following}
-            self.buffer.add(**shared, reward=float(row), position=row, terminal=done)
-        elif self.name == "cpprb":
-            self.buffer.add(obs=state[None], next_obs=next_state[None], rew=float(row), done=float(done))
-            if done:
-                self.buffer.on_episode_end()
-        else:
-            ends = {"terminated": np.bool_(done), "truncated": np.bool_(False)}
-            rows = {"obs": state, "obs_next": next_state, "act": np.uint8(0), "rew": np.float64(row), "info": {}}
-            self.buffer.add(self.module.Batch(**rows, **ends))
+def stacked_rlv2v(capacity: int) -> Stack:
+    """Refer to the frames of one clip an episode."""
+    replay, clips = PrioritizedReplay(capacity, (1,), STACK), list[Any]()
 
-    def sample(self) -> tuple[Array, Array, Array]:
-        """Return rows, states and next states of 32 draws."""
-        if self.name == "rlv2v":
-            batch = self.buffer.sample(32)
-            states = batch.states.numpy()[..., 0], batch.next_states.numpy()[:, 1:, 0]
-            return batch.rewards.numpy(), *states
-        if self.name == "cpprb":
-            rows = self.buffer.sample(32)
-            return rows["rew"].ravel(), rows["obs"][:, 0], rows["next_obs"][:, 0]
-        rows, _ = self.buffer.sample(32)
+    def add(row: int, frames: Array, step: int, done: bool) -> None:
+        if step == 0:
+            clips[:] = [replay.put_clip(frames[:, None])]
+        following = (clips[0], step + STACK)
+        shared = {"state": (clips[0], step, STACK), "action": following, "true_frame": following}
+        replay.add(**shared, reward=float(row), position=row, terminal=done)
+
+    def sample() -> Samples:
+        batch = replay.sample(32)
+        return batch.rewards.numpy(), batch.states.numpy()[..., 0], batch.next_states.numpy()[:, 1:, 0]
+
+    return add, sample
+
+
+def stacked_cpprb(capacity: int) -> Stack:
+    """Use `stack_compress` and `next_of`."""
+    fields = {"obs": {"shape": (1, STACK)}, "rew": {}, "done": {}}
+    kind = importlib.import_module("cpprb").PrioritizedReplayBuffer
+    buffer = kind(capacity, fields, next_of="obs", stack_compress="obs")
+
+    def add(row: int, frames: Array, step: int, done: bool) -> None:
+        state, next_state = windows(frames, step)
+        buffer.add(obs=state[None], next_obs=next_state[None], rew=float(row), done=float(done))
+        if done:
+            buffer.on_episode_end()
+
+    def sample() -> Samples:
+        rows = buffer.sample(32)
+        return rows["rew"].ravel(), rows["obs"][:, 0], rows["next_obs"][:, 0]
+
+    return add, sample
+
+
+def stacked_tianshou(capacity: int) -> Stack:
+    """Use `stack_num`, and next states from the row that follows."""
+    data = importlib.import_module("tianshou.data")
+    shared = {"stack_num": STACK, "ignore_obs_next": True, "save_only_last_obs": True, "sample_avail": True}
+    buffer = data.PrioritizedReplayBuffer(capacity, alpha=ALPHA, beta=BETA, **shared)
+
+    def add(row: int, frames: Array, step: int, done: bool) -> None:
+        state, next_state = windows(frames, step)
+        rows = {"obs": state, "obs_next": next_state, "act": np.uint8(0), "rew": np.float64(row), "info": {}}
+        buffer.add(data.Batch(**rows, terminated=np.bool_(done), truncated=np.bool_(False)))
+
+    def sample() -> Samples:
+        rows, _ = buffer.sample(32)
         return rows.rew, rows.obs, rows.obs_next
+
+    return add, sample
+
+
+STACKED = {"rlv2v": stacked_rlv2v, "cpprb": stacked_cpprb, "tianshou": stacked_tianshou}
 
 
 def shared_frames(name: str, trials: int = 24) -> Outcome:
@@ -89,14 +104,13 @@ def shared_frames(name: str, trials: int = 24) -> Outcome:
 
     An episode begins with its first frame repeated, as frame stacks do; what follows a last step is not checked.
     """
-    if name in ("torchrl", "reverb"):
-        return f"n/a: {'keeps whole states' if name == 'torchrl' else 'frames go by trajectories, not by slots'}", None
-    wrong = checked = bad_trials = 0
+    if name not in STACKED:
+        return "n/a: keeps whole states", None
+    wrong = checked = 0
     for trial in range(trials):
         rng = np.random.default_rng(trial)
         capacity = int(rng.integers(8, 40))
-        peer, expected, frame = Stacked(name, capacity), dict[int, tuple[Array, Array, bool]](), 0
-        wrong_earlier = wrong
+        (add, sample), expected, frame = STACKED[name](capacity), dict[int, tuple[Array, Array, bool]](), 0
         for _ in range(int(rng.integers(4, 9))):
             length = int(rng.integers(5, 30))
             values = np.arange(frame, frame + length + 1)
@@ -104,42 +118,20 @@ def shared_frames(name: str, trials: int = 24) -> Outcome:
             frame += length + 1
             for step in range(length):
                 row, done = len(expected), step == length - 1
-                expected[row] = frames[step : step + STACK], frames[step + 1 : step + 1 + STACK], done
-                peer.add(row, frames, step, done)
-                if row < capacity:
-                    continue
-                for reward, state, next_state in zip(*peer.sample(), strict=True):
+                expected[row] = *windows(frames, step), done
+                add(row, frames, step, done)
+                for reward, state, next_state in zip(*sample(), strict=True) if row >= capacity else ():
                     right, right_next, last = expected[int(reward)]
                     checked += 1
                     wrong += not ((state == right).all() and (last or (next_state == right_next).all()))
-        bad_trials += wrong > wrong_earlier
-    return (f"wrong frames in {wrong} of {checked} rows, {bad_trials} of {trials} trials" if wrong else ""), not wrong
+    return (f"wrong frames in {wrong} of {checked} rows" if wrong else ""), not wrong
 
 
-class GuardedCpprb(Cpprb):
-    """Use cpprb's option against updates of rows that were overwritten since the sample."""
-
-    options: ClassVar[dict[str, Any]] = {"check_for_update": True}
-
-
-class ExactCpprb(Cpprb):
-    """Use cpprb without the 1e-4 that it adds to priorities."""
-
-    options: ClassVar[dict[str, Any]] = {"eps": 0.0}
-
-
-def small(maker: type[Peer], capacity: int = 1024, frame: int = 16) -> Peer:
+def small(name: str, capacity: int = 1024, frame: int = 16, **options: Any) -> Peer:
     """Return a full buffer of tiny rows, all of priority 1."""
-    peer = maker(capacity, Payload((frame,), 1), False)
+    peer = MAKERS[name](capacity, Payload((frame,)), **options)
     peer.fill()
     return peer
-
-
-def settled(peer: Peer) -> tuple[Any, Array, Array]:
-    """Return `Peer.read` of a sample in which all that was set shows."""
-    for _ in range(AHEAD):
-        batch = peer.sample()
-    return peer.read(batch)
 
 
 def refusal(call: Callable[[], object]) -> str | None:
@@ -153,7 +145,7 @@ def refusal(call: Callable[[], object]) -> str | None:
 
 def far_index(name: str) -> Outcome:
     """Set a priority of a row far outside the buffer."""
-    peer = small(MAKERS[name])
+    peer = small(name)
     refused = refusal(lambda: peer.update(np.array([10**12]), np.ones(1, np.float32)))
     if peer.wrong(peer.sample()).any():
         return "rows are wrong after it", False
@@ -162,14 +154,14 @@ def far_index(name: str) -> Outcome:
 
 def nan_priority(name: str) -> Outcome:
     """Set NaN as the priority of one of the rows that were added last."""
-    peer = small(MAKERS[name])
+    peer = small(name)
     ids, rows, _ = peer.read(peer.sample())
     newest = rows.argmax()
     refused = refusal(lambda: peer.update(ids[newest : newest + 1], np.full(1, np.nan, np.float32)))
-    failed = refusal(lambda: settled(peer))
+    failed = refusal(peer.sample)
     if failed:
         return f"{'refused, but' if refused else 'taken;'} sample raises {failed}", False
-    _, rows, weights = settled(peer)
+    _, rows, weights = peer.read(peer.sample())
     faults = ["NaN weights"] * bool(np.isnan(weights).any())
     if len(np.unique(rows)) < DRAWN // 4:  # of 1024 even rows 256 draws show 226
         faults.append(f"draws {len(np.unique(rows))} of {peer.capacity} rows for ever")
@@ -180,10 +172,9 @@ def nan_priority(name: str) -> Outcome:
 
 def save_and_load(name: str) -> Outcome:
     """Compare what a saved buffer and one that loads it draw from the same seeds."""
-    peer, other = small(MAKERS[name]), MAKERS[name](1024, Payload((16,), 1), False)
+    peer, other = small(name), MAKERS[name](1024, Payload((16,)))
     ids, rows, _ = peer.read(peer.sample())
     peer.update(ids[:1], np.full(1, 1e6, np.float32))  # 80 of 100 draws
-    settled(peer)
     with tempfile.TemporaryDirectory() as folder:
         peer.save(Path(folder) / "replay")
         other.load(Path(folder) / "replay")
@@ -228,18 +219,18 @@ def torn_rows(peer: Peer, seconds: float) -> tuple[int, int]:
 def threads(name: str) -> Outcome:
     """Sample with 2 threads beside one that adds and updates, a second; they take turns every 0.1 ms."""
     sys.setswitchinterval(1e-4)
-    torn, rows = torn_rows(small(MAKERS[name], frame=4096), 1.0)
+    torn, rows = torn_rows(small(name, frame=4096), 1.0)
     return (f"{torn} of {rows} rows are torn" if torn else ""), not torn
 
 
 def stale_update(name: str) -> Outcome:
     """Set a priority of a sampled row that was overwritten since."""
-    peer = small(GuardedCpprb if name == "cpprb" else MAKERS[name])
+    peer = small(name, **({"check_for_update": True} if name == "cpprb" else {}))
     ids, _, _ = peer.read(peer.sample())
     for _ in range(peer.capacity // ADDED):
         peer.add(peer.prepare(ADDED))
     peer.update(ids[:1], np.full(1, 1e6, np.float32))
-    _, rows, _ = settled(peer)
+    _, rows, _ = peer.read(peer.sample())
     most = np.unique(rows, return_counts=True)[1].max()
     return ("the row in its place takes it", False) if most > DRAWN // 4 else ("", True)
 
@@ -251,9 +242,8 @@ def distribution(name: str, capacity: int = 2**20, draws: int = 2**22) -> Outcom
     more if the errors' mean square is mse; its variance is at most m (2 + 1 / E_i). Wrong: 6 deviations. (In strata
     a row comes up at most once a sample: that takes 0.1% from the mean, a twentieth of the 6 deviations.)
     """
-    if name == "reverb":
-        return "n/a: a million rows take it minutes", None
-    peer = small(ExactCpprb if name == "cpprb" else MAKERS[name], capacity)
+    options: dict[str, Any] = {"eps": 0.0} if name == "cpprb" else {}  # else it adds 1e-4 to priorities
+    peer = small(name, capacity, **options)
     low = np.random.default_rng(0).permutation(capacity) >= 2**16
     priorities = np.where(low, 1e-4, 1).astype(np.float32)
     peer.update(np.arange(capacity), priorities)
@@ -309,37 +299,15 @@ def report(check: Callable[[str], Outcome], name: str, pipe: Connection) -> None
         outcome = f"raises {type(error).__name__}: {error}"[:120], False
     pipe.send(outcome)
     pipe.close()
-    os._exit(0)  # without waiting for a server's threads
+    os._exit(0)  # without waiting for a buffer's threads
 
 
-def fault_row(check: str, name: str, outcome: Outcome) -> dict[str, Any]:
-    """Return the row of one check; `valid` is null where it does not apply."""
-    text, valid = outcome
-    row = {"case": f"fault, {check}", "backend": name, "ours": name == "rlv2v", "outcome": text or "right"}
-    return row | {"valid": valid, "wrong_data": text if valid is False else None}
-
-
-def fault_rows(names: Sequence[str], checks: Sequence[str] = tuple(CHECKS)) -> Iterator[dict[str, Any]]:
-    """Yield a row for each check of each buffer, from one process a buffer: no crash goes further."""
+def fault_rows(names: Sequence[str], checks: Sequence[str] = tuple(CHECKS)) -> Iterator[Row]:
+    """Yield a row for each check of each buffer; `valid` is null where it does not apply."""
+    if "tianshou" in names:
+        small("tianshou")  # compiles, once for all of its checks
     for name in names:
-        command = [sys.executable, __file__, name, *checks]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60 + LIMIT_S * len(checks))
-        rows = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith('{"case": "fault')]
-        if len(rows) != len(checks):
-            raise RuntimeError(f"{name}: {len(rows)} of {len(checks)} fault checks came back: {ended.stderr[-2000:]}")
-        yield from rows
-
-
-def main(name: str, checks: Sequence[str]) -> None:
-    """Print the row of each check."""
-    load(name)
-    if name == "tianshou":
-        small(MAKERS[name])  # compiles, once for all of its processes
-    for check in checks:
-        print(json.dumps(fault_row(check, name, isolated(CHECKS[check], name))), flush=True)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for wanted in sys.argv[1:2] or available()[0]:
-        main(wanted, sys.argv[2:] or tuple(CHECKS))
+        for check in checks:
+            text, valid = isolated(CHECKS[check], name)
+            row: Row = {"case": f"fault, {check}", "backend": name, "ours": name == "rlv2v", "outcome": text or "right"}
+            yield row | {"valid": valid, "wrong_data": text if valid is False else None}

@@ -2,11 +2,10 @@
 
     python bench/survive.py [--kills 30] [--rank-kills 5] [--json F]
 
-Each of `--kills` runs of the tiny preset is killed once (SIGKILL) at a moment drawn uniformly over the length of an
-undisturbed run, start-up and warm-up included, and resumed; its final weights, targets, averages, optimisers and replay
-buffers are compared bit by bit with the undisturbed run's. Each of `--rank-kills` jobs of two ranks under torchrun
-loses a random rank once and has to end by itself. Checkpoints are written several times a second, so that kills meet
-them. Exit code 1 if a folder could not be used, a bit differed, or a job did not end.
+Each of `--kills` runs of the tiny preset is killed once (SIGKILL) at a random moment of an undisturbed run's length and
+resumed; all that its last checkpoint holds is compared bit by bit with the undisturbed run's. Each of `--rank-kills`
+jobs of two ranks under torchrun loses a random rank once and has to end by itself. Checkpoints are written several
+times a second, so that kills meet them. Exit code 1 if a folder could not be used, a bit differed, or a job hung.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,6 @@ class Args(SharedArgs):
     """Jobs of two ranks that lose one of them; with --quick 1."""
     steps: int = 40
     """Steps of a run."""
-    seed: int = 0
-    """Of the moments and the victims."""
 
 
 def flags(data: Path, out: Path, steps: int) -> list[str]:
@@ -121,29 +119,23 @@ def kill_rank(data: Path, run: Path, steps: int, delay: float, victim: int) -> R
 
 def rank_pid(agent: int, rank: int) -> int | None:
     """Return the process of a rank among the children of a torchrun (Linux)."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            variables = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if parent == agent and b"RANK=%d" % rank in variables:
-            return int(folder.name)
+    children = Path(f"/proc/{agent}/task/{agent}/children")
+    for child in children.read_text().split() if children.exists() else ():
+        with suppress(OSError):
+            if b"RANK=%d" % rank in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+                return int(child)
     return None
 
 
 def main(args: Args) -> None:
-    """Kill, compare, print a table and the JSON line."""
+    """Kill, compare, print the rows and the JSON line."""
     if args.steps < 2 or min(args.kills, args.rank_kills) < 0:
         raise UserError("--steps, --kills, --rank-kills: expected at least 2, 0, 0")
-    kills, rank_kills = args.kills, args.rank_kills
     if args.quick:
-        args = replace(args, steps=min(args.steps, 12))
-        kills, rank_kills = min(kills, 2), min(rank_kills, 1)
-    rng = random.Random(args.seed)
+        args = replace(args, steps=min(args.steps, 12), kills=min(args.kills, 2), rank_kills=min(args.rank_kills, 1))
+    rng = random.Random(0)
     with Bench("survive", args, steps=args.steps) as bench, tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        os.environ["XDG_CACHE_HOME"] = str(root / "cache")
         data = root / "data"
         write_dataset(data, size=16, frames=4, counts=Counts(x=24, y=12, z=12, s=6, val=2, test=2))
         finish(TRAIN + flags(data, root / "first", args.steps))  # fills the caches: later runs take alike long
@@ -151,31 +143,25 @@ def main(args: Args) -> None:
         if fault := finish(TRAIN + flags(data, root / "undisturbed", args.steps)):
             raise UserError(f"the undisturbed run failed: {fault}")
         length, expected = time.monotonic() - begun, contents(root / "undisturbed", args.steps)
-        print(f"undisturbed: {length:.1f} s\ncase | after s | at step | result")
-
-        def add(case: str, row: Row, passed: bool, result: str) -> None:
-            bench.add([{"case": case, "backend": "rlv2v", "ours": True, "valid": passed, **row}])
-            print(f"{case} | {row['after_s']} | {row['at']} | {row['fault'] or result}", flush=True)
-
-        for number in range(kills):
+        shared: Row = {"backend": "rlv2v", "ours": True}
+        for number in range(args.kills):
             run = root / f"kill-{number}"
             row = kill_and_resume(data, run, args.steps, rng.uniform(0.0, length))
             row["identical"] = row["fault"] is None and same(contents(run, args.steps), expected)
-            add("kill", row, row["identical"], "same" if row["identical"] else "DIFFERS")
+            bench.add([{"case": "kill", **shared, "valid": row["identical"], **row}])
             shutil.rmtree(run)
-        for number in range(rank_kills):
+        for number in range(args.rank_kills):
             row = kill_rank(data, root / f"rank-{number}", args.steps, rng.uniform(0.0, 3.0), rng.randrange(2))
-            add("rank kill", row, row["fault"] is None and row["killed"], "ended by itself")
-        rows = {case: [row for row in bench.rows if row["case"] == case] for case in ("kill", "rank kill")}
+            bench.add([{"case": "rank kill", **shared, "valid": row["fault"] is None and row["killed"], **row}])
+        kills = [row for row in bench.rows if row["case"] == "kill"]
         summary = {
-            "kills": kills,
-            "unusable_folders": sum(row["fault"] is not None for row in rows["kill"]),
-            "identical": sum(row["valid"] for row in rows["kill"]),
-            "rank_kills": rank_kills,
-            "ended_by_themselves": sum(row["valid"] for row in rows["rank kill"]),
+            "kills": args.kills,
+            "unusable_folders": sum(row["fault"] is not None for row in kills),
+            "identical": sum(row["valid"] for row in kills),
+            "rank_kills": args.rank_kills,
+            "ended_by_themselves": sum(row["valid"] for row in bench.rows if row["case"] == "rank kill"),
         }
         bench.add([], summary=summary)
-        print(summary)
 
 
 if __name__ == "__main__":

@@ -3,17 +3,15 @@
     python bench/train_step.py [--json F] [--frames 8 16] [--paper-frames 8] [--device cuda]
 
 Both take the same clips and draws. First every loss and gradient norm that they log is compared, over one round of
-steps in float64 and `--check` rounds in float32, each step from the same weights; if they differ, nothing is timed and
-the exit code is 1. (Adam divides a gradient by its own size, so rounding alone soon parts two runs in float32;
-tests/bench lets them run on in float64 and compares all weights in the end.)
+steps in float64 and two in float32, each step from the same weights (Adam divides a gradient by its own size, so
+rounding alone soon parts two runs in float32; tests/bench lets them run on in float64). If they differ, nothing is
+timed and the exit code is 1.
 
-A round is the steps in which each domain has one mini-batch of transitions: 4 in the default preset, 2 of them with.
-Each form runs in a process of its own, with the memory and caches that its own steps leave, and waits while the other
-has its `--stretch` rounds: in one process the twin's many shapes slowed ours by 15 %, and oneDNN, which may keep more
-primitives than by default in both, drove out ours. A time is the mean of a round's steps, so that steps with and
-without transitions count alike; the first `--warm` rounds do not count. `plain_step` is the twin. The `paper`
-rows have its losses and networks but for `norm="clip"`: statistics over a mini-batch depend on what is run together,
-which is where the two differ.
+A round is the steps in which each domain has one mini-batch of transitions: 4 in the default preset, 2 of them with. A
+time is the mean of a round's steps; the first rounds do not count. Each form runs in a process of its own, with the
+memory and caches that its own steps leave, and waits while the other has its rounds. `oracle.plain_step` is the twin.
+The `paper` rows have its losses and networks but for `norm="clip"`: statistics over a mini-batch depend on what is run
+together, which is where the two differ.
 """
 
 from __future__ import annotations
@@ -22,19 +20,15 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from multiprocessing import get_context
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")  # read once, by the first convolution
 
 import numpy as np
 import torch
-from harness import Bench, Contender, DeviceArgs, Row, rows_of
-from oracle.plain_nets import plain_weights
+from harness import Bench, Contender, DeviceArgs, Row, process_of_its_own, rows_of
 from oracle.plain_step import Plain
 from torch import Tensor
 
@@ -54,6 +48,11 @@ from rlv2v.runtime.cuda_graphs import NUM_PLAIN
 # so that norms of gradients differ more than losses do.
 LIMITS = {"losses": 1e-5, "gradients": 2e-3, "float64": 1e-9}
 SMALL = 1e-3  # a term below this share of the whole generators' loss is measured by that
+Draws = list[int]
+"""Ids of the stored transitions that a step drew."""
+Steps = Callable[[Sequence[Draws | None]], list[tuple[float, Draws]]]
+STRETCH = 3
+"""Rounds of one form until the other's turn."""
 COMPARABLE: dict[str, dict[str, Any]] = {"default": {}, "paper": {"norm": "clip", "disc_norm": "clip"}}
 
 
@@ -69,28 +68,6 @@ class Args(DeviceArgs):
     """Side of the frames, pixels."""
     rounds: int = 6
     """Timed rounds of each form."""
-    stretch: int = 3
-    """Rounds of one form until the other's turn."""
-    warm: int = 2
-    """Rounds of each that do not count; at least 4 with graphs, after which every phase is recorded."""
-    check: int = 2
-    """Rounds in which they are compared; from the second on they draw stored transitions too."""
-    graphs: bool = True
-    """On a GPU record our step as CUDA graphs."""
-
-
-class Logs(NamedTuple):
-    """Hold what one step of each logged."""
-
-    fast: dict[str, float]
-    plain: dict[str, float]
-
-
-class Timed(NamedTuple):
-    """Hold a step of ours: its seconds, and the stored transitions that it drew."""
-
-    seconds: float
-    ids: list[int]
 
 
 def steps_of_round(config: Config) -> int:
@@ -117,40 +94,32 @@ class Pair:
 
     def record_draws(self, agent: Agent) -> None:
         """Record for the twin which stored transitions an agent draws, and cast the mini-batch to the nets' dtype."""
-        gather = agent.collect
+        collect = agent.collect
 
         def recorded(*args: Any) -> tuple[Transitions, ReplayRows]:
-            batch, recall = gather(*args)
-            self.ids = [number for _, ids in recall.drawn for number in ids.tolist()]
-            return Transitions(*(f.to(self.dtype) if f.is_floating_point() else f for f in batch)), recall
+            batch, rows = collect(*args)
+            self.ids = [number for _, ids in rows.drawn for number in ids.tolist()]
+            return Transitions(*(f.to(self.dtype) if f.is_floating_point() else f for f in batch)), rows
 
         agent.collect = recorded  # type: ignore[method-assign,assignment]
 
     def clips(self, step: int) -> Clips:
         """Return the synthetic set's clips of a step, each seen once, as a loader yields them."""
-        config = self.config
+        data = self.config.data
 
         def clips(name: str, num: int) -> Tensor:
-            made = [
-                clip_of(name, step * num + n, seed=config.seed, frames=config.data.frames, size=config.data.size)[0]
-                for n in range(num)
-            ]
+            shape = {"seed": self.config.seed, "frames": data.frames, "size": data.size}
+            made = [clip_of(name, step * num + n, **shape)[0] for n in range(num)]
             return to_model(torch.from_numpy(np.stack(made))).to(self.device, self.dtype)
 
-        sets = {
-            "trainX": config.data.batch_x,
-            "trainY": config.data.batch_y,
-            "trainZ": config.data.batch_z,
-            "trainS": config.data.batch_s,
-        }
-        return Clips(*(clips(name, num) for name, num in sets.items()))
+        return Clips(*(clips(f"train{name.upper()}", getattr(data, f"batch_{name}")) for name in "xyzs"))
 
-    def step(self) -> Logs:
-        """Take one step of each."""
+    def step(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Take one step of each; return what ours and the twin logged."""
         assert self.fast.schedule.step == self.plain.schedule.step
         clips = self.clips(self.fast.schedule.step)
         logs = self.fast_step(clips)
-        return Logs({name: value.item() for name, value in logs.items()}, self.plain_step(clips, self.ids))
+        return {name: value.item() for name, value in logs.items()}, self.plain_step(clips, self.ids)
 
     def fast_step(self, clips: Clips) -> dict[str, Tensor]:
         """Take one step of ours."""
@@ -165,14 +134,6 @@ class Pair:
         self.plain.advance(0.0, logs["distance"])
         return logs
 
-    def seconds(self, step: Callable[..., object], *args: object) -> float:
-        """Return the seconds of a step."""
-        start = time.perf_counter()
-        step(*args)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() - start
-
 
 _pairs: list[Pair] = []  # of a process that times one form; both are made, alike in every process, and one is used
 
@@ -184,19 +145,20 @@ def make_pair(config: Config, device: torch.device, threads: int) -> None:
     _pairs[:] = [Pair(config, device)]
 
 
-def time_fast(num: int) -> list[Timed]:
-    """Time the next steps of ours."""
-    (pair,), timed = _pairs, []
-    for _ in range(num):
-        seconds = pair.seconds(pair.fast_step, pair.clips(pair.fast.schedule.step))
-        timed.append(Timed(seconds, pair.ids))
+def time_steps(draws: Sequence[Draws | None]) -> list[tuple[float, Draws]]:
+    """Return the seconds and draws of the next steps: of ours where a draw is None, else of the twin with that draw."""
+    (pair,), timed = _pairs, list[tuple[float, Draws]]()
+    for drawn in draws:
+        clips = pair.clips((pair.fast if drawn is None else pair.plain).schedule.step)
+        start = time.perf_counter()
+        if drawn is None:
+            pair.fast_step(clips)
+        else:
+            pair.plain_step(clips, drawn)
+        if pair.device.type == "cuda":
+            torch.cuda.synchronize(pair.device)
+        timed.append((time.perf_counter() - start, pair.ids))
     return timed
-
-
-def time_plain(ids: list[list[int]]) -> list[float]:
-    """Time the next steps of the twin, with the draws of ours in each."""
-    (pair,) = _pairs
-    return [pair.seconds(pair.plain_step, pair.clips(pair.plain.schedule.step), drawn) for drawn in ids]
 
 
 def difference(ours: Mapping[str, float], theirs: Mapping[str, float], gradients: bool) -> float:
@@ -209,71 +171,46 @@ def difference(ours: Mapping[str, float], theirs: Mapping[str, float], gradients
     return float("inf") if any(map(math.isnan, ratios)) else max(ratios)
 
 
-def weights_difference(fast: Algorithm, plain: Plain) -> float:
-    """Return the relative difference of all weights: of networks, targets and averages."""
-    pairs = ((fast.nets, plain.nets), (fast.targets, plain.targets), (fast.average, plain.average))
-    differences, sizes = [], []
-    for ours, theirs in pairs:
-        converted, state = plain_weights(ours.state_dict()), theirs.state_dict()
-        differences += [(converted[name] - value).norm() for name, value in state.items()]
-        sizes += [value.norm() for value in state.values()]
-    return (torch.stack(differences).norm() / torch.stack(sizes).norm()).item()
-
-
 def compare_steps(pair: Pair, rounds: int) -> dict[str, float]:
     """Return the largest differences of losses and gradient norms in steps that start from the same weights."""
     largest = {"losses": 0.0, "gradients": 0.0}
     for _ in range(rounds * steps_of_round(pair.config)):
         pair.plain.load(pair.fast)
-        logs = pair.step()
+        fast, plain = pair.step()
         for kind in largest:
-            largest[kind] = max(largest[kind], difference(logs.fast, logs.plain, kind == "gradients"))
+            largest[kind] = max(largest[kind], difference(fast, plain, kind == "gradients"))
     return largest
 
 
-def time_rounds(
-    fast: Callable[[int], list[Timed]],
-    plain: Callable[[list[list[int]]], list[float]],
-    round_steps: int,
-    rounds: int,
-    stretch: int,
-) -> dict[str, list[float]]:
-    """Return the microseconds a step of each form, the mean of each round; fast, plain: see `time_fast`."""
+def time_rounds(fast: Steps, plain: Steps, round_steps: int, rounds: int) -> dict[str, list[float]]:
+    """Return the microseconds a step of each form, the mean of each round; fast, plain: `time_steps` of each."""
     times: dict[str, list[float]] = {"rlv2v": [], "plain": []}
-    for first in range(0, rounds, stretch):
-        taken = fast(min(stretch, rounds - first) * round_steps)
-        seconds = {"rlv2v": [each.seconds for each in taken], "plain": plain([each.ids for each in taken])}
-        for form, steps in seconds.items():
-            means = [statistics.mean(steps[k : k + round_steps]) for k in range(0, len(steps), round_steps)]
+    for first in range(0, rounds, STRETCH):
+        taken = fast([None] * (min(STRETCH, rounds - first) * round_steps))
+        for form, steps in (("rlv2v", taken), ("plain", plain([drawn for _, drawn in taken]))):
+            seconds = [each for each, _ in steps]
+            means = [statistics.mean(seconds[k : k + round_steps]) for k in range(0, len(steps), round_steps)]
             times[form] += [1e6 * mean for mean in means]
     return times
 
 
 def time_forms(config: Config, args: Args, device: torch.device) -> dict[str, list[float]]:
     """Run `time_rounds`, each form in a process of its own."""
-    arguments = (config, device, args.threads)
-    alone = partial(ProcessPoolExecutor, 1, get_context("spawn"), initializer=make_pair, initargs=arguments)
-    with alone() as ours, alone() as theirs:
-
-        def fast(num: int) -> list[Timed]:
-            return ours.submit(time_fast, num).result()
-
-        def plain(ids: list[list[int]]) -> list[float]:
-            return theirs.submit(time_plain, ids).result()
-
-        round_steps = steps_of_round(config)
-        warm = max(args.warm, NUM_PLAIN + 1) if config.runtime.graphs else args.warm
-        time_rounds(fast, plain, round_steps, warm, args.stretch)
-        return time_rounds(fast, plain, round_steps, args.num_rounds, args.stretch)
+    arguments, round_steps = (config, device, args.threads), steps_of_round(config)
+    with process_of_its_own(make_pair, *arguments) as ours, process_of_its_own(make_pair, *arguments) as theirs:
+        fast, plain = (lambda draws, p=p: p.submit(time_steps, draws).result() for p in (ours, theirs))
+        warm = NUM_PLAIN + 1 if config.runtime.graphs else 1 if args.quick else 2  # with graphs until all are recorded
+        time_rounds(fast, plain, round_steps, warm)
+        return time_rounds(fast, plain, round_steps, args.num_rounds)
 
 
 def case_rows(preset: str, frames: int, args: Args) -> list[Row]:
     """Check and time the two forms of one case."""
-    device, graphs = torch.device(args.device), args.graphs and args.device == "cuda"
+    device, graphs = torch.device(args.device), args.device == "cuda"
     changes = {"size": args.size, "frames": frames, "steps": 10000, "replicas": 1, "graphs": graphs}
     config = Config.of(preset, **(COMPARABLE[preset] | changes)).check()
     exact = compare_steps(Pair(config.replace(graphs=False), device, torch.float64), 1)
-    largest = compare_steps(Pair(config, device), args.check) | {"float64": max(exact.values())}
+    largest = compare_steps(Pair(config, device), 1 if args.quick else 2) | {"float64": max(exact.values())}
     valid = all(largest[name] <= limit for name, limit in LIMITS.items())
     times, fields = time_forms(config, args, device) if valid else {}, {"difference": largest}
     contenders = [Contender(name, ours=name == "rlv2v", valid=valid, fields=fields) for name in ("rlv2v", "plain")]
@@ -283,13 +220,12 @@ def case_rows(preset: str, frames: int, args: Args) -> list[Row]:
 
 def main(args: Args) -> None:
     """Compare, print the table and the JSON line; exit code 1 if the two forms differ."""
-    if min(args.check, args.stretch, args.warm) < 1 or min((*args.frames, *args.paper_frames), default=0) < 2:
-        raise UserError("--frames: expected at least 2; --check, --warm, --stretch: at least 1")
+    if min((*args.frames, *args.paper_frames), default=0) < 2:
+        raise UserError("--frames: expected at least 2")
     torch.backends.cudnn.allow_tf32 = False  # float32 in both: the comparison asks for more digits than tf32 has
     cases = [("default", frames) for frames in args.frames] + [("paper", frames) for frames in args.paper_frames]
     if args.quick:
-        args = replace(args, rounds=2, stretch=1, warm=1, check=1, size=16)
-        cases = [("default", 3)]
+        args, cases = replace(args, rounds=2, size=16), [("default", 3)]
     with Bench("train_step", args) as bench:
         for preset, frames in cases:
             bench.add(case_rows(preset, frames, args))

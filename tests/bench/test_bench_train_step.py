@@ -4,27 +4,41 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import train_step
+from oracle.plain_nets import plain_weights
 from oracle.plain_step import Plain
-from train_step import Args, Pair, Timed, difference, steps_of_round, weights_difference
+from train_step import Args, Pair, difference, steps_of_round
 
 from rlv2v.config import Config
+from rlv2v.method.step import Algorithm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLOSE = 1e-9
 NETS = ("g_x", "g_y", "p_x", "p_y", "d_x", "d_y", "q_x", "q_y")
 SMALL: dict[str, Any] = {"size": 16, "frames": 4, "widths": (4, 8), "disc_widths": (4, 8, 8), "replay_capacity": 5}
 CASES = [
-    ("default", 4, {"rl_every": 1, "eta1": (1.0, 1.0)}),
+    ("default", 4, {"rl_every": 1, "eta1": (1.0, 1.0), "frames": 3, "size": 8}),
     ("paper", 8, {"eta1": (0.5, 0.5), "q_positive": False}),
     ("default", 8, {"reward": "paper", "gan": "nonsaturating", "distance": "l2", "seed": 1}),
     ("default", 8, {"rl": False, "identity": 0.0, "colours": 0.0, "average": 0.0, "clip_grad": 0.5}),
     ("paper", 8, {"reward": "transition", "gan": "hinge", "gamma": 0.5, "tau": 0.5}),
 ]
+
+
+def weights_difference(fast: Algorithm, plain: Plain) -> float:
+    """Return the relative difference of all weights: of networks, targets and averages."""
+    ours, theirs = list[torch.Tensor](), list[torch.Tensor]()
+    for name in ("nets", "targets", "average"):
+        converted, state = plain_weights(getattr(fast, name).state_dict()), getattr(plain, name).state_dict()
+        ours += [converted[key].flatten() for key in state]
+        theirs += [value.flatten() for value in state.values()]
+    return (torch.linalg.vector_norm(torch.cat(ours) - torch.cat(theirs)) / torch.cat(theirs).norm()).item()
 
 
 def slow_beyond(first: int, values: Any) -> list[Any]:
@@ -47,9 +61,9 @@ def test_steps_are_equal_in_double_precision(case: tuple[str, int, dict[str, Any
         logs = pair.step()
         drawn.append(len(pair.ids))
         for gradients in (False, True):
-            assert difference(logs.fast, logs.plain, gradients) <= CLOSE
+            assert difference(*logs, gradients) <= CLOSE
     assert weights_difference(pair.fast, pair.plain) <= CLOSE
-    if pair.config.rl:
+    if pair.config.rl.enabled:
         in_x, in_y = (drawn[turn * pair.config.rl.every :: steps_of_round(pair.config)] for turn in (0, 1))
         assert sum(in_x) and sum(in_y)
 
@@ -59,18 +73,17 @@ def test_the_oldest_go_first() -> None:
     """Transitions that a full buffer has dropped shift those that are left, in both."""
     pair = pair_of("paper", transitions=4, eta1=(0.3, 0.3), steps=40)
     for _ in range(8):
-        logs = pair.step()
-        assert difference(logs.fast, logs.plain, False) <= CLOSE
+        assert difference(*pair.step(), False) <= CLOSE
     assert all(pair.plain.num_stored[domain] > len(pair.plain.buffers[domain]) == 5 for domain in "xy")
 
 
 @pytest.mark.parametrize("name", slow_beyond(1, NETS))
 def test_a_weight_that_differs_is_seen(name: str) -> None:
-    pair = pair_of("paper", q_positive=False)
+    pair = pair_of("paper", q_positive=False, rl_every=1, frames=3, size=8)
     with torch.no_grad():
         next(getattr(pair.plain.nets, name).parameters()).mul_(1 + 1e-4)
     logs = [pair.step() for _ in range(steps_of_round(pair.config))]
-    assert max(difference(step.fast, step.plain, False) for step in logs) > 100 * CLOSE
+    assert max(difference(*step, False) for step in logs) > 100 * CLOSE
     assert weights_difference(pair.fast, pair.plain) > 100 * CLOSE
 
 
@@ -81,45 +94,42 @@ def test_what_only_one_logs_is_a_difference() -> None:
     assert difference({"a": float("nan"), "b": 1.0}, {"a": 1.0, "b": 1.0}, False) == float("inf")
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Args:
+@pytest.mark.thorough
+@pytest.mark.parametrize("wrong", [False, True])
+def test_rows(wrong: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     changes = {name: value for name, value in SMALL.items() if name not in ("size", "frames")}
     monkeypatch.setitem(train_step.COMPARABLE, "default", changes | {"rl_every": 1})
-    return Args(frames=(3,), paper_frames=(), size=16, rounds=2, warm=1, check=1)
-
-
-@pytest.mark.thorough
-def test_rows(small: Args, capsys: pytest.CaptureFixture[str]) -> None:
-    train_step.main(small)
+    actor = Plain.actor
+    monkeypatch.setattr(Plain, "actor", lambda *args: (1.001 if wrong else 1.0) * actor(*args))
+    with pytest.raises(SystemExit) if wrong else nullcontext():
+        train_step.main(Args(quick=True))
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    assert [(row["backend"], list(row["speedup_over"])) for row in rows] == [("rlv2v", ["plain"]), ("plain", [])]
+    assert [row["backend"] for row in rows] == ["rlv2v", "plain"] and not rows[1]["speedup_over"]
+    assert list(rows[0]["speedup_over"]) == ([] if wrong else ["plain"])
     for row in rows:
-        assert row["valid"] and row["case"] == "default T=3 16x16" and 0 < row["p20_us"] <= row["p80_us"]
+        assert row["valid"] != wrong and row["case"] == "default T=3 16x16" and (row["median_us"] is None) == wrong
         assert set(row["difference"]) == {"losses", "gradients", "float64"}
 
 
-def test_what_differs_is_not_timed(
-    small: Args, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    actor = Plain.actor
-    monkeypatch.setattr(Plain, "actor", lambda *args: 1.001 * actor(*args))
-    with pytest.raises(SystemExit) as stop:
-        train_step.main(small)
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    assert stop.value.code == 1
+@pytest.mark.parametrize("losses, float64", [(1.1e-5, 0.0), (0.0, 1.1e-9)])
+def test_what_differs_is_not_timed(losses: float, float64: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_step, "Pair", lambda config, device, dtype=torch.float32: dtype)
+    compared = {torch.float32: {"losses": losses, "gradients": 0.0}, torch.float64: {"losses": float64}}
+    monkeypatch.setattr(train_step, "compare_steps", lambda pair, rounds: compared[pair])
+    rows = train_step.case_rows("default", 3, Args())
     assert all(not row["valid"] and row["median_us"] is None and not row["speedup_over"] for row in rows)
 
 
 def test_a_time_is_the_mean_of_a_round() -> None:
     seconds, stretches = itertools.cycle((4.0, 1.0, 2.0, 1.0)), []
 
-    def fast(num: int) -> list[Timed]:
-        stretches.append(num)
-        return [Timed(next(seconds), [k]) for k in range(num)]
+    def fast(draws: Sequence[list[int] | None]) -> list[tuple[float, list[int]]]:
+        stretches.append(len(draws))
+        return [(next(seconds), [k]) for k in range(len(draws))]
 
-    def plain(ids: list[list[int]]) -> list[float]:
-        assert ids == [[k] for k in range(stretches[-1])]
-        return [4.0] * len(ids)
+    def plain(draws: Sequence[list[int] | None]) -> list[tuple[float, list[int]]]:
+        assert draws == [[k] for k in range(stretches[-1])]
+        return [(4.0, []) for _ in draws]
 
-    assert train_step.time_rounds(fast, plain, 4, 3, 2) == {"rlv2v": [2e6] * 3, "plain": [4e6] * 3}
-    assert stretches == [8, 4]
+    assert train_step.time_rounds(fast, plain, 4, 5) == {"rlv2v": [2e6] * 5, "plain": [4e6] * 5}
+    assert stretches == [12, 8]
