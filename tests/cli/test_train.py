@@ -174,7 +174,7 @@ def test_a_config_survives_its_file(preset: str) -> None:
         (lambda values: values["model"].pop("widths"), "one without 'widths'"),
         (lambda values: values.pop("loss"), "one without 'loss'"),
         (lambda values: values["data"].update(odd=1), "a setting more than it has"),
-        (lambda values: values.update(data="folder"), "string indices"),
+        (lambda values: values.update(data="folder"), "one without 'the sections of settings'"),
         (lambda values: values["data"].update(size="big"), "not supported"),
     ],
 )
