@@ -10,6 +10,8 @@ import logging
 import os
 import socket
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
@@ -19,17 +21,19 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # on t
 log = logging.getLogger(__name__)
 
 
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Write a temporary file, flush it to the disk, and rename it to `path`; a failure leaves nothing behind.
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; then flush it to the disk and rename it to `path`.
+
+    A failure leaves the old file, and nothing beside it.
 
     Raises:
         OSError: with the number the system gave, naming `path`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         flush_folder(path.parent)
@@ -37,6 +41,12 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that is at all times the old one or the complete new one; raises as `atomic_file`."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def flush_folder(folder: Path) -> None:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rlv2v.errors import UserError
-from rlv2v.files import flush_folder
+from rlv2v.files import atomic_file
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -32,7 +30,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     numbers = json.dumps({name: value for name, value in state.items() if name not in tensors})
     try:
-        with _atomic_file(path) as partial:
+        with atomic_file(path) as partial:
             save_file(tensors, partial, {"state": numbers, "sha256": _digest(numbers, tensors)})
     except (OSError, SafetensorError) as error:
         raise UserError(f"replay: cannot write {path}; check its folder and the free space ({error})") from error
@@ -64,17 +62,3 @@ def _digest(numbers: str, tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.numpy().reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
-
-
-@contextmanager
-def _atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; afterwards flush it to the disk and rename it into place."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        flush_folder(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
