@@ -10,6 +10,7 @@ BUDGET ?= 300
 
 BIN := $(CURDIR)/.venv/bin
 ENV := .venv/.up-to-date
+PEERS := .venv/.peers
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # Microbenchmarks: bench/ without what they share, the makers of data and pictures, and the trainings of an hour.
 BENCHES := $(filter-out bench/harness.py bench/picture.py bench/quality.py bench/real_pair.py \
@@ -43,8 +44,13 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(shell nproc
 test: $(ENV)
 	$(PYTEST) -m "not thorough"
 
+# The libraries that benches and their tests run beside ours.
+$(PEERS): $(ENV)
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	touch $@
+
 # What takes long, with oneDNN and torch held to AVX2; the layers' own tests once more as the CPU is.
-test-thorough: $(ENV) test-native
+test-thorough: $(PEERS) test-native
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m thorough
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m "not thorough" tests/kernels tests/model tests/method
 	$(PYTEST) -m thorough tests/kernels tests/model

@@ -150,12 +150,11 @@ def test_the_largest_fits_and_one_more_does_not(simple_estimate: None) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("over", ["frames", "batch"])
-def test_the_largest_is_within_two_percent(over: Literal["frames", "batch"]) -> None:
+def test_the_largest_is_within_one_or_two_percent(over: Literal["frames", "batch"]) -> None:
     config = TINY.replace(frames=16, size=24)
     number = {"frames": 60, "batch": 20}[over]
-    assert largest(config, estimate(scaled(config, over, number)).reserved, over=over) == pytest.approx(
-        number, rel=0.02
-    )
+    found = largest(config, estimate(scaled(config, over, number)).reserved, over=over)
+    assert abs(found - number) <= max(1, 0.02 * number)  # it rounds down
 
 
 @pytest.mark.thorough
