@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,11 @@ from priority import policy
 # Read once, when Triton and the kernels are first imported: without a GPU they run in its interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# torch's cache of compiled code does not know the instruction set: code of a run held to AVX2 breaks the next run.
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="inductor-", ignore_cleanup_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = COMPILED.name
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, which the commands under test would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
