@@ -71,7 +71,10 @@ def test_a_compiled_call_is_one_graph_with_the_same_numbers(compiler: str, autoc
             ours, want = results(compiled, inputs), results(step, inputs)
         assert ours[0].dtype == (torch.bfloat16 if autocast else torch.float32)
         for a, b in zip(ours, want, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=cases.value_limit(ours[0].dtype, shape.value_terms))
+            if compiler == "inductor" and autocast:  # it fuses the loss, and does not round it to 16 bits in between
+                assert (a - b).norm() <= 2 * torch.finfo(torch.bfloat16).eps * b.norm()
+            else:
+                torch.testing.assert_close(a, b, rtol=0, atol=cases.value_limit(torch.float32, shape.value_terms))
 
 
 @pytest.mark.thorough
