@@ -21,7 +21,7 @@ from rlv2v.cli import Device, RunFolder, run_command
 from rlv2v.data.video import probe, read_frames
 from rlv2v.data.writer import VideoWriter
 from rlv2v.errors import UserError
-from rlv2v.method.translation import translate_stream
+from rlv2v.method.translation import Stream
 from rlv2v.runtime.device import pick_device
 
 SUFFIXES = (".mp4", ".mov", ".mkv")
@@ -77,12 +77,12 @@ def main(args: Args) -> None:
     if not 0 < video.fps <= MAX_FPS:
         raise UserError(f"{args.source}: expected a rate of up to {MAX_FPS} frames a second, got {video.fps}")
     g, config = load_translator(args.run, args.direction, device=pick_device(args.device), best=args.best)
-    size = config.data.size if args.size is None else args.size
 
     started = time.perf_counter()
-    stream = translate_stream(g, config, read_frames(args.source), size=size)
+    stream = Stream(g, config, args.size)
     with VideoWriter(args.out, video.fps, audio_from=args.source) as writer:
-        for source, translated in tqdm(stream, total=video.num_frames, unit="frame", desc=args.source.name):
+        for source in tqdm(read_frames(args.source), total=video.num_frames, unit="frame", desc=args.source.name):
+            translated = stream(source)
             writer.write(side_by_side(source, translated) if args.side_by_side else translated)
     rate = writer.count / (time.perf_counter() - started)
     shape = f"{video.width}x{video.height}" + (" twice" if args.side_by_side else "")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
 import cv2
 import numpy as np
 import torch
@@ -51,20 +49,23 @@ def translate_clip(g: Translator, config: Config, frames: np.ndarray) -> np.ndar
     return translate_chunk(g, config, frames)[0]
 
 
-def translate_stream(
-    g: Translator, config: Config, frames: Iterable[np.ndarray], *, size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (source, translation) of each frame, uint8 (H,W,3), with one frame in memory.
+class Stream:
+    """Translate a video frame by frame, with the recurrent state carried along and one frame in memory.
 
-    size: the short side that the model sees; 0: the video's own.
+    size: the short side in pixels that the model sees; None: what it was trained at; 0: the video's own.
     """
-    state = None
-    for frame in frames:
+
+    def __init__(self, g: Translator, config: Config, size: int | None = None) -> None:
+        self.g, self.config, self.size = g, config, config.data.size if size is None else size
+        self.state: State = None
+
+    def __call__(self, frame: np.ndarray) -> np.ndarray:
+        """Return the translation of the next frame, uint8 (H,W,3) as the frame."""
         height, width = frame.shape[:2]
-        clip = fit(frame[None], size or min(height, width))
-        translated, state = translate_chunk(g, config, clip, state)
-        output = translated[0]
+        clip = fit(frame[None], self.size or min(height, width))
+        translated, self.state = translate_chunk(self.g, self.config, clip, self.state)
+        output: np.ndarray = translated[0]
         if output.shape != frame.shape:
             method = cv2.INTER_AREA if len(output) > height else cv2.INTER_CUBIC
             output = cv2.resize(output, (width, height), interpolation=method)
-        yield frame, output
+        return output

@@ -1,66 +1,281 @@
-"""The registry of metrics, and what a metric looks at."""
+"""The registry of metrics, and what a metric looks at.
+
+A metric is two functions: `measure` looks at one frame, `reduce` makes one number of all frames of a clip. So a clip of
+any length is measured while it streams by, and the values of the frames are the metric's curve.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
+import cv2
 import numpy as np
 
+from rlv2v.metrics.flow import backward_flow, warp
+
+Need = Literal["truth", "synthetic", "target", "training", "cycle", "fid", "fvd", "lpips"]
+Kind = Literal["target", "training"]
+Better = Literal["higher", "lower", "one"]
+Value = float | np.ndarray
 FOREGROUND_LEVEL = 0.2
-Needs = frozenset[Literal["truth", "synthetic"]]
-TRUTH: Needs = frozenset({"truth"})
-SYNTHETIC: Needs = frozenset({"truth", "synthetic"})  # whose background and objects are known
+FVD_FRAMES = 16  # that are measured together
 
 
-@dataclass(frozen=True)
-class ClipTriple:
-    """Hold a translated clip o, its source and its hidden truth y: float32 (T,H,W,3) in [0,1], all of one shape."""
+@dataclass
+class Scene:
+    """Hold what all rows share of one frame: the source x, its hidden truth y where there is one, and its flow.
 
-    output: np.ndarray
+    source, truth: uint8 (H,W,3).  previous: the scene of the frame before, None for a clip's first frame.
+    """
+
     source: np.ndarray
-    truth: np.ndarray
+    truth: np.ndarray | None = None
+    previous: Scene | None = field(default=None, repr=False)
+
+    @cached_property
+    def edges(self) -> np.ndarray:
+        """Magnitude of the source's gradient, see `gradient`."""
+        return gradient(self.source)
+
+    @cached_property
+    def small(self) -> np.ndarray:
+        """The source at about a quarter of its size."""
+        return quarter(self.source)
+
+    @cached_property
+    def flow(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Flow of the source to the frame before, and where it can be trusted; None for the first frame."""
+        if self.previous is None:
+            return None
+        return backward_flow(self.source, self.previous.source)
+
+    @cached_property
+    def warping_error(self) -> float | None:
+        """The source's own warping error, see `warping_error`."""
+        return None if self.previous is None else warping_error(self.source, self.previous.source, self.flow)
 
     @cached_property
     def foreground(self) -> np.ndarray:
-        """The true objects F, bool (T,H,W): the synthetic set's X is black behind them."""
-        return np.asarray(self.source.max(axis=-1) > FOREGROUND_LEVEL)
+        """The true objects F, bool (H,W): the synthetic set's X is black behind them."""
+        return np.asarray(self.source.max(axis=-1) > FOREGROUND_LEVEL * 255)
 
 
-Compute = Callable[[ClipTriple], float | None]
+@dataclass
+class Frame:
+    """Hold one frame of a row: the output o, uint8 (H,W,3), in its scene.
+
+    index: number in its clip; it addresses the random draws.  previous: the frame before, None for a clip's first.
+    cycled: the output translated back to the source's domain, None where nothing does that.  recent: the last frames
+    up to this one, for metrics that look at several at once.  networks: those that the user gave, by metric.
+    """
+
+    image: np.ndarray
+    scene: Scene
+    index: int = 0
+    previous: Frame | None = field(default=None, repr=False)
+    cycled: np.ndarray | None = None
+    recent: Sequence[np.ndarray] = ()
+    networks: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def edges(self) -> np.ndarray:
+        """Magnitude of the output's gradient, see `gradient`."""
+        return self.scene.edges if self.image is self.scene.source else gradient(self.image)
+
+    @cached_property
+    def small(self) -> np.ndarray:
+        """The output at about a quarter of its size, but not below 14 pixels, area-averaged."""
+        return self.scene.small if self.image is self.scene.source else quarter(self.image)
+
+    @cached_property
+    def change(self) -> float | None:
+        """Mean |o[t] - o[t-1]| in [0,1]; None for the first frame."""
+        return None if self.previous is None else distance(self.image, self.previous.image)
+
+    @cached_property
+    def warping_error(self) -> float | None:
+        """The output's warping error along the source's flow, see `warping_error`; None for the first frame."""
+        if self.previous is None:
+            return None
+        if self.image is self.scene.source:
+            return self.scene.warping_error
+        return warping_error(self.image, self.previous.image, self.scene.flow)
+
+
+Measure = Callable[[Frame], Value | None]
+Reduce = Callable[[np.ndarray, np.ndarray], float | None]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """Describe a metric: its key in a row of results, how to read it, and the function that computes it."""
+    """Describe a metric: its key in a row of results, how to read it, and the functions that compute it."""
 
     name: str
-    better: Literal["higher", "lower"]
+    better: Better
+    """one: 1 is best, and a value is the worse the farther it is from 1, as a ratio."""
     meaning: str
     """What it measures, and when a copy of the source or a constant clip does well by it."""
-    needs: Needs
+    formula: str
+    source: str
+    """Where it is from; "ours" where nobody else defined it."""
+    needs: frozenset[Need]
     digits: int
     """Decimals in tables."""
-    compute: Compute
-    """Returns the value of one clip; None where the clip has none."""
+    measure: Measure
+    """Return the value of one frame; None where the frame has none."""
+    reduce: Reduce
+    """Return the value of a clip, from its frames' values (N,...) and the reference set's, empty where none is used."""
+    pooled: bool = False
+    """Whether all clips together give one number, as clips are too few samples alone."""
 
     def format(self, value: float | None) -> str:
         """Return a value for people, "-" for None."""
         return "-" if value is None else f"{value:.{self.digits}f}"
 
+    @property
+    def reference(self) -> Kind | None:
+        """The set of images that clips are compared with."""
+        return "training" if "training" in self.needs else "target" if "target" in self.needs else None
+
+    def badness(self, value: float) -> float:
+        """Return a number that orders values: the lower, the better."""
+        if self.better == "one":
+            return abs(float(np.log(max(value, 1e-9))))
+        return value if self.better == "lower" else -value
+
 
 METRICS: dict[str, Metric] = {}
 
 
-def metric(
-    better: Literal["higher", "lower"], meaning: str, *, needs: Needs = TRUTH, digits: int = 4
-) -> Callable[[Compute], Compute]:
-    """Enter the decorated function in METRICS under its own name."""
+def mean(values: np.ndarray, _reference: np.ndarray) -> float | None:
+    """Return the mean over the frames that have a value."""
+    return float(values.mean()) if len(values) else None
 
-    def enter(compute: Compute) -> Compute:
-        METRICS[compute.__name__] = Metric(compute.__name__, better, meaning, needs, digits, compute)
-        return compute
+
+def metric(
+    better: Better,
+    meaning: str,
+    *,
+    formula: str,
+    source: str = "ours",
+    needs: Sequence[Need] = (),
+    digits: int = 4,
+    reduce: Reduce = mean,
+    pooled: bool = False,
+) -> Callable[[Measure], Measure]:
+    """Enter the decorated function, which measures a frame, in METRICS under its own name."""
+
+    def enter(measure: Measure) -> Measure:
+        name = measure.__name__
+        METRICS[name] = Metric(
+            name, better, meaning, formula, source, frozenset(needs), digits, measure, reduce, pooled
+        )
+        return measure
 
     return enter
+
+
+Values = dict[str, np.ndarray]
+"""Of each metric the values of a clip's frames, (N,...); frames without a value are left out."""
+
+
+class ClipMeter:
+    """Measure a clip of one row, frame by frame, with one earlier frame in memory.
+
+    Args:
+        known: what a metric may need and this clip has.
+        networks: by metric, see `rlv2v.metrics.learned`.
+    """
+
+    def __init__(self, known: set[Need], networks: Mapping[str, Any] | None = None) -> None:
+        self.networks = networks or {}
+        self._recent: deque[np.ndarray] = deque(maxlen=FVD_FRAMES if "fvd" in self.networks else 1)
+        self.metrics = [metric for metric in METRICS.values() if metric.needs <= known]
+        self._values: dict[str, list[Value]] = {metric.name: [] for metric in self.metrics}
+        self._indices: dict[str, list[int]] = {metric.name: [] for metric in self.metrics}
+        self._frame: Frame | None = None
+        self.num_frames = 0
+
+    def add(self, image: np.ndarray, scene: Scene, cycled: np.ndarray | None = None) -> None:
+        """Measure the next frame, uint8 (H,W,3) of the scene's size.
+
+        Raises:
+            ValueError: another shape or type.
+        """
+        for name, picture in {"output": image, "truth": scene.truth, "cycled": cycled}.items():
+            if picture is not None and (picture.shape != scene.source.shape or picture.dtype != np.uint8):
+                raise ValueError(
+                    f"metrics: {name} must be uint8 {scene.source.shape}, got {picture.dtype} {picture.shape}"
+                )
+        self._recent.append(image)
+        recent = tuple(self._recent)
+        frame = Frame(image, scene, self.num_frames, self._frame, cycled, recent, self.networks)
+        for metric in self.metrics:
+            value = metric.measure(frame)
+            if value is not None:
+                self._values[metric.name].append(value)
+                self._indices[metric.name].append(frame.index)
+        frame.previous = None
+        self._frame = frame
+        self.num_frames += 1
+
+    @property
+    def values(self) -> Values:
+        """The values so far."""
+        return {name: np.asarray(values) for name, values in self._values.items()}
+
+    def curves(self) -> dict[str, list[float | None]]:
+        """Return the values of every metric that has a number a frame, None for the frames without."""
+        curves = {}
+        for name, values in self._values.items():
+            if values and np.ndim(values[0]) == 0:
+                curve: list[float | None] = [None] * self.num_frames
+                for index, value in zip(self._indices[name], values, strict=True):
+                    curve[index] = float(value)
+                curves[name] = curve
+        return curves
+
+
+def reduce_values(values: Values, references: Mapping[Kind, Values]) -> dict[str, float | None]:
+    """Return a clip's value of every metric in the registry, None for those that it lacks something for.
+
+    references: the values of the target set and of the training set, by the names in `Metric.reference`.
+    """
+    row: dict[str, float | None] = {}
+    for name, metric in METRICS.items():
+        own = values.get(name, np.empty(0))
+        other = references.get(metric.reference, {}).get(name, np.empty(0)) if metric.reference else np.empty(0)
+        enough = len(own) and (metric.reference is None or len(other))
+        row[name] = metric.reduce(own, other) if enough else None
+    return row
+
+
+def gradient(image: np.ndarray) -> np.ndarray:
+    """Return the magnitude of the luma's gradient by the Sobel operator, float32 (H,W)."""
+    luma = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    edges: np.ndarray = cv2.magnitude(cv2.Sobel(luma, cv2.CV_32F, 1, 0), cv2.Sobel(luma, cv2.CV_32F, 0, 1))
+    return edges
+
+
+def quarter(image: np.ndarray) -> np.ndarray:
+    """Return an image at a quarter of its size, or at the whole fraction of it that leaves 14 pixels."""
+    factor = max(1, min(4, min(image.shape[:2]) // 14))
+    small: np.ndarray = cv2.resize(image, None, fx=1 / factor, fy=1 / factor, interpolation=cv2.INTER_AREA)
+    return small
+
+
+def warping_error(image: np.ndarray, previous: np.ndarray, flow: tuple[np.ndarray, np.ndarray] | None) -> float | None:
+    """Return mean (o[t] - warp(o[t-1]))^2 in [0,1] where the flow can be trusted; None where it nowhere can."""
+    if flow is None or not (num := np.count_nonzero(flow[1])):
+        return None
+    error = cv2.norm(image, warp(previous, flow[0]), cv2.NORM_L2SQR, flow[1])
+    return float(error) / (num * 3 * 255**2)
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Return mean |a - b| of two uint8 images, in units of [0,1]."""
+    return float(cv2.norm(a, b, cv2.NORM_L1)) / (a.size * 255)
