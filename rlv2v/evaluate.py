@@ -6,18 +6,23 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from rlv2v.cli import Device, RunFolder, run_command
 from rlv2v.errors import UserError
 from rlv2v.files import write_atomically
 from rlv2v.metrics import table
 from rlv2v.metrics.evaluation import Split, evaluate_run
+from rlv2v.metrics.learned import Name, load_networks
 
 
 @dataclass(frozen=True)
 class Args:
-    """Measure a trained run on a dataset's held-out clips, with the source copied and the truth itself for comparison.
+    """Measure a trained run on a dataset's held-out videos, at their own size, with or without a hidden truth.
 
-    The table has a row for each: model, identity (what doing nothing scores), truth (the best there is).
+    Columns for comparison: identity (the source, copied), constant (the target's mean frame), truth, and target (one
+    half of the target set against the other). --fid, --fvd and --lpips name networks as TorchScript files, see
+    docs/metrics.md; such a file is a program, so use only one that you trust.
     """
 
     run: RunFolder
@@ -30,16 +35,29 @@ class Args:
     best: bool = False
     """Measure the best checkpoint's model instead of the newest."""
     device: Device = "auto"
+    threads: int = 1
+    """CPU threads; 0: as many as torch finds."""
+    fid: Path | None = None
+    """Network of the Frechet inception distance."""
+    fvd: Path | None = None
+    """Network of the Frechet video distance."""
+    lpips: Path | None = None
+    """Network of the perceptual distance to the truth."""
 
 
 def main(args: Args) -> None:
     """Evaluate, print the table, write the JSON."""
     if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
         raise UserError(f"--json {args.json}: expected a file name in a folder that exists")
-    result = evaluate_run(args.run, args.data, args.split, best=args.best, device=args.device)
-    print(table(result["rows"], title=args.split))
+    if args.threads < 0:
+        raise UserError(f"--threads: expected 0 or more, got {args.threads}")
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    paths: dict[Name, Path | None] = {"fid": args.fid, "fvd": args.fvd, "lpips": args.lpips}
+    networks = load_networks({name: path for name, path in paths.items() if path})
+    result = evaluate_run(args.run, args.data, args.split, best=args.best, device=args.device, networks=networks)
+    print(table(result.rows, title=args.split))
     if args.json is not None:
-        write_atomically(args.json, (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
+        write_atomically(args.json, (json.dumps(result.to_json(), indent=2, allow_nan=False) + "\n").encode())
 
 
 if __name__ == "__main__":

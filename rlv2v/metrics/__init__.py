@@ -6,7 +6,8 @@ imported here. The rows of `evaluate --json`, its table and the report follow th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,10 +17,10 @@ from rlv2v.metrics import with_truth as with_truth  # isort: skip
 from rlv2v.metrics import without_truth as without_truth  # isort: skip
 from rlv2v.metrics import sets as sets  # isort: skip
 from rlv2v.metrics import learned as learned  # isort: skip
-from rlv2v.metrics.base import METRICS, ClipMeter, Need, Scene, reduce_values
+from rlv2v.metrics.base import METRICS, ClipMeter, Kind, Need, Scene, Values, reduce_values
 from rlv2v.metrics.images import References
 
-__all__ = ["METRICS", "Row", "clip_metrics", "mean_metrics", "scenes", "spread_metrics", "table"]
+__all__ = ["METRICS", "Row", "clip_metrics", "mean_metrics", "pooled_metrics", "scenes", "spread_metrics", "table"]
 Row = dict[str, float | None]
 
 
@@ -63,14 +64,25 @@ def clip_metrics(
     return reduce_values(meter.values, sets)
 
 
-def over_clips(clips: Sequence[Row], function: type[np.mean] | object) -> Row:
+def pooled_metrics(clips: Sequence[Values], references: Mapping[Kind, Values]) -> Row:
+    """Return the metrics that all clips together give one number of; clips: what `ClipMeter` measured of each."""
+    row: Row = {}
+    for name, metric in METRICS.items():
+        own = [values[name] for values in clips if len(values.get(name, ()))]
+        other = references.get(metric.reference, {}).get(name, np.empty(0)) if metric.reference else np.empty(0)
+        if metric.pooled:
+            row[name] = metric.reduce(np.concatenate(own), other) if own and len(other) else None
+    return row
+
+
+def over_clips(clips: Sequence[Row], function: Callable[[list[float]], Any]) -> Row:
     """Return a function of each metric's values over the clips that have it, else None."""
     if not clips:
         raise ValueError("metrics: expected at least one clip to average, got none")
     row: Row = {}
     for name in METRICS:
         values = [value for clip in clips if (value := clip[name]) is not None]
-        row[name] = float(function(values)) if values else None  # type: ignore[operator]
+        row[name] = float(function(values)) if values else None
     return row
 
 

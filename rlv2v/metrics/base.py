@@ -23,6 +23,7 @@ Better = Literal["higher", "lower", "one"]
 Value = float | np.ndarray
 FOREGROUND_LEVEL = 0.2
 FVD_FRAMES = 16  # that are measured together
+MAX_SAMPLED = 64  # frames of a clip, about, that are compared with sets of images
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Scene:
 
     @cached_property
     def small(self) -> np.ndarray:
-        """The source at about a quarter of its size."""
+        """The source at about a quarter of its size, area-averaged."""
         return quarter(self.source)
 
     @cached_property
@@ -88,7 +89,7 @@ class Frame:
 
     @cached_property
     def small(self) -> np.ndarray:
-        """The output at about a quarter of its size, but not below 14 pixels, area-averaged."""
+        """The output at about a quarter of its size, area-averaged."""
         return self.scene.small if self.image is self.scene.source else quarter(self.image)
 
     @cached_property
@@ -140,6 +141,11 @@ class Metric:
     def reference(self) -> Kind | None:
         """The set of images that clips are compared with."""
         return "training" if "training" in self.needs else "target" if "target" in self.needs else None
+
+    @property
+    def sampled(self) -> bool:
+        """Whether some frames of a long clip are enough, as every one says much; the networks of users see them all."""
+        return self.reference is not None and self.needs.isdisjoint({"fid", "fvd"})
 
     def badness(self, value: float) -> float:
         """Return a number that orders values: the lower, the better."""
@@ -198,6 +204,7 @@ class ClipMeter:
         self._values: dict[str, list[Value]] = {metric.name: [] for metric in self.metrics}
         self._indices: dict[str, list[int]] = {metric.name: [] for metric in self.metrics}
         self._frame: Frame | None = None
+        self._stride = 1
         self.num_frames = 0
 
     def add(self, image: np.ndarray, scene: Scene, cycled: np.ndarray | None = None) -> None:
@@ -214,14 +221,21 @@ class ClipMeter:
         self._recent.append(image)
         recent = tuple(self._recent)
         frame = Frame(image, scene, self.num_frames, self._frame, cycled, recent, self.networks)
+        sampled = frame.index % self._stride == 0
         for metric in self.metrics:
-            value = metric.measure(frame)
-            if value is not None:
-                self._values[metric.name].append(value)
-                self._indices[metric.name].append(frame.index)
+            if sampled or not metric.sampled:
+                value = metric.measure(frame)
+                if value is not None:
+                    self._values[metric.name].append(value)
+                    self._indices[metric.name].append(frame.index)
         frame.previous = None
         self._frame = frame
         self.num_frames += 1
+        if self.num_frames == 2 * MAX_SAMPLED * self._stride:  # twice as many as wanted: every other one goes
+            self._stride *= 2
+            for metric in self.metrics:
+                if metric.sampled:
+                    del self._values[metric.name][1::2]
 
     @property
     def values(self) -> Values:
@@ -243,13 +257,15 @@ class ClipMeter:
 def reduce_values(values: Values, references: Mapping[Kind, Values]) -> dict[str, float | None]:
     """Return a clip's value of every metric in the registry, None for those that it lacks something for.
 
+    A pooled metric is None, since one clip is too few samples of it.
+
     references: the values of the target set and of the training set, by the names in `Metric.reference`.
     """
     row: dict[str, float | None] = {}
     for name, metric in METRICS.items():
         own = values.get(name, np.empty(0))
         other = references.get(metric.reference, {}).get(name, np.empty(0)) if metric.reference else np.empty(0)
-        enough = len(own) and (metric.reference is None or len(other))
+        enough = not metric.pooled and len(own) and (metric.reference is None or len(other))
         row[name] = metric.reduce(own, other) if enough else None
     return row
 
@@ -262,9 +278,10 @@ def gradient(image: np.ndarray) -> np.ndarray:
 
 
 def quarter(image: np.ndarray) -> np.ndarray:
-    """Return an image at a quarter of its size, or at the whole fraction of it that leaves 14 pixels."""
-    factor = max(1, min(4, min(image.shape[:2]) // 14))
-    small: np.ndarray = cv2.resize(image, None, fx=1 / factor, fy=1 / factor, interpolation=cv2.INTER_AREA)
+    """Return an image at a quarter of its size; at a third or half where less than 14 pixels would be left."""
+    factor = max(2, min(4, min(image.shape[:2]) // 14))
+    height, width = (max(1, round(side / factor)) for side in image.shape[:2])
+    small: np.ndarray = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
     return small
 
 

@@ -10,7 +10,6 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from rlv2v.data.index import Source, index_folder
 from rlv2v.data.video import read_frames
 from rlv2v.errors import UserError, one_line
 from rlv2v.method.translation import Stream
-from rlv2v.metrics import METRICS, Row, mean_metrics, scenes, spread_metrics
+from rlv2v.metrics import METRICS, Row, mean_metrics, pooled_metrics, scenes, spread_metrics
 from rlv2v.metrics.base import ClipMeter, Kind, Need, Scene, Values, reduce_values
 from rlv2v.metrics.images import References
 from rlv2v.metrics.sets import SEED, random_network
@@ -131,16 +130,13 @@ def evaluate_run(
         target = target_rows(references, clips)
     finally:
         cv2.setNumThreads(threads)
-    by_row = {name: [clip.rows[name] for clip in clips] for name in ROWS if name != "target"} | {"target": target}
-    means, spread = ({n: f(r) for n, r in by_row.items() if r} for f in (mean_metrics, spread_metrics))
-    for name, metric in METRICS.items():
-        if metric.pooled and metric.reference:
-            other = references.values(min(clips[0].height, clips[0].width)).get(metric.reference, {})
-            other = other.get(name, np.empty(0))
-            for row in means:
-                own = [clip.values[row][name] for clip in clips if row in clip.values and name in clip.values[row]]
-                means[row][name] = metric.reduce(np.concatenate(own), other) if own and len(other) else None
-                spread[row][name] = None
+    by_row = {name: [clip.rows[name] for clip in clips] for name in ROWS if name != "target"}
+    means, spread = ({name: f(rows) for name, rows in by_row.items()} for f in (mean_metrics, spread_metrics))
+    sets = references.values(min(clips[0].height, clips[0].width))
+    for name in means:
+        means[name] |= pooled_metrics([clip.values[name] for clip in clips if name in clip.values], sets)
+    if target:
+        means["target"], spread["target"] = mean_metrics(target), spread_metrics(target)
     return Evaluation(run, data, split, means, spread, clips)
 
 
@@ -148,9 +144,11 @@ def open_references(data: Path, split: Split, networks: Mapping[str, Any] | None
     """Return what clips of a dataset are compared with: the target set is all of Y and Z, and the split's own Y."""
     both: frozenset[Kind] = frozenset({"target", "training"})
     folders = {data / name: both for name in ("trainY", "trainB", "trainZ")}
-    folders |= {data / "trainS": frozenset({"training"})}
-    held_out = {data / f"{split}{letter}": frozenset({"target"}) for letter in "YB" if split != "train"}
-    return References.open(folders | held_out, networks)
+    style: frozenset[Kind] = frozenset({"training"})
+    held_out: frozenset[Kind] = frozenset({"target"})
+    folders |= {data / "trainS": style}
+    folders |= {data / f"{split}{letter}": held_out for letter in "YB" if split != "train"}
+    return References.open(folders, networks)
 
 
 def measure_pair(
@@ -209,7 +207,7 @@ def target_rows(references: References, clips: list[ClipResult]) -> list[Row]:
     if "target" not in references.kinds:
         return []
     halves = [references.halves(short) for short in sorted({min(clip.height, clip.width) for clip in clips})]
-    return [reduce_values(first, {"target": second}) for first, second in halves]
+    return [reduce_values(a, {"target": b}) | pooled_metrics([a], {"target": b}) for a, b in halves]
 
 
 def open_split(data: Path, split: Split) -> list[Pair]:

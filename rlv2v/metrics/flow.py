@@ -29,7 +29,7 @@ def backward_flow(image: np.ndarray, previous: np.ndarray) -> tuple[np.ndarray, 
     while min(height, width) * scale > MAX_LINES:
         scale /= 2
     current, before = (luma(frame, scale) for frame in (image, previous))
-    search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+    search = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
     flow, back = search.calc(current, before, None), search.calc(before, current, None)
     there = warp(back, flow, cv2.BORDER_CONSTANT, 1e3)  # what left the frame disagrees
     error, size = square(flow + there), square(flow) + square(there)
@@ -43,8 +43,9 @@ def backward_flow(image: np.ndarray, previous: np.ndarray) -> tuple[np.ndarray, 
 def warp(image: np.ndarray, flow: np.ndarray, border: int = cv2.BORDER_REPLICATE, value: float = 0.0) -> np.ndarray:
     """Return image[p + flow[p]] for every pixel p, bilinear; outside the frame what OpenCV's `border` says."""
     height, width = image.shape[:2]
+    places, nowhere = flow + grid(height, width), np.empty(0, np.float32)
     warped: np.ndarray = cv2.remap(
-        image, flow + grid(height, width), None, cv2.INTER_LINEAR, borderMode=border, borderValue=(value,) * 4
+        image, places, nowhere, cv2.INTER_LINEAR, borderMode=border, borderValue=(value,) * 4
     )
     return warped
 

@@ -104,7 +104,9 @@ class References:
 
 def stacked(frames: Sequence[Mapping[str, np.ndarray]]) -> Values:
     """Return the values of frames by metric, those without one left out."""
-    return {name: np.asarray([f[name] for f in frames if name in f]) for name in dict.fromkeys(n for f in frames for n in f)}
+    return {
+        name: np.asarray([f[name] for f in frames if name in f]) for name in dict.fromkeys(n for f in frames for n in f)
+    }
 
 
 def decode_only(path: Path, numbers: Sequence[int], size: tuple[int, int]) -> Iterator[np.ndarray]:

@@ -31,7 +31,7 @@ def load_networks(paths: Mapping[Name, Path]) -> dict[str, Any]:
     Raises:
         UserError: no such file, or one that is not TorchScript.
     """
-    networks = {}
+    networks: dict[str, Any] = {}
     for name, path in paths.items():
         if not path.is_file():
             raise UserError(f"--{name} {path}: expected a TorchScript file with the network's weights, found none")
@@ -103,7 +103,7 @@ def fvd(frame: Frame) -> np.ndarray | None:
 @metric(
     "lower",
     "distance to the hidden truth in the network's features; copying the source does well where only colours differ",
-    formula="d(o, y)",
+    formula="d(o, y), mean over frames; d: the network",
     source="Zhang et al. 2018, arXiv:1801.03924",
     needs=["truth", "lpips"],
 )

@@ -13,9 +13,8 @@ import cv2
 import numpy as np
 import torch
 from torch.nn.functional import conv2d
-from torchmetrics.image.kid import poly_mmd
 
-from rlv2v.data.video import fit_size, resize
+from rlv2v.data.video import resize
 from rlv2v.metrics.base import Frame, metric
 
 SEED = 20181
@@ -23,7 +22,7 @@ REGIONS = 3  # rows and columns
 COLOURS = 256  # pixels drawn of a region
 PATCH, PATCHES = 7, 64  # side in pixels, patches drawn of a frame at each scale
 PROJECTIONS, QUANTILES, MAX_POINTS = 64, 128, 8192
-KID_SIDE = 64  # pixels, the short side that random features see
+KID_PATCH, KID_PATCHES = 32, 12  # side in pixels, patches drawn of a frame
 KID_LAYERS = ((32, 5), (64, 3), (128, 3))  # channels and kernel, stride 2
 THUMBNAIL = 16  # pixels
 
@@ -117,8 +116,8 @@ def patch_sets(own: np.ndarray, other: np.ndarray) -> float:
     "lower",
     "distance of small patches to the target set's, in texture at full size and in looks at a quarter of it; copies of "
     "training frames do best, a constant clip badly",
-    formula="sliced 1-Wasserstein distance of 7x7 patches over their standard deviation, mean of two scales: o less its "
-    "blur, and o at a quarter of the size",
+    formula="sliced 1-Wasserstein distance of 7x7 patches over their standard deviation, mean of two scales: o less "
+    "its blur, and o at a quarter of the size",
     source="after Karras et al. 2018, arXiv:1710.10196, section 5",
     needs=["target"],
     reduce=patch_sets,
@@ -146,46 +145,61 @@ def random_network() -> tuple[list[torch.Tensor], str]:
     rng, weights, digest, channels = np.random.default_rng(SEED), [], hashlib.sha256(), 3
     for width, kernel in KID_LAYERS:
         fan_in = channels * kernel**2
-        weight = rng.standard_normal((width, channels, kernel, kernel)).astype(np.float32) * np.float32((2 / fan_in) ** 0.5)
+        weight = rng.standard_normal((width, channels, kernel, kernel)).astype(np.float32) * np.float32(
+            (2 / fan_in) ** 0.5
+        )
         digest.update(weight.tobytes())
         weights.append(torch.from_numpy(weight))
         channels = width
     return weights, digest.hexdigest()
 
 
-def random_features_distance(own: np.ndarray, other: np.ndarray) -> float | None:
-    """Return the squared maximum mean discrepancy of features, standardised by the target's moments, cubic kernel."""
-    a, b = (torch.from_numpy(values.reshape(-1, values.shape[-1])).double() for values in (own, other))
+def kernel_distance(own: np.ndarray, other: np.ndarray) -> float | None:
+    """Return the unbiased MMD^2 of features over their mean square in `other`, with a cubic kernel.
+
+    own (...,d), other (...,d) of any numbers N, M; None for fewer than two. (torchmetrics' takes N = M alone.)
+    """
+    a, b = (values.reshape(-1, values.shape[-1]).astype(np.float64) for values in (own, other))
     if min(len(a), len(b)) < 2:
         return None
-    deviation = b.std(dim=0)
-    deviation = deviation.clamp(min=max(1e-6, 0.1 * float(deviation.mean())))  # some features are always off
-    return float(poly_mmd(*((points - b.mean(dim=0)) / deviation for points in (a, b))))
+    size = np.sqrt((b * b).mean(axis=0))
+    size = size.clip(min=max(1e-6, 0.1 * float(size.mean())))  # some features are always off
+    a, b = a / size, b / size
+
+    def kernel(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+        values: np.ndarray = (p @ q.T / p.shape[1] + 1) ** 3
+        return values
+
+    def within(p: np.ndarray) -> float:
+        values = kernel(p, p)
+        return float(values.sum() - np.trace(values)) / (len(p) * (len(p) - 1))
+
+    return within(a) + within(b) - 2 * float(kernel(a, b).mean())
 
 
 @metric(
     "lower",
-    "kernel distance of random convolutional features by region to the target set's; unbiased, so that equal sets score "
-    "about 0; a constant clip scores badly",
-    formula="KID: unbiased MMD^2 with kernel (a.b / d + 1)^3, on mean and deviation by 3x3 regions of a fixed random "
-    "network",
+    "kernel distance of random convolutional features of patches to the target set's; unbiased, so that equal sets "
+    "score about 0; a constant clip scores badly",
+    formula="KID: unbiased MMD^2 with kernel (a.b / d + 1)^3, on mean and deviation of a fixed random network over "
+    "32x32 patches at full size",
     source="Binkowski et al. 2018, arXiv:1801.01401; random features instead of Inception",
     needs=["target"],
     digits=3,
-    reduce=random_features_distance,
+    reduce=kernel_distance,
+    pooled=True,
 )
 @torch.inference_mode()
 def kid(frame: Frame) -> np.ndarray:
-    """Return random features of the frame, (9,256)."""
-    height, width = frame.small.shape[:2]
-    image = resize(frame.small, *fit_size(width, height, KID_SIDE))
-    features = torch.from_numpy(image.astype(np.float32).transpose(2, 0, 1) / 127.5 - 1)[None]
+    """Return random features of patches of the frame, (12,256)."""
+    side = min(KID_PATCH, *frame.image.shape[:2])
+    rng = np.random.default_rng([SEED, frame.index, 2])
+    rows, columns = (rng.integers(0, length - side + 1, KID_PATCHES) for length in frame.image.shape[:2])
+    patches = np.stack([frame.image[r : r + side, c : c + side] for r, c in zip(rows, columns, strict=True)])
+    features = torch.from_numpy(patches).permute(0, 3, 1, 2).float() / 127.5 - 1
     for weight in random_network()[0]:
-        features = conv2d(features, weight, stride=2).relu()
-    cells = [
-        cell for row in features[0].tensor_split(REGIONS, 1) for cell in row.tensor_split(REGIONS, 2)
-    ]
-    return np.stack([torch.cat((cell.mean(dim=(1, 2)), cell.std(dim=(1, 2)))).numpy() for cell in cells])
+        features = conv2d(features, weight, stride=2, padding=weight.shape[-1] // 2).relu()
+    return torch.cat((features.mean(dim=(2, 3)), features.std(dim=(2, 3), correction=0)), dim=1).numpy()
 
 
 def nearest(own: np.ndarray, other: np.ndarray) -> float:

@@ -63,7 +63,9 @@ def ssim(frame: Frame) -> float | None:
         return small.astype(np.float32) / 255
 
     def local_mean(image: np.ndarray) -> np.ndarray:
-        blurred: np.ndarray = cv2.GaussianBlur(image, (SSIM_WINDOW, SSIM_WINDOW), 1.5, borderType=cv2.BORDER_REFLECT_101)
+        blurred: np.ndarray = cv2.GaussianBlur(
+            image, (SSIM_WINDOW, SSIM_WINDOW), 1.5, borderType=cv2.BORDER_REFLECT_101
+        )
         return blurred
 
     o, y = shrunk(frame.image), shrunk(frame.scene.truth)
@@ -85,8 +87,7 @@ def flicker(frame: Frame) -> float | None:
     """Return the error of the change; None for the first frame."""
     if frame.previous is None:
         return None
-    changes = [
-        cv2.subtract(now, before, dtype=cv2.CV_16S)
-        for now, before in ((frame.image, frame.previous.image), (frame.scene.truth, frame.previous.scene.truth))
-    ]
-    return distance(*changes)
+    now, before = frame.scene.truth, frame.previous.scene.truth
+    assert now is not None and before is not None
+    own = cv2.subtract(frame.image, frame.previous.image, dtype=cv2.CV_16S)
+    return distance(own, cv2.subtract(now, before, dtype=cv2.CV_16S))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from rlv2v.metrics.base import Frame, distance, metric
+from rlv2v.metrics.base import Frame, distance, gradient, metric
 
 WINDOW = 8  # frames that drift compares with the first ones
 WINDOW_ENDS = tuple(32 * 4**k for k in range(8))  # 25..32, 121..128, 505..512 ...
@@ -57,7 +57,7 @@ def warping_ratio(frame: Frame) -> np.ndarray | None:
 @metric(
     "one",
     "change from the first frame to the second over the usual change: above 1, the first frame flashes; the source, "
-    "copied, scores near 1",
+    "copied, scores near 1, and a constant clip has none",
     formula="mean |o[2] - o[1]| / median over t > 2 of mean |o[t] - o[t-1]|",
     digits=3,
     reduce=jump,
@@ -83,27 +83,26 @@ def shift(values: np.ndarray, _reference: np.ndarray) -> float | None:
 )
 def drift(frame: Frame) -> np.ndarray:
     """Return the means of o - x by region, (27,)."""
-    own, source = (cv2.resize(image, (REGIONS,) * 2, interpolation=cv2.INTER_AREA) for image in (frame.small, frame.scene.small))
+    own, source = (
+        cv2.resize(image, (REGIONS,) * 2, interpolation=cv2.INTER_AREA) for image in (frame.small, frame.scene.small)
+    )
     return (own.astype(np.float64) - source).ravel() / 255
 
 
 @metric(
     "one",
-    "gradients against the source's, both relative to the picture's contrast: below 1 blurred, above 1 noisy; the "
-    "source, copied, scores 1",
-    formula="(mean |grad o| / std o) / (mean |grad x| / std x)",
+    "fine detail against the source's, both relative to their coarse detail, so that contrast does not count: below 1 "
+    "blurred, above 1 noisy; the source, copied, scores 1",
+    formula="(mean |grad o| / mean |grad o4|) / (mean |grad x| / mean |grad x4|); o4, x4: at a quarter of the size",
     digits=3,
 )
 def sharpness(frame: Frame) -> float | None:
     """Return the ratio of relative gradient energies; None where a picture is flat."""
-    own, source = (relative_energy(*pair) for pair in ((frame.edges, frame.image), (frame.scene.edges, frame.scene.source)))
+    own, source = (
+        cv2.mean(fine)[0] / coarse if (coarse := cv2.mean(gradient(small))[0]) else 0.0
+        for fine, small in ((frame.edges, frame.small), (frame.scene.edges, frame.scene.small))
+    )
     return own / source if own and source else None
-
-
-def relative_energy(edges: np.ndarray, image: np.ndarray) -> float:
-    """Return mean |grad| / std of the luma, 0 for a flat picture."""
-    deviation = float(cv2.meanStdDev(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[1][0, 0])
-    return float(cv2.mean(edges)[0]) / deviation if deviation > 0 else 0.0
 
 
 @metric(
