@@ -30,7 +30,7 @@ def backward_flow(image: np.ndarray, previous: np.ndarray) -> tuple[np.ndarray, 
         scale /= 2
     current, before = (luma(frame, scale) for frame in (image, previous))
     search = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
-    flow, back = search.calc(current, before, None), search.calc(before, current, None)
+    flow, back = (search.calc(*pair, None) for pair in ((current, before), (before, current)))  # type: ignore[call-overload]
     there = warp(back, flow, cv2.BORDER_CONSTANT, 1e3)  # what left the frame disagrees
     error, size = square(flow + there), square(flow) + square(there)
     visible = (error <= 0.01 * size + 0.5).astype(np.uint8) * 255
