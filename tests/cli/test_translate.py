@@ -15,7 +15,7 @@ from rlv2v.config import Config
 from rlv2v.data.video import probe, read_frames
 from rlv2v.data.writer import write_image
 from rlv2v.errors import UserError
-from rlv2v.method.translation import translate_chunk, translate_clip, translate_stream
+from rlv2v.method.translation import Stream, translate_chunk, translate_clip
 from rlv2v.model import Translator
 from rlv2v.runtime.device import pick_device
 from rlv2v.translate import Args, check_paths, main, side_by_side
@@ -60,26 +60,13 @@ def test_sizes_that_do_not_divide_are_padded_and_cropped_back(g, height, width):
     np.testing.assert_array_equal(out, translate_clip(g, SETTINGS, padded)[:, :height, :width])
 
 
-@pytest.mark.parametrize("size", [16, 0, 64])
-def test_stream_restores_the_size_and_keeps_the_source(g, size):
+@pytest.mark.parametrize("size", [16, 0, 64, None])
+def test_stream_restores_the_size(g, size):
     clip = noise(3, 30, 46)
-    pairs = list(translate_stream(g, SETTINGS, iter(clip), size=size))
-    np.testing.assert_array_equal(np.stack([source for source, _ in pairs]), clip)
-    assert all(out.shape == (30, 46, 3) for _, out in pairs)
-
-
-def test_stream_reads_one_frame_at_a_time(g):
-    """Constant memory: nothing is read ahead of what has been given out."""
-    taken = 0
-
-    def frames():
-        nonlocal taken
-        for frame in noise(5):
-            taken += 1
-            yield frame
-
-    for count, _ in enumerate(translate_stream(g, SETTINGS, frames(), size=16), start=1):
-        assert taken == count
+    stream = Stream(g, SETTINGS, size)
+    outputs = [stream(frame) for frame in clip]
+    assert all(output.shape == (30, 46, 3) for output in outputs)
+    assert (Stream(g, SETTINGS, size)(clip[2]) != outputs[2]).any(), "the state must be carried along"
 
 
 def test_output_that_is_not_finite_is_refused():
