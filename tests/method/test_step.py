@@ -38,20 +38,6 @@ def same(net: nn.Module, old: list[Tensor]) -> bool:
     return all(torch.equal(new, was) for new, was in zip(net.parameters(), old, strict=True))
 
 
-def test_targets_and_average_start_as_the_networks() -> None:
-    algorithm = Algorithm(Config.of("tiny", **TINY).check(), CPU)
-    assert not torch.equal(algorithm.nets.g_x.last.w_x, algorithm.targets.g_x.last.w_x)
-    assert not torch.equal(algorithm.nets.g_x.last.w_x, algorithm.average.g_x.last.w_x)
-    algorithm.start()
-    for copies, names in (
-        (algorithm.targets, ("g_x", "p_y", "d_y", "q_x", "q_y")),
-        (algorithm.average, ("g_x", "g_y")),
-    ):
-        for name in names:
-            ours, theirs = getattr(algorithm.nets, name).state_dict(), getattr(copies, name).state_dict()
-            assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
 def test_the_domains_take_turns_and_only_their_networks_move() -> None:
     algorithm = started(rl_every=2, weight_decay=0.0)
     clips = random_clips(dtype=torch.float32)
@@ -70,14 +56,6 @@ def test_the_domains_take_turns_and_only_their_networks_move() -> None:
                 net.parameters(), targets[name], getattr(algorithm.nets, name).parameters(), strict=True
             ):
                 torch.testing.assert_close(new, torch.lerp(old, live, tau) if follows else old)
-
-
-def test_the_average_of_the_weights_follows_the_generators() -> None:
-    algorithm = started(rl=False, average=0.75)
-    old = weights(algorithm.average.g_y)
-    algorithm.step(random_clips(dtype=torch.float32))
-    for new, was, live in zip(algorithm.average.g_y.parameters(), old, algorithm.nets.g_y.parameters(), strict=True):
-        torch.testing.assert_close(new, 0.75 * was + 0.25 * live)
 
 
 @pytest.mark.parametrize(("mask_prior", "gain"), [(2.0, 0.25), (0.0, 0.0)])
