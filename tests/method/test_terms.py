@@ -80,10 +80,6 @@ def test_mask_prior_is_the_share_that_is_not_copied() -> None:
     assert mask_prior(mask) == 0.5
 
 
-def test_domain_gap_of_flat_clips_is_the_distance_of_their_colours() -> None:
-    assert domain_gap(constant(0.5), constant(-0.25), DIRECTIONS).item() == pytest.approx(0.75, abs=1e-12)
-
-
 def test_domain_gap_is_the_sliced_wasserstein_distance_by_frame_index() -> None:
     a, b = frames(3, 2, 3, 32, 32, seed=1) * 0.3, frames(5, 2, 3, 32, 32, seed=2) * 0.9 + 0.1
     directions = normalize(frames(3, 4, seed=3), dim=0)

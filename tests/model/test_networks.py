@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 from rlv2v.config import Config
 from rlv2v.model import ConvLSTM, Discriminator, SequenceNorm, Translator, limit_history
 from rlv2v.model.build import build_nets
-from rlv2v.model.frames import map_state
 from rlv2v.model.norm import Moments
 
 B, T, H, W = 2, 5, 8, 16
@@ -157,12 +156,6 @@ def test_a_step_from_each_state_is_a_run_over_the_prefix_and_one_other_frame(bui
         literal = net(torch.cat((x[:, :t], other[:, t - 1 : t]), 1))[0]
         torch.testing.assert_close(y[:, :t], literal[:, :t], rtol=0, atol=1e-10)
         torch.testing.assert_close(steps[:, t - 1], literal[:, t], rtol=0, atol=1e-10)
-
-
-def test_the_state_after_a_run_is_the_last_of_every_state() -> None:
-    net, x = translator(), video()
-    _, states = net(x, all_states=True)
-    torch.testing.assert_close(leaves(map_state(lambda s: s[:, -1], states)), leaves(net(x)[1]), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("kind", "training"), [("clip", True), ("clip", False), ("batch", True)])
