@@ -35,37 +35,6 @@ def ragged(num: int, longest: int, padding: float = 50.0) -> tuple[Tensor, Tenso
     return states, lengths, torch.rand(num, 3, SIZE, SIZE, generator=rng, dtype=torch.float64) * 2 - 1
 
 
-# --- ragged prefixes ---
-
-
-def test_last_and_append_are_those_of_each_sequence() -> None:
-    states, lengths, actions = ragged(6, 3)
-    longer = rl.append(states, lengths, actions)
-    assert longer.shape == (6, 4, 3, SIZE, SIZE)
-    for i, p in enumerate(lengths.tolist()):
-        assert torch.equal(rl.last_of(states, lengths)[i], states[i, p - 1])
-        assert torch.equal(longer[i, : p + 1], torch.cat((states[i, :p], actions[i : i + 1])))
-    assert torch.equal(rl.last_of(longer, lengths + 1), actions)
-
-
-@pytest.mark.parametrize("domain", ["x", "y"])
-def test_candidates_and_values_are_those_of_each_state_alone(domain: str) -> None:
-    nets = nets_of()
-    states, lengths, actions = ragged(6, 3)
-    first, second = rl.candidates(Policies.of(nets, domain), states, lengths)
-    values = rl.q_value(nets.q_x, states, lengths, actions)
-    names = {"x": ("p_x", "g_y", "p_y", "g_x"), "y": ("p_y", "g_x", "p_x", "g_y")}[domain]
-    p_a, g_b, p_b, g_a = (getattr(nets, name) for name in names)
-    for i, p in enumerate(lengths.tolist()):
-        state = states[i : i + 1, :p]
-        torch.testing.assert_close(first[i], p_a(state)[0][0, -1], **CLOSE)
-        translated = g_b(state)[0]
-        continued = torch.cat((translated, p_b(translated)[0][:, -1:]), 1)
-        torch.testing.assert_close(second[i], g_a(continued)[0][0, -1], **CLOSE)
-        video = torch.cat((state, actions[i : i + 1, None]), 1)
-        torch.testing.assert_close(values[i], nets.q_x(video)[0][0, -1, 0], **CLOSE)
-
-
 # "batch" is left out: its statistics run over padding and over other states, a known fault of the method.
 @pytest.mark.parametrize("disc_norm", ["clip", "none"])
 @pytest.mark.parametrize("preset", ["default", "paper"])
@@ -82,17 +51,6 @@ def test_padding_changes_neither_candidates_nor_values_nor_rewards(preset: str, 
         return [*proposals, *values, *(reward.compute(inputs, config) for reward in REWARDS.values())]
 
     torch.testing.assert_close(outputs(0.0), outputs(50.0), **CLOSE)
-
-
-def test_several_actions_in_one_state_have_the_values_and_gradients_that_each_has_alone() -> None:
-    nets = nets_of()
-    states, lengths, actions = ragged(5, 3)
-    others = actions.flip(0).requires_grad_()
-    together = rl.q_values(nets.q_x, states, lengths, actions, others)
-    alone = [rl.q_value(nets.q_x, states, lengths, a) for a in (actions, others)]
-    torch.testing.assert_close(together, tuple(alone), **CLOSE)
-    ours, theirs = (torch.autograd.grad(values[1].sum(), others)[0] for values in (together, alone))
-    torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
 # --- target and losses ---

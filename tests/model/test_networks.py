@@ -50,24 +50,18 @@ def lively(net: nn.Module) -> nn.Module:
     return net
 
 
-FAST = {
-    "convlstm-1-clip-train", "mask-2-batch-train", "mask-2-batch-eval", "discriminator-none-train",
-    "discriminator-batch-train", "discriminator-clip-train",
-}  # fmt: skip
+FAST = [
+    (translator, ("convlstm", 1, "clip", True)),
+    *((translator, ("mask", 2, "batch", mode)) for mode in (True, False)),
+]
+FAST += [(discriminator, (norm, True)) for norm in ("none", "batch", "clip")]
+ALL = [(translator, (*head, *mode)) for head in HEADS for mode in MODES]
+ALL += [(discriminator, mode) for mode in (("none", True), *MODES)]
+EVERY_NET = [net if net in FAST else pytest.param(*net, marks=pytest.mark.thorough) for net in ALL]
 
 
-def thorough(name: str) -> tuple:
-    return () if name in FAST else (pytest.mark.thorough,)
-
-
-def every_net() -> list:
-    translators = [(translator, (*head, *mode), "{}-{}-{}-{}") for head in HEADS for mode in MODES]
-    discriminators = [(discriminator, mode, "discriminator-{}-{}") for mode in [("none", True), *MODES]]
-    nets = []
-    for build, args, name in (*translators, *discriminators):
-        name = name.format(*args[:-1], "train" if args[-1] else "eval")
-        nets.append(pytest.param(build, args, id=name, marks=thorough(name)))
-    return nets
+def name_of(part) -> str:
+    return "-".join(map(str, part)) if isinstance(part, tuple) else part.__name__
 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
@@ -89,7 +83,7 @@ def test_every_network_is_its_plain_twin(preset: str) -> None:
     assert (nets.q_x(x)[0] == 0).all() == config.model.q_positive
 
 
-@pytest.mark.parametrize(("build", "args"), every_net())
+@pytest.mark.parametrize(("build", "args"), EVERY_NET, ids=name_of)
 def test_no_frame_looks_ahead(build, args) -> None:
     net, x = build(*args), video()
     y = net(x)[0]
@@ -109,7 +103,7 @@ def test_a_discriminator_sees_what_a_single_frame_shows(norm: str) -> None:
     assert y.std() > 1e-3
 
 
-@pytest.mark.parametrize(("build", "args"), every_net())
+@pytest.mark.parametrize(("build", "args"), EVERY_NET, ids=name_of)
 def test_a_clip_depends_on_the_others_only_by_the_batch_norm(build, args) -> None:
     net, x = build(*args), video()
     alone = net(x[:1])[0]
@@ -118,7 +112,7 @@ def test_a_clip_depends_on_the_others_only_by_the_batch_norm(build, args) -> Non
     assert ((alone - together).abs().max() > 1e-6) == batch_statistics
 
 
-@pytest.mark.parametrize(("build", "args"), every_net())
+@pytest.mark.parametrize(("build", "args"), EVERY_NET, ids=name_of)
 @pytest.mark.parametrize("cuts", [(2, 3), pytest.param((1,) * T, marks=pytest.mark.thorough)], ids=str)
 def test_chunks_with_state_are_one_run(build, args, cuts) -> None:
     net, x = build(*args), video()
@@ -145,7 +139,7 @@ def leaves(state) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(state) if leaf is not None]
 
 
-@pytest.mark.parametrize(("build", "args"), every_net())
+@pytest.mark.parametrize(("build", "args"), EVERY_NET, ids=name_of)
 def test_a_step_from_each_state_is_a_run_over_the_prefix_and_one_other_frame(build, args) -> None:
     net, x, other = build(*args), video(), video()
     y, states = net(x, all_states=True)
