@@ -1,4 +1,8 @@
-"""The pieces of the policy gradient, each against a loop or a closed form; test_rl_control.py tests them together."""
+"""The pieces of the policy gradient, each against a loop or a closed form.
+
+test_rl_control.py tests them together; whole steps beside the plain twin, in tests/bench, compare candidates and values
+with those of each state alone.
+"""
 
 from __future__ import annotations
 
