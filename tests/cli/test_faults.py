@@ -9,13 +9,13 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from children import read_until
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils._pytree import tree_leaves
@@ -132,13 +132,6 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, errors
 
 
-def wait_until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    """Poll until a process has left on the disk what a test waits for."""
-    while not condition():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.02)
-
-
 def tiny(data: Path, run: Path, *flags: object) -> list[object]:
     return ["--preset", "tiny", "--data", data, "--out", run, *flags]
 
@@ -163,7 +156,7 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
 def test_sigterm_saves_and_ends_well(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(*tiny(data, run, "--steps", 100000))
-    wait_until(lambda: len(read_metrics(run / "metrics.jsonl")) > 1, process)
+    read_until(process, "step=10,")
     process.send_signal(signal.SIGTERM)
     code, errors = finish(process)
     assert code == 0, errors
@@ -175,7 +168,7 @@ def test_sigterm_saves_and_ends_well(data: Path, tmp_path: Path) -> None:
 def test_a_signal_while_warming_up_ends_and_the_run_begins_again(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(*tiny(data, run, "--warmup-steps", 1000000))
-    wait_until((run / "config.json").is_file, process)
+    read_until(process, "warm-up:")
     process.send_signal(signal.SIGINT)
     code, errors = finish(process)
     assert code == 0 and "during the warm-up" in errors, errors
@@ -189,8 +182,8 @@ def test_a_signal_while_warming_up_ends_and_the_run_begins_again(data: Path, tmp
 @pytest.mark.thorough
 def test_two_runs_in_one_folder_are_refused(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = start(*tiny(data, run, "--steps", 100000))
-    wait_until(lambda: steps(run), process)
+    process = start(*tiny(data, run, "--steps", 100000, "--snapshot-seconds", 0))
+    read_until(process, "step=10,")  # each step saves, once the save before is complete
     code, errors = finish(start(*tiny(data, run)))
     assert code == 2 and "holds a run already" in errors, errors
     code, errors = finish(start("--resume", "--out", run))

@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from children import read_until
 from ranks import ROOT, free_port, run_ranks, start_ranks
 
 from rlv2v.checkpoint.store import Checkpoints
@@ -92,13 +92,6 @@ def torchrun(num: int, *arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Poll until a run has saved a step."""
-    while step > max(Checkpoints(run, keep=1, num_replicas=1).steps, default=-1):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.05)
-
-
 @pytest.mark.thorough
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_brings_the_job_back_by_itself(
@@ -107,9 +100,9 @@ def test_a_killed_rank_brings_the_job_back_by_itself(
     from survive import rank_pid
 
     run = tmp_path / "run"
-    flags = train_flags(data, run, "--preset", "tiny", "--steps", 60, "--snapshot-seconds", 0.5)
+    flags = train_flags(data, run, "--preset", "tiny", "--steps", 60, "--snapshot-seconds", 0)
     process = torchrun(2, "--max-restarts=1", f"--master-port={free_port()}", *flags)
-    wait_for_step(run, 5, process)
+    read_until(process, "step=10,")  # each step saves, once the save before is complete
     pid = rank_pid(process.pid, victim)
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
@@ -125,7 +118,7 @@ def test_a_killed_rank_brings_the_job_back_by_itself(
 def test_sigterm_to_one_rank_saves_and_ends_all(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     processes = start_ranks(2, train_flags(data, run, "--preset", "tiny", "--steps", 100000), ENVIRONMENT)
-    wait_for_step(run, 0, processes[0])
+    read_until(processes[0], "step=10,")
     processes[1].send_signal(signal.SIGTERM)  # one rank is enough: they agree
     errors = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
