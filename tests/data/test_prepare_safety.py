@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import io
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_clips import encode, prepared_files, prepared_hashes, prepared_rows, stamped_clip
+from processes import file_size_limit
 
 from rlv2v.cli import run_command
 from rlv2v.data.workers import run_all
@@ -143,19 +141,6 @@ def test_auto_takes_raw_while_half_the_disk_holds_it_and_stays_with_it(
         assert f"{store} (raw needs" in (text := capsys.readouterr().out) and why in text
     main(Args(one_video, tmp_path / "raw", jobs=1))
     assert "0 made, 1 already there" in capsys.readouterr().out, "less free disk does not change what was chosen"
-
-
-@contextmanager
-def file_size_limit(num_bytes: int) -> Iterator[None]:
-    """Let no file of this process grow longer: the disk seems full."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("store", ["raw", "video"])
