@@ -28,6 +28,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 from rlv2v.checkpoint.export import save_translators
 from rlv2v.config import Config
+from rlv2v.data.synth import Counts, write_dataset
 from rlv2v.model.build import build_nets
 
 USUAL = policy()
@@ -56,6 +57,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A synthetic set of the tiny preset's size and clip length."""
+    out = tmp_path_factory.mktemp("data") / "synth"
+    write_dataset(out, size=16, frames=4, counts=Counts(x=24, y=12, z=12, s=6, val=2, test=3))
+    return out
 
 
 @pytest.fixture(scope="session")

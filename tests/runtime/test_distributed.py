@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import ROOT, run_ranks
+from processes import ROOT
+from ranks import run_ranks
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -23,7 +24,7 @@ Results = list[dict[str, Any]]
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.thorough)])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     out = tmp_path_factory.mktemp("ranks")
-    run_ranks(request.param, [ROOT / "tests" / "runtime" / "dist_worker.py", out], {"PYTHONPATH": str(ROOT)})
+    run_ranks(request.param, ROOT / "tests" / "runtime" / "dist_worker.py", out)
     return [torch.load(out / f"{rank}.pt") for rank in range(request.param)]
 
 
