@@ -28,7 +28,7 @@ from data_clips import (
 from odd_files import Expected
 
 from rlv2v.data import prepare, video
-from rlv2v.data.dali import has_dali
+from rlv2v.data.dali import decodes, has_dali
 from rlv2v.data.index import examine, index_folder, open_dataset, source_paths
 from rlv2v.data.prepare.convert import frame_times
 from rlv2v.data.readers import FrameReader
@@ -105,7 +105,7 @@ def test_the_video_store_is_what_dali_and_nvdec_read(prepared: tuple[str, Path])
         steps = set(np.diff([p.pts for p in packets]))
         assert len(steps) == 1 and all(p.pts == p.dts for p in packets), steps
     sources = index_folder(out / "trainX", frames=1)
-    assert all(source.dali and source.status == "ok" for source in sources)
+    assert all(decodes(source, "cpu") and decodes(source, "gpu") and source.status == "ok" for source in sources)
     if has_dali():
         options = {"batch": {"x": len(sources)}, "frames": min(s.num_frames for s in sources), "size": 128}
         batches = [next(open_loader(only_x(sources), backend=backend, **options)).x for backend in ("auto", "dali")]
@@ -216,7 +216,7 @@ def test_prepared_clips_hold_the_frames_that_training_would_read(tmp_path: Path)
         for source, raw, small in zip(*(by_set[name] for by_set in sets), strict=True):
             assert raw.path.stem.rpartition("-")[0] == small.path.stem.rpartition("-")[0] == source.path.stem
             assert source.num_frames == raw.num_frames == small.num_frames
-            assert small.dali and min(small.width, small.height) == 128
+            assert decodes(small, "cpu") and min(small.width, small.height) == 128
             start, size = source.num_frames // 2, (raw.width, raw.height)
             expected = reader.read(source, start, 8, size)
             np.testing.assert_array_equal(reader.read(raw, start, 8), expected)
