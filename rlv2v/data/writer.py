@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 
 from rlv2v.data.video import kind_of, open_video
 from rlv2v.errors import UserError, get_logger
+from rlv2v.files import atomic_file
 
 MP4_AUDIO = {"aac", "mp3", "ac3", "eac3", "alac", "flac", "opus"}
 Codec = Literal["h264", "vp9", "vp9-lossless"]
@@ -55,11 +56,12 @@ class VideoWriter:
         self.path, self.fps, self.codec = path, Fraction(fps).limit_denominator(1001 * 60), codec
         self.shape: tuple[int, ...] | None = None
         self.count = 0
-        self._partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+        self._files = ExitStack()
         self._audio = self._open_audio(audio_from) if audio_from is not None else None
         self._packets: Iterator[Any] = iter(())
         self._next_packet: Any = None
-        self._output = av.open(self._partial.resolve().as_posix(), "w")
+        self._output = av.open(self._files.enter_context(atomic_file(path)).resolve().as_posix(), "w")
+        self._files.push(self._finish)
 
     def _open_audio(self, source: Path) -> av.container.InputContainer | None:
         """Open a file with an audio track; None where it has none that MP4 can hold."""
@@ -68,7 +70,7 @@ class VideoWriter:
         container = open_video(source)
         codec = container.streams.audio[0].codec_context.name if container.streams.audio else None
         if codec in MP4_AUDIO:
-            return container
+            return self._files.enter_context(container)
         if codec:
             log.warning("%s: audio codec %s does not fit into MP4; the output is silent", source, codec)
         container.close()
@@ -123,21 +125,20 @@ class VideoWriter:
     def __enter__(self) -> VideoWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *failure: Any) -> None:
         """Finish the file and give it its name; after an error, drop it: a file that had the name stays as it was."""
+        self._files.__exit__(*failure)
+
+    def _finish(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 if self.shape is None:
                     raise ValueError(f"VideoWriter: {self.path} has no frames")
                 self._output.mux(self._stream.encode(None))
                 self._output.close()
-                self._partial.replace(self.path)
         finally:
             with suppress(av.FFmpegError):  # the end of a file that is thrown away, perhaps because the disk is full
                 self._output.close()
-            self._partial.unlink(missing_ok=True)
-            if self._audio is not None:
-                self._audio.close()
 
 
 def write_clip(path: Path, frames: np.ndarray, fps: Fraction | float, codec: Codec = "h264") -> None:
