@@ -73,12 +73,6 @@ class World:
                     dist.broadcast(copy, 0)
                     tensor.copy_(copy)
 
-    def rank0_first(self, make: Callable[[], T]) -> T:
-        """Call `make` on rank 0, then on all others, which find what it left on the disk; return its result."""
-        value = make() if self.first else None
-        self.barrier()
-        return make() if value is None else value
-
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self._control:
