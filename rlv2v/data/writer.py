@@ -17,6 +17,7 @@ from rlv2v.data.video import kind_of, open_video
 from rlv2v.errors import UserError, get_logger
 from rlv2v.files import atomic_file
 
+SUFFIXES = (".mp4", ".mov", ".mkv")
 MP4_AUDIO = {"aac", "mp3", "ac3", "eac3", "alac", "flac", "opus"}
 Codec = Literal["h264", "vp9", "vp9-lossless"]
 VP9_OPTIONS = {"cpu-used": "8", "deadline": "realtime", "lag-in-frames": "0", "auto-alt-ref": "0"}
@@ -31,6 +32,16 @@ def write_image(path: Path, image: np.ndarray) -> None:
     path.write_bytes(encoded.tobytes())
 
 
+def check_output(path: Path) -> None:
+    """Raise UserError for a path that no `VideoWriter` can write to."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{path}: expected the suffix {', '.join(SUFFIXES)}, got {path.suffix or 'none'}")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: folder {path.parent} does not exist; create it first")
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; expected the name of a video file")
+
+
 class VideoWriter:
     """Write uint8 RGB (H,W,3) frames to `path`, which appears only when this context manager ends without an error.
 
@@ -38,19 +49,13 @@ class VideoWriter:
     `vp9` (yuv420p, BT.601 limited range, even sizes only) is what DALI's CPU decoder and NVDEC read.
     `vp9-lossless` gives every RGB value back exactly, with PyAV and with DALI's CPU decoder. Key frames: every 12.
     audio_from: a file whose first audio track is copied along, up to the end of the video; without one, silent.
-    Raises `UserError` for a missing folder, `ValueError` for frames of another size or dtype.
+    Raises `UserError` as `check_output` does, `ValueError` for frames of another size or dtype.
     """
 
     def __init__(
         self, path: Path, fps: Fraction | float, codec: Codec = "h264", audio_from: Path | None = None
     ) -> None:
-        if not path.parent.is_dir():
-            raise UserError(f"{path}: folder {path.parent} does not exist; create it first")
-        if path.is_dir():
-            raise UserError(f"{path}: is a folder; expected the name of a video file")
-        if path.suffix.lower() not in {".mp4", ".mov", ".mkv"}:
-            suffix = path.suffix or "a name without suffix"
-            raise UserError(f"{path}: cannot write {suffix}; expected .mp4, .mov or .mkv")
+        check_output(path)
         if not 0 < fps <= 1000:
             raise ValueError(f"VideoWriter: fps must be in (0, 1000], got {fps}")
         self.path, self.fps, self.codec = path, Fraction(fps).limit_denominator(1001 * 60), codec
