@@ -26,7 +26,7 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from rlv2v.checkpoint.export import save_translators
+from rlv2v.checkpoint.export import pack_translators
 from rlv2v.config import Config
 from rlv2v.data.synth import Counts, write_dataset
 from rlv2v.model.build import build_nets
@@ -75,5 +75,5 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     nets = build_nets(config, discriminators=False)
     (run / "config.json").write_text(config.to_json())
-    save_translators(run, nets.g_x, nets.g_y, config)
+    (run / "model.safetensors").write_bytes(pack_translators(nets.g_x, nets.g_y, config))
     return run

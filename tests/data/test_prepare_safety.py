@@ -164,7 +164,7 @@ def test_nothing_is_overwritten(one_video: Path, tmp_path: Path, capsys: pytest.
     damaged.write_bytes(damaged.read_bytes()[:-1])
     encode(src / "b.mp4", CLIP[:12])
     shutil.copy(src / "a.mp4", src / "a.mov")
-    (out / ".prepared.json.1").write_text("half a report of a killed run")
+    (out / ".partial-1-prepared.json").write_text("half a report of a killed run")
     files = prepared_files(out)
     main(Args(src, out, store="raw", jobs=1))
     assert files.items() <= prepared_files(out).items() and len(prepared_files(out)) == 3

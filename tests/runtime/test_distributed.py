@@ -81,7 +81,6 @@ def test_the_answer_of_all_agree_is_a_step_old_and_alike(results: Results) -> No
 def test_rank_0_shares_what_it_has(results: Results) -> None:
     for f in results:
         assert f["shared"] == "rank 0" and not f["weights"].any()
-    assert [f["in turn"] for f in results] == [1, *["x"] * (len(results) - 1)]
 
 
 def test_a_process_alone_agrees_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +88,7 @@ def test_a_process_alone_agrees_with_itself(monkeypatch: pytest.MonkeyPatch) -> 
     world = connect("cpu")
     assert (world.rank, world.size, world.first) == (0, 1, True)
     assert world.all_agree(StepControl(True, 3.0, False)) == StepControl(True, 3.0, False)
-    assert world.broadcast_object(lambda: 7) == 7 and world.rank0_first(lambda: 8) == 8
+    assert world.broadcast_object(lambda: 7) == 7
     x = torch.randn(3)
     assert dist.mean(x) is x and dist.gather(x) is x
     net = Net()
