@@ -117,7 +117,7 @@ def case_rows(case: str, args: Args) -> list[Row]:
         num_bytes = sum(file.stat().st_size for file in (store.folder / f"{store.newest():08d}").iterdir())
         work = {"gb_s": 2.0 * sum(tensor.nbytes for tensor in tensors(run.state(), run.replica()))}
         contenders = [
-            Contender("rlv2v", ours, work=work, ours=True, valid=valid, cleanup=store.wait),
+            Contender("rlv2v", ours, work=work, ours=True, valid=valid, setup=store.wait),
             Contender("torch.save", peer),
             copy_limit(work["gb_s"]),
         ]
