@@ -24,6 +24,7 @@ from rlv2v.config import Config
 from rlv2v.model.build import build_nets
 from rlv2v.runtime.distributed import Reducer, connect, gather, mean
 
+
 @dataclass(frozen=True)
 class Args(TimedArgs):
     """Time the all-reduce of gradients."""
