@@ -19,6 +19,7 @@ import torch
 from harness import Bench
 
 from rlv2v.checkpoint.store import Checkpoints
+from rlv2v.config import Config
 from rlv2v.errors import UserError
 from rlv2v.presets import PRESETS
 
@@ -60,9 +61,11 @@ def test_checkpoint_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_a_checkpoint_that_is_not_the_run_is_seen(tmp_path: Path) -> None:
-    run, store = checkpoint.Run(checkpoint.Config.of("default", **SMALL)), Checkpoints(tmp_path, keep=1, num_replicas=1)
-    assert len(run.replays["x"]) == 8 and not checkpoint.same(store, run)
-    store.save(1, run.state(), {0: run.replica()})
+    run, store = checkpoint.full_run(Config.of("default", **SMALL)), Checkpoints(tmp_path, keep=1, num_replicas=1)
+    assert not checkpoint.same(store, run)
+    state, replica = checkpoint.states(run)
+    assert replica["replay_x"]
+    store.save(1, state, {0: replica})
     store.wait()
     assert checkpoint.same(store, run)
     with torch.no_grad():
