@@ -50,11 +50,8 @@ Step = Callable[[], tuple[Tensor, ...]]
 Function = Callable[..., tuple[Tensor, ...]]
 
 
-def saved_bytes(run: Callable[[], Tensor], inputs: Iterable[Tensor]) -> dict[str, int]:
-    """Return the bytes that autograd saves in `run`: `saved`, and those of `inputs` apart; a storage counts once.
-
-    `with_result` adds the hidden states where they are not among what is saved.
-    """
+def saved_bytes(run: Callable[[], Tensor], inputs: Iterable[Tensor]) -> int:
+    """Return the bytes that autograd saves in `run`, but for those of `inputs`; a storage counts once."""
     storages: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -63,13 +60,9 @@ def saved_bytes(run: Callable[[], Tensor], inputs: Iterable[Tensor]) -> dict[str
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = run()
-    sizes = {address: storage.nbytes() for address, storage in storages.items()}
+        run()
     own = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-    saved = sum(size for address, size in sizes.items() if address not in own)
-    storage = result.untyped_storage()
-    more = 0 if storage.data_ptr() in sizes else storage.nbytes()
-    return {"saved": saved, "inputs": sum(sizes.values()) - saved, "with_result": saved + more}
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in own)
 
 
 def saved_rows(shape: Shape, device: str = "cpu") -> list[Row]:
@@ -82,12 +75,10 @@ def saved_rows(shape: Shape, device: str = "cpu") -> list[Row]:
     for form in forms:
         layer = Layer(form, [solved(shape, device)], device)
         ((leaves, _, _),) = layer.networks
-        sizes = saved_bytes(partial(layer.run, leaves), leaves)
-        each = {name: round(size / shape.elements, 2) for name, size in sizes.items()}
+        each = round(saved_bytes(partial(layer.run, leaves), leaves) / shape.elements, 2)
         row: Row = {"case": f"saved {shape}", "backend": form.backend or form.name, "ours": bool(form.backend)}
         row |= {"pass": "recompute" if "recompute" in form.name else "store", "dtype": name_of(form.dtype)}
-        row |= {"bytes_per_element_step": each["saved"], "bytes_with_result": each["with_result"]}
-        rows.append(row | {"bytes_of_inputs": each["inputs"]})
+        rows.append(row | {"bytes_per_element_step": each})
     return rows
 
 

@@ -123,34 +123,25 @@ def timing_rows(case: str, peers: dict[str, Peer], times: Times, batches: dict[s
 
 
 def memory_rows(capacity: int) -> list[Row]:
-    """Return the memory of a video buffer that was filled once, 512 windows a video.
+    """Return the memory of a video buffer that was filled once, 512 windows a video, each one frame on.
 
-    Each window is one frame on, with the next frame as action or a frame of its own; or each starts where the last
-    one's action was, so that no two share a frame but that.
+    The action is the next frame of the video, or a frame of its own.
     """
-    rows, frame_bytes, windows = [], int(np.prod(FRAME)), 512
-    for case, stride, new_action, size in (
-        ("overlapping states", 1, False, capacity),
-        ("overlapping states, a new action frame each", 1, True, capacity),
-        ("states apart", STATE, False, max(windows, capacity // 4)),
-    ):
-        replay = PrioritizedReplay(size, FRAME, STATE)
-        starts = np.arange(windows) * stride
-        for _ in range(size // windows):
-            clip = replay.put_clip(np.zeros((starts[-1] + STATE + 1, *FRAME), np.uint8))
-            following = (clip, starts + STATE)
+    rows, windows, starts = [], 512, np.arange(512)
+    for case, new_action in (("", False), (", a new action frame each", True)):
+        replay, following = PrioritizedReplay(capacity, FRAME, STATE), starts + STATE
+        for _ in range(capacity // windows):
+            clip = replay.put_clip(np.zeros((windows + STATE, *FRAME), np.uint8))
             replay.add(
                 state=(clip, starts, np.full(windows, STATE)),
-                action=np.zeros((windows, *FRAME), np.uint8) if new_action else following,
+                action=np.zeros((windows, *FRAME), np.uint8) if new_action else (clip, following),
                 reward=np.zeros(windows, np.float32),
-                true_frame=following,
+                true_frame=(clip, following),
                 position=starts,
             )
             clip.release()
-        each, frames = replay.bytes_used / size, replay.stats["frames"] / size
-        row: Row = {"case": f"memory, {case}", "backend": "rlv2v", "bytes_per_transition": round(each)}
-        row |= {"frames_per_transition": round(frames, 4), "frames_referred_to": STATE + 1 + new_action}
-        rows.append(row | {"bytes_beside_frames": round(each - frames * frame_bytes, 1)})
+        each = round(replay.bytes_used / capacity)
+        rows.append({"case": f"memory, overlapping states{case}", "backend": "rlv2v", "bytes_per_transition": each})
     return rows
 
 

@@ -70,7 +70,7 @@ def test_rows_of_ways_that_read(
         assert ours["valid"] and peer["valid"] and set(ours["speedup_over"]) == {"PyAV", "best peer"}
         assert ours["ours"] and not peer["ours"]
         for row in (ours, peer):
-            assert row["clips_per_s"] == pytest.approx(1e6 / row["median_us"], rel=0.01) and row["cpu_ms"] > 0
+            assert row["clips_per_s"] == pytest.approx(1e6 / row["median_us"], rel=0.01)
         (row,) = data.reading_rows(data.VP9_256, [tmp_path / "gone.mp4"] * 4, {"PyAV": workers["PyAV"]}, 1)
         assert not row["valid"] and "gone.mp4" in row["wrong_data"] and "clips_per_s" not in row
 
