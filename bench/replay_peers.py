@@ -107,7 +107,7 @@ def ours(capacity: int, payload: Payload) -> Peer:
     replay = PrioritizedReplay(capacity, payload.frame, length, alpha=ALPHA, beta=BETA, seed=0)
 
     def rows(first: int, count: int) -> Any:
-        if count == 1:
+        if count == 1 and not video:
             frame = payload.rows(first, 1)
             return frame, frame[0], first, float(first)
         position = np.arange(first, first + count)
