@@ -13,21 +13,16 @@ import json
 import os
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from harness import Bench, Contender, TimedArgs, rows_of, run_python
+from harness import Bench, Call, Contender, TimedArgs, compare, run_python, wall_us
 
 from rlv2v.cli import run_command
 from rlv2v.config import Config
 from rlv2v.model.build import build_nets
 from rlv2v.runtime.distributed import Reducer, connect, gather, mean
-
-WARM_UP = 3
-"""The first call arranges the buckets, the next have their memory to find."""
 
 
 @dataclass(frozen=True)
@@ -39,25 +34,24 @@ class Args(TimedArgs):
 
 
 def rank(out: Path, rounds: int, widths: list[int]) -> None:
-    """Time both forms in turns as one rank; rank 0 writes the microseconds of the slower one."""
+    """Time both forms in turns as one rank; rank 0 writes the rows."""
     world, config = connect("cpu"), Config.of("default", widths=tuple(widths))
     weights = list(build_nets(config, discriminators=False).parameters())
     for weight in weights:
         weight.grad = torch.ones_like(weight)
     reducer, flat = Reducer(weights), torch.ones(sum(weight.numel() for weight in weights))
-    forms: dict[str, Callable[[], object]] = {"Reducer": reducer.finish, "flat": lambda: mean(flat)}
-    times: dict[str, list[float]] = {name: [] for name in forms}
-    for turn in range(rounds + WARM_UP):
-        for name, call in forms.items():
-            world.barrier()
-            start = time.perf_counter()
-            call()
-            us = 1e6 * (time.perf_counter() - start)
-            slower = gather(torch.tensor([us], dtype=torch.float64)).max().item()
-            if turn >= WARM_UP:
-                times[name].append(slower)
+    work = {"gb_s": float(flat.nbytes)}
+    forms = [
+        Contender("Reducer", reducer.finish, work=work, setup=world.barrier, ours=True),
+        Contender("flat", lambda: mean(flat), work=work, setup=world.barrier),
+    ]
+
+    def slower_us(call: Call) -> float:
+        return gather(torch.tensor([wall_us(call)], dtype=torch.float64)).max().item()
+
+    rows = compare(f"{flat.nbytes} bytes, 2 ranks", "all_reduce", forms, rounds, slower_us)
     if world.first:
-        out.write_text(json.dumps({"bytes": flat.nbytes, "times": times}))
+        out.write_text(json.dumps(rows))
     world.close()
 
 
@@ -67,11 +61,7 @@ def main(args: Args) -> None:
         out = Path(folder) / "out.json"
         ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__)
         run_python(*ranks, out, args.num_rounds, *args.widths, threads=args.threads)
-        measured = json.loads(out.read_text())
-        work = {"gb_s": float(measured["bytes"])}
-        contenders = [Contender(name, work=work, ours=name == "Reducer") for name in measured["times"]]
-        times = {contender.key: measured["times"][contender.name] for contender in contenders}
-        bench.add(rows_of(f"{measured['bytes']} bytes, 2 ranks", "all_reduce", contenders, times), ranks=2)
+        bench.add(json.loads(out.read_text()), ranks=2)
 
 
 if __name__ == "__main__":

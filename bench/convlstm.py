@@ -16,25 +16,22 @@ compiled. In 16 bits the peers' cells have 16 bits too, ours 32. GB/s are of the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from convlstm_layer import (
     PASSES,
-    Form,
     Layer,
     Shape,
     checked,
     differences,
     layer_rows,
-    limits_of,
     name_of,
     rounded,
-    runnable,
     solved,
-    stacked,
 )
-from convlstm_peers import BF16, F32, compiled, cpu_forms, cuda_forms, eager, mine, pointwise
-from harness import CLOCKS, Bench, Contender, DeviceArgs, Row, compare, copy_limit
+from convlstm_peers import BF16, F32, compiled, cpu_forms, cuda_forms, mine, network_forms, peers, pointwise
+from harness import Bench, Contender, DeviceArgs, Row, compare, copy_limit
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -53,11 +50,8 @@ Step = Callable[[], tuple[Tensor, ...]]
 Function = Callable[..., tuple[Tensor, ...]]
 
 
-def saved_bytes(run: Callable[[], Tensor], inputs: Iterable[Tensor]) -> dict[str, int]:
-    """Return the bytes that autograd saves in `run`: `saved`, and those of `inputs` apart; a storage counts once.
-
-    `with_result` adds the hidden states where they are not among what is saved.
-    """
+def saved_bytes(run: Callable[[], Tensor], inputs: Iterable[Tensor]) -> int:
+    """Return the bytes that autograd saves in `run`, but for those of `inputs`; a storage counts once."""
     storages: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -66,56 +60,25 @@ def saved_bytes(run: Callable[[], Tensor], inputs: Iterable[Tensor]) -> dict[str
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = run()
-    sizes = {address: storage.nbytes() for address, storage in storages.items()}
+        run()
     own = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-    saved = sum(size for address, size in sizes.items() if address not in own)
-    storage = result.untyped_storage()
-    more = 0 if storage.data_ptr() in sizes else storage.nbytes()
-    return {"saved": saved, "inputs": sum(sizes.values()) - saved, "with_result": saved + more}
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in own)
 
 
-def saved_rows(bench: Bench, shape: Shape, device: str = "cpu") -> list[Row]:
+def saved_rows(shape: Shape, device: str = "cpu") -> list[Row]:
     """Return the rows of saved bytes, of eager and of ours."""
     backend = "cpu" if device == "cpu" else "triton"
-    forms = [Form("eager", dtype, eager, joined=True) for dtype in (F32, BF16)]
+    forms = [*peers("eager", F32, lambda run: run, [""]), *peers("eager", BF16, lambda run: run, [""])]
     for dtype in (F32, BF16, torch.float16):
         forms += [mine(backend, dtype, "frame-major"), mine(backend, dtype, "frame-major recompute")]
     rows = list[Row]()
-    for form in runnable(bench, f"saved {shape}", forms, shape, device):
-        layer = Layer(form, solved(shape, device), device)
-        each = {name: round(size / shape.elements, 2) for name, size in saved_bytes(layer.run, layer.leaves).items()}
+    for form in forms:
+        layer = Layer(form, [solved(shape, device)], device)
+        ((leaves, _, _),) = layer.networks
+        each = round(saved_bytes(partial(layer.run, leaves), leaves) / shape.elements, 2)
         row: Row = {"case": f"saved {shape}", "backend": form.backend or form.name, "ours": bool(form.backend)}
         row |= {"pass": "recompute" if "recompute" in form.name else "store", "dtype": name_of(form.dtype)}
-        row |= {"bytes_per_element_step": each["saved"], "bytes_with_result": each["with_result"]}
-        rows.append(row | {"bytes_of_inputs": each["inputs"]})
-    return rows
-
-
-def grouped_rows(
-    bench: Bench, shape: Shape, dtype: torch.dtype, backend: str, rounds: int, device: str = "cuda"
-) -> list[Row]:
-    """Time four networks of a shape: in one grouped call, in four calls of ours, in four of eager."""
-    case, rows = f"{NETWORKS} networks {shape}", list[Row]()
-    for form in runnable(bench, case, [mine(backend, dtype, "frame-major")], shape, device, NETWORKS):
-        data = [solved(shape, device, seed) for seed in range(NETWORKS)]
-        ways = {
-            "eager": [Layer(Form("eager", dtype, eager, joined=True), one, device) for one in data],
-            f"{backend} {NETWORKS} calls": [Layer(form, one, device) for one in data],
-            f"{backend} grouped": [Layer(form, stacked(data), device)],
-        }
-        differences = {way: [layer.check() for layer in layers] for way, layers in ways.items()}
-        whole = shape._replace(batch=NETWORKS * shape.batch)
-        for passes in PASSES:
-            contenders = []
-            for way, layers in ways.items():
-                calls = [layer.calls[passes] for layer in layers]
-                in_turn = lambda calls=calls: [call() for call in calls]  # noqa: E731
-                contender = Contender(way, in_turn, name_of(dtype), whole.work(passes, dtype), ours=way != "eager")
-                every = [checked(contender, difference, dtype) for difference in differences[way]]
-                contenders.append(min(every, key=lambda one: one.valid))
-            contenders += limits_of(whole, passes, [dtype], device)
-            rows += compare(case, passes, contenders, rounds, CLOCKS[device])
+        rows.append(row | {"bytes_per_element_step": each})
     return rows
 
 
@@ -220,7 +183,8 @@ def gates_contenders(shape: Shape, *, with_compiled: bool) -> list[Contender]:
         for name, step in steps.items():
             group = "compiled" if name.startswith("compile") else ""
             contender = Contender(name, step, name_of(dtype), work, ours=name == "cpu", group=group)
-            contenders.append(checked(contender, differences(step(), exact, num_values=1), dtype))
+            h, *others = zip(step(), exact, strict=True)
+            contenders.append(checked(contender, differences([h], others), dtype))
         contenders.append(copy_limit(work["gb_s"], name_of(dtype)))
     return contenders
 
@@ -238,9 +202,9 @@ def main(args: DeviceArgs) -> None:
         for shape in (GPU_SHAPES[2:3] if quick else GPU_SHAPES) if args.device == "cuda" else ():
             for dtype in (torch.float16, torch.bfloat16):
                 bench.add(layer_rows(bench, shape, cuda_forms(dtype, quick=quick), rounds, device="cuda"))
-                for backend in ("triton", "cuda"):
-                    bench.add(grouped_rows(bench, shape, dtype, backend, rounds))
-        bench.add(saved_rows(bench, SAVED_SHAPE, args.device))
+                forms = network_forms(dtype, ("triton", "cuda"))
+                bench.add(layer_rows(bench, shape, forms, rounds, device="cuda", networks=NETWORKS))
+        bench.add(saved_rows(SAVED_SHAPE, args.device))
 
 
 if __name__ == "__main__":

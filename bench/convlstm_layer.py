@@ -18,6 +18,7 @@ from rlv2v.kernels.layout import gates_dtype, state_dtype
 from rlv2v.kernels.reference import LIMITS, convlstm_ref
 
 Run = Callable[..., Tensor]
+Pair = tuple[Tensor, Tensor]
 PASSES = ("forward", "forward+backward")
 PEER_SLACK = 2
 """Peers may be this many times our limits off: in 16 bits most keep the cells in 16 bits too."""
@@ -59,15 +60,9 @@ class Shape(NamedTuple):
         return {"gflop_s": 3 * flops, "gb_s": 3.0 * x + 3 * h + 2 * c + 2 * gates}
 
 
-class Data(NamedTuple):
-    """Hold a layer's arguments, the gradient of its result, and what the float64 reference makes of them."""
-
-    x: Tensor
-    w_x: Tensor
-    w_h: Tensor
-    bias: Tensor
-    dhs: Tensor
-    exact: tuple[Tensor, ...]  # hs, and the gradients of x, w_x, w_h, bias
+Tensors = tuple[Tensor, ...]
+Data = tuple[Tensors, Tensors]
+"""x, the gradient of hs, w_x, w_h, bias; and what the float64 reference makes of them: hs amid its gradients."""
 
 
 def rounded(tensor: Tensor) -> Tensor:
@@ -80,19 +75,19 @@ def solved(shape: Shape, device: str = "cpu", seed: int = 0) -> Data:
     rng = torch.Generator().manual_seed(seed)
     b, t, c_in, c, h, w, k = shape
     scale = ((c_in + c) * k * k) ** -0.5
-    sizes = ((b, t, c_in, h, w), (4 * c, c_in, k, k), (4 * c, c, k, k), (4 * c,), (b, t, c, h, w))
-    scales = (1.0, scale, scale, 1.0, 1.0)
+    sizes = ((b, t, c_in, h, w), (b, t, c, h, w), (4 * c, c_in, k, k), (4 * c, c, k, k), (4 * c,))
+    scales = (1.0, 1.0, scale, scale, 1.0)
     tensors = [rounded(torch.randn(size, generator=rng) * s) for size, s in zip(sizes, scales, strict=True)]
-    *leaves, dhs = (tensor.to(device, copy=True) for tensor in tensors)
-    x, w_x, w_h, bias = (leaf.requires_grad_() for leaf in leaves)
+    x, dhs, w_x, w_h, bias = (tensor.to(device, copy=True).requires_grad_() for tensor in tensors)
     hs, _ = convlstm_ref(x, w_x, w_h, bias, None, None)
-    return Data._make([*tensors, (hs.detach(), *torch.autograd.grad(hs, leaves, dhs))])
+    dx, *dw = torch.autograd.grad(hs, (x, w_x, w_h, bias), dhs)
+    return tuple(tensors), (dx, hs.detach(), *dw)
 
 
 def stacked(data: list[Data]) -> Data:
     """Return several layers of one shape as one with a leading group axis."""
-    *tensors, exact = zip(*data, strict=True)
-    return Data._make([*map(torch.stack, tensors), tuple(map(torch.stack, zip(*exact, strict=True)))])
+    inputs, exact = (tuple(map(torch.stack, zip(*part, strict=True))) for part in zip(*data, strict=True))
+    return inputs, exact
 
 
 def frame_major(frames: Tensor) -> Tensor:
@@ -100,10 +95,25 @@ def frame_major(frames: Tensor) -> Tensor:
     return frames.transpose(-5, -4).movedim(-3, -1).contiguous().movedim(-1, -3).transpose(-5, -4)
 
 
-def swap_gates(weight: Tensor) -> Tensor:
-    """Return (4C,...) with gates i, f, o, g as i, f, g, o and back, in the same memory format."""
-    i, f, o, g = weight.chunk(4)
-    return torch.empty_like(weight).copy_(torch.cat((i, f, g, o)))
+def joined(x: Tensor, hs: Tensor, w_x: Tensor, w_h: Tensor, bias: Tensor) -> Tensors:
+    """Join the weights of x and h, for a convolution of both at once."""
+    return x, hs, torch.cat((w_x, w_h), 1), bias
+
+
+def weights_last(x: Tensor, hs: Tensor, *weights: Tensor) -> Tensors:
+    """Lay the weights channels-last."""
+    *kernels, bias = weights
+    return x, hs, *(w.movedim(-3, -1).contiguous().movedim(-1, -3) for w in kernels), bias
+
+
+def all_last(x: Tensor, hs: Tensor, *weights: Tensor) -> Tensors:
+    """Lay weights channels-last and frames dense in the order T,B,H,W,C."""
+    return weights_last(frame_major(x), frame_major(hs), *weights)
+
+
+def cell_order(x: Tensor, hs: Tensor, *weights: Tensor) -> Tensors:
+    """Put gates i, f, o, g in aten's order i, f, g, o, in the same memory format."""
+    return x, hs, *(torch.empty_like(w).copy_(w.unflatten(0, (4, -1))[[0, 1, 3, 2]].flatten(0, 1)) for w in weights)
 
 
 @dataclass(frozen=True)
@@ -112,66 +122,70 @@ class Form:
 
     name: str
     dtype: torch.dtype
-    run: Run  # x, then w_x and w_h or, `joined`, one weight of both, then the bias, to hs
-    joined: bool = False
+    run: Run  # x and the weights, as they are laid, to hs
+    lay: tuple[Callable[..., Tensors], ...] = ()  # what lays x, hs, w_x, w_h, bias, and their gradients alike
     leaves: torch.dtype | None = None  # dtype of x and the weights where it is not `dtype`: autocast
-    channels_last: bool = False
-    frame_major: bool = False
-    cell_order: bool = False  # gates i, f, g, o in the weights, as in aten's LSTM cell
     backend: str = ""  # of rlv2v.kernels; empty for a peer
     group: str = ""
     training_only: bool = False  # differs from another form in the backward alone
+    separate: bool = False  # of several networks, a call each
     graphs: bool = False  # runs in CUDA graphs, whose results the next call overwrites
+
+    def unsupported_reason(self, shape: Shape, device: str, networks: int) -> str | None:
+        """Return why our backend cannot run a shape, or None."""
+        if not self.backend:
+            return None
+        b, t, _, c, h, w, k = shape
+        problem = Problem(torch.device(device), self.dtype, 1 if self.separate else networks, t, b, c, h, w, k)
+        return TABLE[self.backend].recurrence.unsupported_reason(problem)
 
 
 class Layer:
-    """Run a form on its own copy of the arguments."""
+    """Run a form on its own copy of the arguments, of one network or of several, one call each."""
 
-    def __init__(self, form: Form, data: Data, device: str = "cpu") -> None:
-        self.form, self.exact = form, data.exact
-        weights = [torch.cat((data.w_x, data.w_h), 1)] if form.joined else [data.w_x, data.w_h]
-        if form.channels_last or form.frame_major:
-            weights = [weight.movedim(-3, -1).contiguous().movedim(-1, -3) for weight in weights]
-        weights = [swap_gates(weight) if form.cell_order else weight for weight in (*weights, data.bias)]
-        x, dhs = (frame_major(tensor) if form.frame_major else tensor for tensor in (data.x, data.dhs))
-        dtype = form.leaves or form.dtype  # `to` keeps the strides
-        self.leaves = [tensor.to(device, dtype, copy=True).requires_grad_() for tensor in (x, *weights)]
-        self.dhs = dhs.to(device, form.dtype)
+    def __init__(self, form: Form, data: Sequence[Data], device: str = "cpu") -> None:
+        self.form, self.networks = form, list[tuple[list[Tensor], Tensor, Tensors]]()
+        for inputs, exact in data:
+            for lay in form.lay:
+                inputs, exact = lay(*inputs), lay(*exact)
+            (x, dhs, *weights), (dx, hs, *dw) = inputs, exact
+            dtype = form.leaves or form.dtype  # `to` keeps the strides
+            leaves = [tensor.to(device, dtype, copy=True).requires_grad_() for tensor in (x, *weights)]
+            self.networks.append((leaves, dhs.to(device, form.dtype), (hs, dx, *dw)))
         self.calls: dict[str, Callable[[], object]] = {"forward": self.forward, "forward+backward": self.train}
 
-    def run(self) -> Tensor:
-        """Return hs."""
+    def run(self, leaves: Sequence[Tensor]) -> Tensor:
+        """Return hs of a network."""
         if self.form.graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        return self.form.run(*self.leaves)
+        return self.form.run(*leaves)
 
-    def forward(self) -> Tensor:
-        """Return hs without keeping anything for a backward, as in translation."""
+    def forward(self) -> list[Tensor]:
+        """Return hs of all without keeping anything for a backward, as in translation."""
         with torch.no_grad():
-            return self.run()
+            return [self.run(leaves) for leaves, _, _ in self.networks]
 
-    def train(self) -> tuple[Tensor, ...]:
-        """Return hs and the gradients of x and all weights."""
-        hs = self.run()
-        return hs, *torch.autograd.grad(hs, self.leaves, self.dhs)
+    def train(self) -> list[Tensors]:
+        """Return hs and the gradients of x and all weights, of all."""
+        results = []
+        for leaves, dhs, _ in self.networks:
+            hs = self.run(leaves)
+            results.append((hs, *torch.autograd.grad(hs, leaves, dhs)))
+        return results
 
     def check(self) -> dict[str, float]:
         """Return the differences of both passes from the exact result."""
-        alone = self.forward().clone()
-        hs, dx, *dw = self.train()
-        if self.form.cell_order:
-            dw = [swap_gates(gradient) for gradient in dw]
-        if self.form.joined:
-            c_in = self.leaves[0].shape[2]
-            dw = [dw[0][:, :c_in], dw[0][:, c_in:], dw[1]]
-        return differences((alone, hs, dx, *dw), (self.exact[0], *self.exact), num_values=2)
+        values, gradients, alone = list[Pair](), list[Pair](), [hs.clone() for hs in self.forward()]
+        for forward, result, (_, _, exact) in zip(alone, self.train(), self.networks, strict=True):
+            values += [(forward, exact[0]), (result[0], exact[0])]
+            gradients += zip(result[1:], exact[1:], strict=True)
+        return differences(values, gradients)
 
 
-def differences(actual: tuple[Tensor, ...], exact: tuple[Tensor, ...], num_values: int) -> dict[str, float]:
-    """Return the largest absolute difference of the first tensors, and ratio of norms of the others, the gradients."""
-    pairs = [(a.detach().double().cpu(), b.double().cpu()) for a, b in zip(actual, exact, strict=True)]
-    value = torch.stack([(a - b).abs().max() for a, b in pairs[:num_values]]).max()
-    gradient = torch.stack([(a - b).norm() / b.norm() for a, b in pairs[num_values:]]).max()
+def differences(values: Iterable[Pair], gradients: Iterable[Pair]) -> dict[str, float]:
+    """Return the largest absolute difference of values from the exact ones, and ratio of norms of gradients."""
+    value = torch.stack([(actual.double() - exact).abs().max() for actual, exact in values]).max()
+    gradient = torch.stack([(actual.double() - exact).norm() / exact.norm() for actual, exact in gradients]).max()
     return {"value": value.item(), "gradient": gradient.item()}
 
 
@@ -185,22 +199,6 @@ def checked(contender: Contender, difference: dict[str, float], dtype: torch.dty
 def name_of(dtype: torch.dtype) -> str:
     """Return a dtype's name without "torch."."""
     return str(dtype).removeprefix("torch.")
-
-
-def runnable(bench: Bench, case: str, forms: Iterable[Form], shape: Shape, device: str, groups: int = 1) -> list[Form]:
-    """Return the forms that can run a shape; record why a backend of ours cannot."""
-    b, t, _, c, h, w, k = shape
-    can = []
-    for form in forms:
-        reason = None
-        if form.backend:
-            problem = Problem(torch.device(device), form.dtype, groups, t, b, c, h, w, k)
-            reason = TABLE[form.backend].recurrence.unsupported_reason(problem)
-        if reason is None:
-            can.append(form)
-        else:
-            bench.skip(f"{case}, {form.name} {name_of(form.dtype)}", reason)
-    return can
 
 
 def limits_of(shape: Shape, passes: str, dtypes: Iterable[torch.dtype], device: str) -> list[Contender]:
@@ -229,32 +227,46 @@ def limits_of(shape: Shape, passes: str, dtypes: Iterable[torch.dtype], device: 
 
 
 def layer_rows(
-    bench: Bench, shape: Shape, forms: Sequence[Form], rounds: int, passes: Iterable[str] = PASSES, device: str = "cpu"
+    bench: Bench,
+    shape: Shape,
+    forms: Sequence[Form],
+    rounds: int,
+    passes: Iterable[str] = PASSES,
+    device: str = "cpu",
+    networks: int = 1,
 ) -> list[Row]:
-    """Check and time all forms of a shape.
+    """Check and time all forms of a shape: of one layer, or of several networks in one call or in a call each.
 
     A peer that raises, like a compiler that is not installed, is recorded as missing. An error of ours is a bug.
     """
     torch._dynamo.reset()
-    data, case, layers = solved(shape, device), f"layer {shape}", list[tuple[Layer, dict[str, float]]]()
-    for form in runnable(bench, case, forms, shape, device):
+    case = f"layer {shape}" if networks == 1 else f"{networks} networks {shape}"
+    data = [solved(shape, device, seed) for seed in range(networks)]
+    whole = shape._replace(batch=networks * shape.batch)
+    layers = list[tuple[Layer, dict[str, float]]]()
+    for form in forms:
+        name, own = f"{case}, {form.name} {name_of(form.dtype)}", data
+        if reason := form.unsupported_reason(shape, device, networks):
+            bench.skip(name, reason)
+            continue
+        if networks > 1 and not form.separate:
+            own = [stacked(data)]
         try:
-            layer = Layer(form, data, device)
+            layer = Layer(form, own, device)
             layers.append((layer, layer.check()))
         except Exception as error:
             if form.backend:
                 raise
-            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-            bench.skip(f"{case}, {form.name} {name_of(form.dtype)}", reason)
+            bench.skip(name, error)
     rows = list[Row]()
     for which in passes:
         contenders = []
         for layer, difference in layers:
             form = layer.form
             if which == "forward+backward" or not form.training_only:
-                dtype, work = name_of(form.dtype), shape.work(which, form.dtype)
+                dtype, work = name_of(form.dtype), whole.work(which, form.dtype)
                 timed = Contender(form.name, layer.calls[which], dtype, work, ours=bool(form.backend), group=form.group)
                 contenders.append(checked(timed, difference, form.dtype))
-        contenders += limits_of(shape, which, dict.fromkeys(layer.form.dtype for layer, _ in layers), device)
+        contenders += limits_of(whole, which, dict.fromkeys(layer.form.dtype for layer, _ in layers), device)
         rows += compare(case, which, contenders, rounds, CLOCKS[device])
     return rows

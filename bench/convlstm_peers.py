@@ -13,11 +13,12 @@ dense in the order T,B,H,W,C and weights channels-last, as in our layers; otherw
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
-from convlstm_layer import Form, Run, frame_major
+from convlstm_layer import Form, Run, all_last, cell_order, frame_major, joined, weights_last
 from torch import Tensor
 from torch.nn.functional import conv2d
 
@@ -108,22 +109,22 @@ def mine(backend: str, dtype: torch.dtype, kind: str = "") -> Form:
         dtype,
         autocast(run) if "autocast" in kind else run,
         leaves=F32 if "autocast" in kind else None,
-        frame_major="frame-major" in kind,
+        lay=(all_last,) if "frame-major" in kind else (),
         training_only="recompute" in kind,
         backend=backend,
     )
 
 
-PEERS: dict[str, tuple[Run, dict[str, Any]]] = {
-    "": (eager, {"joined": True}),
-    " batched": (batched, {}),
-    " channels-last": (channels_last, {"channels_last": True}),
+PEERS: dict[str, tuple[Run, tuple[Callable[..., Any], ...]]] = {
+    "": (eager, (joined,)),
+    " batched": (batched, ()),
+    " channels-last": (channels_last, (weights_last,)),
 }
 
 
 def peers(name: str, dtype: torch.dtype, wrap: Callable[[Run], Run], kinds: Iterable[str], **fields: Any) -> list[Form]:
     """Return the wrapped peers of some kinds."""
-    return [Form(f"{name}{kind}", dtype, wrap(PEERS[kind][0]), **PEERS[kind][1], **fields) for kind in kinds]
+    return [Form(f"{name}{kind}", dtype, wrap(PEERS[kind][0]), PEERS[kind][1], **fields) for kind in kinds]
 
 
 def cpu_forms(*, quick: bool) -> list[Form]:
@@ -148,7 +149,7 @@ def cuda_forms(dtype: torch.dtype, *, quick: bool) -> list[Form]:
     """Return all forms of one dtype for a GPU; quick: without the compiled ones."""
     forms = [
         *peers("eager", dtype, lambda run: run, PEERS),
-        Form("eager fused cell", dtype, partial(channels_last, fused=True), channels_last=True, cell_order=True),
+        Form("eager fused cell", dtype, partial(channels_last, fused=True), (weights_last, cell_order)),
         *(mine("triton", dtype, kind) for kind in ("", "frame-major", "recompute")),
         *(mine("cuda", dtype, kind) for kind in ("", "frame-major")),
         mine("eager", dtype),
@@ -157,4 +158,13 @@ def cuda_forms(dtype: torch.dtype, *, quick: bool) -> list[Form]:
         tune, best = "max-autotune", ("", " channels-last")
         forms += peers("compile", dtype, compiled, best, group="compiled")
         forms += peers(tune, dtype, lambda run: compiled(run, tune), best, graphs=True, group="compiled")
+    return forms
+
+
+def network_forms(dtype: torch.dtype, backends: Iterable[str]) -> list[Form]:
+    """Return the forms of several networks: eager in a call each, backends of ours so and in one call for all."""
+    forms = peers("eager", dtype, lambda run: run, [""], separate=True)
+    for backend in backends:
+        form = mine(backend, dtype, "frame-major")
+        forms += [replace(form, name=f"{backend} calls", separate=True), replace(form, name=f"{backend} grouped")]
     return forms

@@ -31,7 +31,18 @@ import numpy as np
 import torch
 from av.video.reformatter import Colorspace
 from data_peers import FRAMES, PEERS, SIZE, WAYS, load, open_files, plain_names, stamp, time_clips
-from harness import Bench, Contender, Row, TimedArgs, process_of_its_own, rows_of, run_python, version, wall_us
+from harness import (
+    Bench,
+    Contender,
+    Row,
+    TimedArgs,
+    fault_of,
+    process_of_its_own,
+    rows_of,
+    run_python,
+    version,
+    wall_us,
+)
 from real_pair import street_clip
 
 from rlv2v.cli import run_command
@@ -52,6 +63,8 @@ FORMS: dict[str, tuple[str, int, dict[str, str]]] = {
 }
 RAW, PREPARED, VP9_256, H264_256 = FORMS
 PACKAGES = {"PyAV": "av", "OpenCV": "opencv-python-headless", "decord": "decord", "torchcodec": "torchcodec"}
+NO_CACHE = {"batch": {"x": 1}, "frames": FRAMES, "size": SIZE, "cache_mib": 0}
+"""Settings of a loader of one clip a step."""
 Files = dict[str, list[Path]]
 
 
@@ -121,13 +134,8 @@ def start_workers(bench: Bench, stack: ExitStack, libraries: Path) -> dict[str, 
             except Exception as error:
                 if name not in PEERS:
                     raise
-                bench.skip(name, fault_of(error))
+                bench.skip(name, error)
     return workers
-
-
-def fault_of(error: Exception) -> str:
-    """Return an error's name and the first line of its text."""
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def reading_rows(form: str, files: list[Path], workers: dict[str, Executor], blocks: int) -> list[Row]:
@@ -142,7 +150,7 @@ def reading_rows(form: str, files: list[Path], workers: dict[str, Executor], blo
         except Exception as error:
             faults[name] = fault_of(error)
     size = 400 if form == RAW else 12
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names if name not in faults}
+    seconds: dict[str, list[float]] = {name: [] for name in names if name not in faults}
     for block in range(blocks):
         for name, times in seconds.items():
             times.append(workers[name].submit(time_clips, name, random_draws(size, 1 + block)).result())
@@ -150,11 +158,10 @@ def reading_rows(form: str, files: list[Path], workers: dict[str, Executor], blo
     for name in names:
         ours, fields = name not in PEERS, dict[str, Any](wrong_data=faults.get(name))
         if name in seconds:
-            wall, cpu = (statistics.median(values) for values in zip(*seconds[name], strict=True))
-            fields |= {"clips_per_s": round(size / wall, 1), "cpu_ms": round(1e3 * cpu / size, 3)}
+            fields["clips_per_s"] = round(size / statistics.median(seconds[name]), 1)
         group, valid = "" if ours else "peer", name not in faults
         contenders.append(Contender(name, dtype="uint8", ours=ours, group=group, valid=valid, fields=fields))
-    us = {(name, "uint8"): [1e6 * wall / size for wall, _ in times] for name, times in seconds.items()}
+    us = {(name, "uint8"): [1e6 * wall / size for wall in times] for name, times in seconds.items()}
     return rows_of(form, "read", contenders, us)
 
 
@@ -220,23 +227,10 @@ def wait_row(data: Path, out: Path, steps: int) -> Row:
     return row | {"step_ms": round(1e3 * seconds / counted, 1), "first_wait_ms": round(1e3 * lines[0]["time_data"], 1)}
 
 
-def loader_memory(root: Path, unprepared: bool, marks: tuple[int, int]) -> list[float]:
-    """Return the resident MiB after each of two numbers of steps.
-
-    unprepared: one clip of 16 frames a step, no cache; otherwise the default preset's batches.
-    """
+def loader_memory(root: Path, settings: dict[str, Any], marks: tuple[int, int]) -> list[float]:
+    """Return the resident MiB after each of two numbers of steps of a loader."""
     torch.set_num_threads(1)
-    if unprepared:
-        loader = Loader(
-            open_dataset(root, frames=FRAMES), batch={"x": 1}, frames=FRAMES, size=SIZE, seed=0, cache_mib=0
-        )
-    else:
-        data = Config.of("default").data
-        dataset, batch = (
-            open_dataset(root, frames=data.frames),
-            {name: getattr(data, f"batch_{name}") for name in "xyzs"},
-        )
-        loader = Loader(dataset, batch=batch, frames=data.frames, size=data.size, seed=0)
+    loader = Loader(open_dataset(root, frames=settings["frames"]), seed=0, **settings)
     resident = []
     for step in range(1, marks[1] + 1):
         next(loader)
@@ -248,10 +242,10 @@ def loader_memory(root: Path, unprepared: bool, marks: tuple[int, int]) -> list[
     return resident
 
 
-def memory_row(case: str, root: Path, unprepared: bool, marks: tuple[int, int]) -> Row:
+def memory_row(case: str, root: Path, settings: dict[str, Any], marks: tuple[int, int]) -> Row:
     """Return the growth of the loader's memory between two numbers of steps."""
     with process_of_its_own() as process:
-        early, late = process.submit(loader_memory, root, unprepared, marks).result()
+        early, late = process.submit(loader_memory, root, settings, marks).result()
     row: Row = {"case": f"loader memory, {case}", "backend": "Loader", "ours": True, "steps": list(marks)}
     return row | {"rss_mib": [round(early, 1), round(late, 1)], "growth_percent": round(100 * (late / early - 1), 2)}
 
@@ -267,8 +261,7 @@ def main(args: Args) -> None:
         files = write_forms(root)
         with ExitStack() as stack:  # its processes end before anything else is timed
             workers = start_workers(bench, stack, root / "libraries")
-            versions = {name: version(package) for name, package in PACKAGES.items() if name in workers}
-            bench.add([], versions=versions)
+            bench.add([], versions={name: version(package) for name, package in PACKAGES.items() if name in workers})
             for form, paths in files.items():
                 bench.add(reading_rows(form, paths, workers, 3 if quick else args.rounds))
             compare_raw(bench.rows)
@@ -278,8 +271,11 @@ def main(args: Args) -> None:
         write_dataset(root / "synth", size=32, frames=8, seed=0, counts=Counts(val=2, test=2))
         bench.add([wait_row(root / "synth", root / "run", 11 if quick else 31)])
         marks = (100, 300) if quick else (200, 2000)
-        bench.add([memory_row("default preset, synthetic set", root / "synth", False, marks)])
-        bench.add([memory_row("256x256 files, no cache", root / "index", True, marks)])
+        data = Config.of("default").data
+        batch = {name: getattr(data, f"batch_{name}") for name in "xyzs"}
+        preset = {"batch": batch, "frames": data.frames, "size": data.size}
+        bench.add([memory_row("default preset, synthetic set", root / "synth", preset, marks)])
+        bench.add([memory_row("256x256 files, no cache", root / "index", NO_CACHE, marks)])
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import os
 import platform
 import random
 import re
-import statistics
 import subprocess
 import sys
 import time
@@ -34,6 +33,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from rlv2v.errors import UserError
@@ -104,21 +104,21 @@ class Bench:
             raise UserError("--device cuda: PyTorch sees no GPU")
 
     def add(self, rows: Iterable[Row], **fields: Any) -> None:
-        """Append rows, print those without a time, set further fields, and write the file."""
+        """Append and print rows, set further fields, and write the file."""
         for row in rows:
             self.rows.append(row)
-            if "median_us" not in row:
-                print(" | ".join(f"{key} {value}" for key, value in row.items() if key != "ours"), flush=True)
+            told = {key: value for key, value in row.items() if key != "ours" and value not in (None, {})}
+            print(" | ".join(f"{key} {value}" for key, value in told.items()), flush=True)
         self.fields |= fields
         if self.path is not None:
             partial = self.path.with_name(f".{self.path.name}.partial")
             partial.write_text(self.text() + "\n")
             os.replace(partial, self.path)
 
-    def skip(self, name: str, reason: str) -> None:
+    def skip(self, name: str, reason: str | Exception) -> None:
         """Record under `missing` and print why a contender is not measured."""
-        self.missing[name] = reason
-        print(f"{name}: not measured, {reason}", flush=True)
+        self.missing[name] = fault_of(reason) if isinstance(reason, Exception) else reason
+        print(f"{name}: not measured, {self.missing[name]}", flush=True)
 
     def text(self) -> str:
         """Return the JSON line."""
@@ -151,7 +151,7 @@ class Contender:
     limit: bool = False
     group: str = ""  # the fastest peer of a group counts as one more peer, `best <group>`
     valid: bool = True
-    cleanup: Call | None = None  # runs after each call, outside the time
+    setup: Call = lambda: None  # runs before each call, outside the time
     fields: Mapping[str, Any] = field(default_factory=dict)  # further fields of the row
 
     @property
@@ -190,10 +190,8 @@ def time_in_turns(contenders: Sequence[Contender], rounds: int, clock: Clock = w
     repeats = {}
 
     def run(contender: Contender) -> float:
-        us = clock(contender.call)
-        if contender.cleanup is not None:
-            contender.cleanup()
-        return us
+        contender.setup()
+        return clock(contender.call)
 
     for contender in contenders:
         run(contender)
@@ -211,12 +209,6 @@ def time_in_turns(contenders: Sequence[Contender], rounds: int, clock: Clock = w
     finally:
         gc.enable()
     return times
-
-
-def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return p20, the median and p80 of two values or more."""
-    p20, p50, p80 = statistics.quantiles(values, n=10, method="inclusive")[1::3]
-    return p20, p50, p80
 
 
 def peers_of(contender: Contender, contenders: Iterable[Contender], medians: Mapping[Any, float]) -> dict[str, float]:
@@ -241,34 +233,27 @@ def limit_us(contender: Contender, contenders: Iterable[Contender], medians: Map
 
 
 def rows_of(case: str, passes: str, contenders: Sequence[Contender], times: Mapping[Any, Sequence[float]]) -> list[Row]:
-    """Return one row a contender from its microseconds, and print them. Those that are not valid have no times."""
-    spreads = {key: spread(values) for key, values in times.items() if values}
-    medians = {key: p50 for key, (_, p50, _) in spreads.items()}
-    rows = []
+    """Return one row a contender from its microseconds. Those that are not valid have no times."""
+    quantiles = {key: np.quantile(values, (0.2, 0.5, 0.8)).tolist() for key, values in times.items() if values}
+    medians, rows = {key: median for key, (_, median, _) in quantiles.items()}, list[Row]()
     for contender in contenders:
-        row: Row = {"case": case, "backend": contender.name, "pass": passes}
-        row |= {"dtype": contender.dtype, "median_us": None, "p20_us": None, "p80_us": None, "percent_of_limit": None}
-        row |= {"speedup_over": {}, "ours": contender.ours, "valid": contender.valid, **contender.fields}
-        rows.append(row)
-        result = f"REFUSED: {dict(contender.fields)}"
+        row: Row = {"case": case, "backend": contender.name, "pass": passes, "dtype": contender.dtype}
+        row |= {"median_us": None, "p20_us": None, "p80_us": None, "percent_of_limit": None, "speedup_over": {}}
+        rows.append(row | {"ours": contender.ours, "valid": contender.valid, **contender.fields})
         if contender.valid and contender.key in medians:
-            row["p20_us"], row["median_us"], row["p80_us"] = (round(us, 2) for us in spreads[contender.key])
+            p20, median, p80 = (round(us, 2) for us in quantiles[contender.key])
+            rows[-1] |= {"median_us": median, "p20_us": p20, "p80_us": p80}
             median = medians[contender.key]
-            for unit, amount in list(contender.work.items())[:1]:
-                row[unit] = round(amount / median / 1e3, 3)
+            rows[-1] |= {unit: round(amount / median / 1e3, 3) for unit, amount in list(contender.work.items())[:1]}
             if not contender.limit:
                 limit, peers = limit_us(contender, contenders, medians), peers_of(contender, contenders, medians)
-                row["percent_of_limit"] = None if limit is None else round(100 * limit / median, 1)
-                row["speedup_over"] = {name: round(us / median, 3) for name, us in peers.items()}
-            result = f"{median:.1f} us ({row['p20_us']:.1f} to {row['p80_us']:.1f})"
-            result += "".join(f" | {ratio:.2f} x {name}" for name, ratio in list(row["speedup_over"].items())[:1])
-            result += f" | {row['percent_of_limit']:.0f} % of the limit" if row["percent_of_limit"] else ""
-        print(f"{case} | {passes} | {contender.name} {contender.dtype} | {result}", flush=True)
+                rows[-1]["percent_of_limit"] = None if limit is None else round(100 * limit / median, 1)
+                rows[-1]["speedup_over"] = {name: round(us / median, 3) for name, us in peers.items()}
     return rows
 
 
 def compare(case: str, passes: str, contenders: Sequence[Contender], rounds: int, clock: Clock = wall_us) -> list[Row]:
-    """Time the valid contenders of a case in turns; return and print the rows of all."""
+    """Time the valid contenders of a case in turns; return the rows of all."""
     valid = [contender for contender in contenders if contender.valid]
     return rows_of(case, passes, contenders, time_in_turns(valid, rounds, clock))
 
@@ -293,6 +278,12 @@ def run_python(*arguments: object, threads: int = 1) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+
+
+def fault_of(error: Exception) -> str:
+    """Return an error's name and the first line of its text, without this machine's folders."""
+    text = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {re.sub('/[^ ]*/', '', text)}"
 
 
 def finite(value: Any) -> Any:

@@ -21,6 +21,7 @@ from rlv2v.cli import run_command
 from rlv2v.config import Config
 from rlv2v.errors import UserError
 from rlv2v.method.clips import Clips, Gains
+from rlv2v.method.memory import some_clips
 from rlv2v.method.objective import discriminator_losses, generator_losses
 from rlv2v.model.build import Nets, build_nets
 
@@ -39,17 +40,6 @@ class Args(TimedArgs):
     """Clip lengths T, one case each."""
     size: int = 32
     """Side of the frames, pixels."""
-
-
-def random_clips(config: Config) -> Clips:
-    """Return a batch of noise in the config's shape."""
-
-    def noise(num: int, frames: int) -> Tensor:
-        return torch.rand(num, frames, 3, config.data.size, config.data.size) * 2 - 1
-
-    data = config.data
-    x, y, z = (noise(num, data.frames) for num in (data.batch_x, data.batch_y, data.batch_z))
-    return Clips(x, y, z, noise(data.batch_s, 1))
 
 
 def both_sides(nets: Nets, clips: Clips, config: Config, *, literal: bool) -> tuple[Tensor, list[Tensor]]:
@@ -83,7 +73,7 @@ def case_rows(frames: int, args: Args) -> list[Row]:
     """Check and time the two forms at one clip length."""
     config = Config.of("default", size=args.size, frames=frames, **PAPER_TERMS)
     torch.manual_seed(0)
-    nets, clips = build_nets(config), random_clips(config)
+    nets, clips = build_nets(config), some_clips(config, 1)
     difference = differences(*(both_sides(nets, clips, config, literal=literal) for literal in (False, True)))
     valid = all(difference[name] <= limit for name, limit in TOLERANCE.items())
     contenders = []

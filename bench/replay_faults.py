@@ -1,6 +1,6 @@
 """What replay buffers do in trouble: the same checks for every buffer that imports, ours included.
 
-Each check runs in a process of its own, for at most 20 s, because some buffers crash or hang. A buffer's own remedy is
+Each check runs in a process of its own, for at most 60 s, because some buffers crash or hang. A buffer's own remedy is
 used where it documents one (`check_for_update` of cpprb, frame stacking of tianshou).
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import faulthandler
 import importlib
-import multiprocessing
 import os
 import signal
 import sys
@@ -16,18 +15,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from harness import Row
+from harness import Row, fault_of
 from replay_peers import ADDED, ALPHA, BETA, DRAWN, MAKERS, Array, Payload, Peer
 
 from rlv2v.replay import PrioritizedReplay
 
-LIMIT_S = 20
+LIMIT_S = 60
 STACK = 4
 Outcome = tuple[str, bool | None]
 Samples = tuple[Array, Array, Array]
@@ -272,34 +271,27 @@ CHECKS: dict[str, Callable[[str], Outcome]] = {
 
 def isolated(check: Callable[[str], Outcome], name: str, limit_s: float = LIMIT_S) -> Outcome:
     """Return the check's outcome, or how its process ended."""
-    context = multiprocessing.get_context("fork")
+    context = get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=report, args=(check, name, theirs))
-    process.start()
-    theirs.close()
-    outcome: Outcome = f"hangs: no end in {limit_s} s", False
-    if ours.poll(limit_s):
+
+    def report() -> None:
+        faulthandler.disable()  # a crash is an outcome
         try:
-            outcome = ours.recv()
-        except EOFError:
-            process.join()
-            code = process.exitcode or 0
-            outcome = (signal.strsignal(-code) or "").lower() if code < 0 else f"exit code {code}", False
-    process.kill()
-    process.join()
+            theirs.send(check(name))
+        except Exception as error:
+            theirs.send((f"raises {fault_of(error)}"[:120], False))
+        os._exit(0)  # without waiting for a buffer's threads
+
+    process = context.Process(target=report)
+    process.start()
+    process.join(limit_s)
+    if process.exitcode is None:
+        process.kill()
+        return f"hangs: no end in {limit_s} s", False
+    if process.exitcode < 0:
+        return str(signal.strsignal(-process.exitcode)).lower(), False
+    outcome: Outcome = ours.recv() if ours.poll() else (f"exit code {process.exitcode}", False)
     return outcome
-
-
-def report(check: Callable[[str], Outcome], name: str, pipe: Connection) -> None:
-    """Send the outcome of a check, in its process."""
-    faulthandler.disable()  # a crash is an outcome
-    try:
-        outcome = check(name)
-    except Exception as error:
-        outcome = f"raises {type(error).__name__}: {error}"[:120], False
-    pipe.send(outcome)
-    pipe.close()
-    os._exit(0)  # without waiting for a buffer's threads
 
 
 def fault_rows(names: Sequence[str], checks: Sequence[str] = tuple(CHECKS)) -> Iterator[Row]:

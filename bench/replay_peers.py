@@ -10,7 +10,6 @@ import importlib
 import math
 import os
 import pickle
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from harness import Bench
 
 from rlv2v.replay import PrioritizedReplay, ReplayBatch
 
@@ -60,22 +60,17 @@ class Peer:
     capacity: int
     payload: Payload
     rows: Callable[[int, int], Any]
-    """Return rows (first, count) of the stream in the form that `add` takes; never timed."""
+    """Return rows (first, count) of the stream in the form that `add` takes, one alone as itself; never timed."""
     add: Callable[[Any], object]  # add rows at the largest priority
     sample: Callable[..., Any]  # draw `count` rows (default 256), with weights
     update: Callable[[Any, Array], object]  # set the priorities of rows by their id or index
     read: Callable[[Any], tuple[Any, Array, Array]]
     """Return ids as `update` takes them, rewards and weights of a batch, (count,) each."""
-    parts: Callable[[Any], list[tuple[Array, Array]]]
-    """Return a batch's payload: arrays (count, ...) of frames, and each frame's offset to its row's value."""
     bytes_used: Callable[[], int]  # return the bytes of the rows' arrays and the trees
     save: Callable[[Path], object]  # save in the documented way that keeps most
     load: Callable[[Path], object]  # load into this new buffer
-    row: Callable[[int], Any] | None = None
-    """Return one row in the form that `add_one` takes, where it goes in another way."""
-    add_one: Callable[[Any], object] | None = None
-    columns: Callable[[Any], list[Array]] = lambda batch: []
-    """Return further columns of a batch that equal the rows' numbers."""
+    parts: Callable[[Any], list[tuple[Array, Array]]] = lambda batch: whole_states(batch)
+    """Return a batch's payload: arrays (count, ...) of frames, and each frame's offset to its row's value."""
     replay: Any = None  # the buffer itself
     next_row: int = 0
 
@@ -83,13 +78,6 @@ class Peer:
         """Return the next rows of the stream."""
         self.next_row += count
         return self.rows(self.next_row - count, count)
-
-    def prepare_one(self) -> Any:
-        """Return the next row of the stream."""
-        if self.row is None:
-            return self.prepare(1)
-        self.next_row += 1
-        return self.row(self.next_row - 1)
 
     def fill(self) -> None:
         """Fill the whole capacity."""
@@ -105,9 +93,12 @@ class Peer:
         for array, offsets in self.parts(batch):
             expected = ((row[:, None] + offsets) % 251).astype(np.uint8)
             wrong |= (array.reshape(len(row), len(offsets), -1) != expected[..., None]).any((1, 2))
-        for column in self.columns(batch):
-            wrong |= column != rewards
         return wrong
+
+
+def whole_states(batch: Any) -> list[tuple[Array, Array]]:
+    """Return the parts of a batch whose rows keep their states whole."""
+    return [(np.asarray(batch[name]), SAME) for name in ("obs", "next_obs", "act")]
 
 
 def ours(capacity: int, payload: Payload) -> Peer:
@@ -116,13 +107,12 @@ def ours(capacity: int, payload: Payload) -> Peer:
     replay = PrioritizedReplay(capacity, payload.frame, length, alpha=ALPHA, beta=BETA, seed=0)
 
     def rows(first: int, count: int) -> Any:
+        if count == 1 and not video:
+            frame = payload.rows(first, 1)
+            return frame, frame[0], first, float(first)
         position = np.arange(first, first + count)
         states = None if video else payload.rows(first, count, 1)
         return states, payload.rows(first, count + length if video else count), position, position.astype(np.float32)
-
-    def row(first: int) -> Any:
-        frame = payload.rows(first, 1)
-        return frame, frame[0], first, float(first)
 
     def add(rows: Any) -> None:
         states, frames, position, reward = rows
@@ -140,6 +130,7 @@ def ours(capacity: int, payload: Payload) -> Peer:
         tensors = [(batch.next_states, window), (batch.true_frames, last)]
         if batch.states.data_ptr() != batch.next_states.data_ptr():  # else views of the next states, actions too
             tensors += [(batch.states, window[:-1]), (batch.actions, last)]
+        tensors += [(column % 251, SAME) for column in (batch.ids, batch.positions)]
         return [(tensor.numpy(), offsets) for tensor, offsets in tensors]
 
     return Peer(
@@ -150,13 +141,10 @@ def ours(capacity: int, payload: Payload) -> Peer:
         sample=lambda count=DRAWN: replay.sample(count),
         update=replay.update_priorities,
         read=lambda batch: (batch.ids, batch.rewards.numpy(), batch.weights.numpy()),
-        parts=parts,
         bytes_used=lambda: replay.bytes_used,
         save=replay.save,
         load=lambda path: replay.load(path),  # looked up at the call: a test replaces it
-        row=row,
-        add_one=add,
-        columns=lambda batch: [batch.ids.numpy(), batch.positions.numpy()],
+        parts=parts,
         replay=replay,
     )
 
@@ -179,61 +167,40 @@ def cpprb(capacity: int, payload: Payload, **options: Any) -> Peer:
         sample=lambda count=DRAWN: buffer.sample(count, beta=BETA),
         update=buffer.update_priorities,
         read=lambda batch: (batch["indexes"], batch["rew"].ravel(), batch["weights"]),
-        parts=lambda batch: [(batch[name], SAME) for name in ("obs", "next_obs", "act")],
         bytes_used=lambda: sum(a.nbytes for a in buffer.get_all_transitions().values()) + tree_bytes(capacity),
         save=lambda path: buffer.save_transitions(path.with_suffix(".npz")),
         load=lambda path: buffer.load_transitions(path.with_suffix(".npz")),
     )
 
 
-class Tianshou(Peer):
-    """Fill the arrays that a few rows make: tianshou's `update` counts rows in Python."""
-
-    def fill(self) -> None:
-        self.add(self.prepare(min(self.capacity, ADDED)))
-        buffer = self.replay
-        while self.next_row < self.capacity:
-            first = self.next_row
-            rows = self.prepare(min(ADDED if self.payload.video else CHUNK, self.capacity - first))._meta
-            for name in rows.get_keys():
-                buffer._meta[name][first : self.next_row] = rows[name]
-        buffer._size, buffer._insertion_idx, buffer.last_index[0] = self.capacity, 0, self.capacity - 1
-        buffer.weight[np.arange(self.capacity)] = np.ones(self.capacity)
-
-
 def tianshou(capacity: int, payload: Payload) -> Peer:
-    """Use tianshou.data.PrioritizedReplayBuffer; a batch goes in by `update` from a buffer that was made of arrays."""
+    """Use tianshou.data.PrioritizedReplayBuffer; several rows go in by `update` from a buffer made of arrays."""
     data = importlib.import_module("tianshou.data")
     buffer = data.PrioritizedReplayBuffer(capacity, alpha=ALPHA, beta=BETA)
 
     def rows(first: int, count: int) -> Any:
         (obs, act, rew), never = payload.transitions(first, count), np.zeros(count, bool)
-        ends = {"terminated": never, "truncated": never, "done": never}
-        return data.ReplayBuffer.from_data(obs=obs, act=act, rew=rew, obs_next=obs, **ends)
-
-    def row(first: int) -> Any:
-        obs, act, rew = (array[0] for array in payload.transitions(first, 1))
-        never = np.bool_(False)
-        return data.Batch(obs=obs, act=act, rew=rew, obs_next=obs, info={}, terminated=never, truncated=never)
+        fields = {"obs": obs, "act": act, "rew": rew, "obs_next": obs, "terminated": never, "truncated": never}
+        if count == 1:
+            return data.Batch({name: values[0] for name, values in fields.items()}, info={})
+        return data.ReplayBuffer.from_data(**fields, done=never)
 
     def bytes_used() -> int:
         arrays = [value for value in peer.replay._meta.values() if isinstance(value, np.ndarray)]
         return sum(array.nbytes for array in arrays) + int(peer.replay.weight._value.nbytes)
 
-    peer = Tianshou(
+    peer = Peer(
         capacity,
         payload,
         rows,
-        add=buffer.update,
+        add=lambda rows: (buffer.add if type(rows) is data.Batch else buffer.update)(rows),
         sample=lambda count=DRAWN: peer.replay.sample(count),
         update=lambda ids, priorities: peer.replay.update_weight(ids, priorities),
         read=lambda batch: (batch[1], batch[0].rew, batch[0].weight),
-        parts=lambda batch: [(batch[0][name], SAME) for name in ("obs", "obs_next", "act")],
         bytes_used=bytes_used,
         save=lambda path: path.write_bytes(pickle.dumps(buffer)),
         load=lambda path: setattr(peer, "replay", pickle.loads(path.read_bytes())),
-        row=row,
-        add_one=buffer.add,
+        parts=lambda batch: [(batch[0][name], SAME) for name in ("obs", "obs_next", "act")],
         replay=buffer,
     )
     return peer
@@ -269,10 +236,10 @@ def torchrl(capacity: int, payload: Payload) -> Peer:
         sample=lambda count=DRAWN: buffer.sample(count, return_info=True),
         update=lambda ids, priorities: buffer.update_priority(ids, torch.from_numpy(priorities)),
         read=lambda batch: (batch[1]["index"], batch[0]["rew"].numpy(), batch[1]["priority_weight"].numpy()),
-        parts=lambda batch: [(batch[0][name].numpy(), SAME) for name in ("obs", "next_obs", "act")],
         bytes_used=bytes_used,
         save=buffer.dumps,
         load=load,
+        parts=lambda batch: whole_states(batch[0]),
     )
 
 
@@ -286,15 +253,14 @@ def tree_bytes(capacity: int) -> int:
     return 2 * 2 * 4 * 2 ** math.ceil(math.log2(capacity))
 
 
-def available() -> tuple[list[str], dict[str, str]]:
-    """Return the buffers that import, and why others do not."""
+def available(bench: Bench) -> list[str]:
+    """Return the buffers that import; record why others do not."""
     os.environ.setdefault("RL_LOGGING_LEVEL", "WARNING")  # no greetings
-    names, missing = [], {}
+    names = []
     for name in MAKERS:
         try:
             importlib.import_module(MODULES.get(name, name))
             names.append(name)
         except Exception as error:
-            text = re.sub(r"/\S*/", "", next(iter(str(error).splitlines()), ""))  # without this machine's folders
-            missing[name] = f"{type(error).__name__}: {text}"
-    return names, missing
+            bench.skip(name, error)
+    return names

@@ -17,6 +17,7 @@ from rlv2v.errors import UserError, first_line, nearest
 from rlv2v.method.baselines import METHODS
 from rlv2v.method.rewards import REWARDS
 from rlv2v.method.terms import TERMS
+from rlv2v.presets import PRESETS
 
 DEFAULT_BUDGET = 300.0  # seconds
 SYNTHETIC = Path("@synthetic")
@@ -258,8 +259,6 @@ class Config:
         Raises:
             UserError: no such preset or method.
         """
-        from rlv2v.presets import PRESETS
-
         check_name("preset", preset, PRESETS)
         check_name("method", method, METHODS)
         settings = {**PRESETS[preset], **METHODS[method].settings, **changes}

@@ -17,20 +17,22 @@ from pathlib import Path
 
 from rlv2v.errors import UserError
 
+PARTIAL = ".partial-"
+"""How the names of files that are being written begin."""
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # on this file system
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; then flush it to the disk and rename it to `path`.
+    """Yield a temporary path of the same suffix to write to; then flush it to the disk and rename it to `path`.
 
     A failure leaves the old file, and nothing beside it.
 
     Raises:
         OSError: with the number the system gave, naming `path`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
     try:
         yield temporary
         with temporary.open("rb") as file:

@@ -7,7 +7,7 @@ from typing import Any
 from rlv2v.method.terms import TERMS
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {name: term.default for name, term in TERMS.items()},
+    "default": {},
     "paper": {
         "widths": (8, 16, 24),
         "patch": 1,

@@ -70,7 +70,7 @@ def run(config: Config, world: World, interrupted: Interrupt) -> None:
     if restarts() and (config.out / "config.json").is_file():
         config = config.replace(resume=True)
     config = world.broadcast_object(lambda: settle(config, world.size))
-    dataset = world.rank0_first(lambda: open_dataset(config.data.folder, frames=config.data.frames))
+    dataset = world.broadcast_object(lambda: open_dataset(config.data.folder, frames=config.data.frames))
     loader = make_loader(config, dataset, world)
     algorithm = Algorithm(config, device, rank=world.rank, num_ranks=world.size)
     schedule = algorithm.schedule

@@ -19,12 +19,11 @@ from tqdm import tqdm
 from rlv2v.checkpoint.export import load_translator
 from rlv2v.cli import Device, RunFolder, run_command
 from rlv2v.data.video import probe, read_frames
-from rlv2v.data.writer import VideoWriter
+from rlv2v.data.writer import VideoWriter, check_output
 from rlv2v.errors import UserError
 from rlv2v.method.translation import Stream
 from rlv2v.runtime.device import pick_device
 
-SUFFIXES = (".mp4", ".mov", ".mkv")
 MAX_FPS = 1000
 
 
@@ -52,12 +51,7 @@ def check_paths(source: Path, out: Path) -> None:
     """Raise UserError, before any work, for an output that cannot be written or that is the input."""
     if not source.exists():
         raise UserError(f"{source}: no such video file or folder of frames")
-    if out.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{out}: expected the suffix {', '.join(SUFFIXES)}, got {out.suffix or 'none'}")
-    if not out.parent.is_dir():
-        raise UserError(f"{out}: folder {out.parent} does not exist; create it first")
-    if out.is_dir():
-        raise UserError(f"{out}: is a folder; expected the name of a video file")
+    check_output(out)
     if out.exists() and out.samefile(source):
         raise UserError(f"{out}: output and input are the same file; choose another output name")
 

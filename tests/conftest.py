@@ -26,8 +26,9 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from rlv2v.checkpoint.export import save_translators
+from rlv2v.checkpoint.export import pack_translators
 from rlv2v.config import Config
+from rlv2v.data.synth import Counts, write_dataset
 from rlv2v.model.build import build_nets
 
 USUAL = policy()
@@ -59,6 +60,14 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A synthetic set of the tiny preset's size and clip length."""
+    out = tmp_path_factory.mktemp("data") / "synth"
+    write_dataset(out, size=16, frames=4, counts=Counts(x=24, y=12, z=12, s=6, val=2, test=3))
+    return out
+
+
+@pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a model of the tiny preset, untrained, as training writes it: config and weights."""
     run = tmp_path_factory.mktemp("run")
@@ -66,5 +75,5 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     nets = build_nets(config, discriminators=False)
     (run / "config.json").write_text(config.to_json())
-    save_translators(run, nets.g_x, nets.g_y, config)
+    (run / "model.safetensors").write_bytes(pack_translators(nets.g_x, nets.g_y, config))
     return run

@@ -1,5 +1,5 @@
-// Two threads sample and update priorities while one adds: no torn row, no leak, and nothing for TSan to report.
-#include <algorithm>
+// Two threads sample and update priorities while one adds: no leak, and nothing for TSan to report. Torn rows are looked
+// for from Python.
 #include <atomic>
 #include <cstdint>
 #include <thread>
@@ -16,7 +16,6 @@ constexpr std::size_t kLen = 4;
 constexpr std::size_t kRows = 8;
 constexpr int kAdds = 3000;
 
-// Every frame of a transition is filled with one value, so that a row of two transitions would show.
 void add(rlv2v::Buffer& buffer, int step) {
   const auto value = static_cast<std::uint8_t>(step % 255 + 1);
   const std::vector<std::uint8_t> frames(kLen * kBytes, value);
@@ -30,15 +29,6 @@ void sample(rlv2v::Buffer& buffer, std::vector<std::int64_t>& ids) {
   Rows rows(kRows, kLen, kBytes);
   buffer.sample(kRows, rows.out());
   ids = rows.ids;
-  for (std::size_t k = 0; k < kRows; ++k) {
-    const auto value = static_cast<std::uint8_t>(rows.positions[k]);
-    const auto holds = [&](const std::vector<std::uint8_t>& frames, std::size_t size) {
-      return std::all_of(&frames[k * size], &frames[k * size] + size, [=](std::uint8_t byte) { return byte == value; });
-    };
-    CHECK(rows.rewards[k] == static_cast<float>(value));
-    CHECK(holds(rows.states, kLen * kBytes) && holds(rows.next_states, (kLen + 1) * kBytes));
-    CHECK(holds(rows.actions, kBytes) && holds(rows.true_frames, kBytes));
-  }
 }
 
 }  // namespace

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from rlv2v.config import Config
 from rlv2v.errors import UserError, first_line
-from rlv2v.files import write_atomically
 from rlv2v.model import Translator
 from rlv2v.model.build import build_nets
 
@@ -27,11 +26,6 @@ def pack_translators(g_x: Translator, g_y: Translator, config: Config) -> bytes:
     for name, net in (("g_x", g_x), ("g_y", g_y)):
         tensors |= {f"{name}.{key}": value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
     return save(tensors, {"config": config.to_json(), "version": str(VERSION)})
-
-
-def save_translators(run: Path, g_x: Translator, g_y: Translator, config: Config) -> None:
-    """Write `RUN/model.safetensors`."""
-    write_atomically(run / "model.safetensors", pack_translators(g_x, g_y, config))
 
 
 def load_translator(

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import io
-import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -21,9 +20,6 @@ from rlv2v.errors import UserError, first_line
 
 PLAIN = (type(None), bool, int, float, str)
 BUFFER = 1 << 20  # bytes; torch writes in pieces of a few, and each system call may cost the GIL
-
-# The pages of a file that was just written, as they are: reading it into fresh memory took eight times as long.
-MAPPED: Final = {"flags": mmap.MAP_SHARED | mmap.MAP_POPULATE, "prot": mmap.PROT_READ}
 
 
 class Copier:
@@ -91,13 +87,15 @@ class _Sink:
     """The file that `torch.save` writes to; it keeps the first write error, whose number torch's writer loses."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
+        self.file, self.bytes, self.sha256 = file, 0, hashlib.sha256()
         self.error: OSError | None = None
 
     def write(self, data: memoryview) -> int:
         try:
             if self.error is None:
                 self.file.write(data)
+                self.sha256.update(data)
+                self.bytes += len(data)
         except OSError as error:
             self.error = error
         return len(data)
@@ -107,7 +105,7 @@ class _Sink:
 
 
 def write_state(path: Path, state: dict[Any, Any]) -> dict[str, Any]:
-    """Write a state by `torch.save`, flush it to the disk, and return its `describe`.
+    """Write a state by `torch.save`, flush it to the disk, and return its length and SHA-256 for a manifest.
 
     Raises:
         OSError: with the number the system gave, naming `path`.
@@ -120,19 +118,13 @@ def write_state(path: Path, state: dict[Any, Any]) -> dict[str, Any]:
                 raise sink.error
             file.flush()
             os.fsync(file.fileno())
-        with path.open("rb") as written, mmap.mmap(written.fileno(), 0, **MAPPED) as pages:
-            return describe(pages)
+        return {"bytes": sink.bytes, "sha256": sink.sha256.hexdigest()}
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def describe(data: bytes | mmap.mmap) -> dict[str, Any]:
-    """Return the length and the SHA-256 of a file's bytes, as a manifest records them."""
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
 def read_file(path: Path, expected: Mapping[str, Any]) -> bytes:
-    """Return the bytes of a file that must be as `describe` described it.
+    """Return the bytes of a file that must have the length and SHA-256 that a manifest `expected`.
 
     Raises:
         UserError: it is missing, unreadable, or not the same; names it.
@@ -144,9 +136,9 @@ def read_file(path: Path, expected: Mapping[str, Any]) -> bytes:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: expected a file of a checkpoint, got {error.strerror}") from None
-    got = describe(data)
-    if got != expected:
-        raise UserError(f"{path}: expected the SHA-256 {expected['sha256']}, got {got['sha256']}: it is damaged")
+    got = hashlib.sha256(data).hexdigest()
+    if got != expected["sha256"]:
+        raise UserError(f"{path}: expected the SHA-256 {expected['sha256']}, got {got}: it is damaged")
     return data
 
 

@@ -26,7 +26,7 @@ import torch
 from rlv2v.checkpoint.export import VERSION
 from rlv2v.checkpoint.state_files import Copier, parse_state, read_file, write_state
 from rlv2v.errors import UserError, first_line
-from rlv2v.files import flush_folder, write_atomically
+from rlv2v.files import PARTIAL, flush_folder, write_atomically
 
 PATIENCE = 600.0  # seconds that the first rank waits for the replicas of the others
 POLL = 0.02  # seconds between two looks for them
@@ -66,8 +66,8 @@ class Checkpoints:
         for part in self.folder.glob(".*.part"):
             if part.is_dir():
                 shutil.rmtree(part)
-        for name in ("config.json", "model.safetensors", "best.safetensors"):  # `write_atomically`'s
-            for temporary in self.run.glob(f".{name}.*"):
+        for name in ("config.json", "model.safetensors", "best.safetensors"):
+            for temporary in self.run.glob(f"{PARTIAL}*-{name}"):
                 temporary.unlink()
 
     def save(

@@ -1,41 +1,37 @@
-"""Read batches by a DALI graph for each set: frames of the sampled clips in, uint8 (B,T,size,size,3) out.
+"""Read the batches of a set whose videos DALI decodes as PyAV does, by a DALI graph, uint8 (B,T,size,size,3) out.
 
-    raw    -> fn.readers.numpy, the sampled frames as its region of interest    every source is a `.npy`
-    video  -> fn.experimental.readers.video, fed a list `file label start end`  every source is decodable on the device
-    frames -> PyAV (or OpenCV), already scaled, behind fn.external_source       anything else, or a mixture
-    then   -> resize (short side `size`, antialias), crop, flips, transposition of the sample
+    fn.experimental.readers.video, fed a list `file label start end`, the sampled frames
+    then resize (short side `size`, antialias), crop, flips, transposition of the sample
 
 On the CPU DALI decodes VP8, VP9 and MJPEG; on a GPU NVDEC decodes. DALI converts by BT.601 whatever a file says, so a
-file tagged otherwise goes by PyAV. The readers go through a list of samples made ahead, so no state of DALI's is saved:
-a resumed run makes the list anew from its step. The label of each clip and the shape that was decoded are checked, for
-DALI skips a file that it cannot open without a message. An error in a graph is sticky: a new one is built. A raw file
-stays mapped: deleted or replaced it can still be read, but cut short in place it ends the process (SIGBUS).
+set with a file that is tagged otherwise goes by the loader's threads, as does one that is not all videos. The reader
+goes through a list of samples made ahead, so no state of DALI's is saved: a resumed run makes the list anew from its
+step. The label of each clip and the shape that was decoded are checked, for DALI skips a file that it cannot open
+without a message. An error in a graph is sticky: a new one is built.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import av
 import numpy as np
 import torch
 
-from rlv2v.data.inspect import Source, is_limited_601, short_reason
+from rlv2v.data.inspect import Source, short_reason
 from rlv2v.data.sampler import ClipSample, ClipSampler, Unreadable
-from rlv2v.data.video import fit_size, open_video, stream_of
+from rlv2v.data.video import fit_size
 from rlv2v.errors import UserError
 
-Route = Literal["raw", "video", "frames"]
 Device = Literal["cpu", "gpu"]
 Samples = tuple[ClipSample, ...]
-StartRead = Callable[[ClipSample], Future[np.ndarray]]
 MAX_LISTED = 512
 """Clips in one list: DALI opens the file of each line when a graph is built, 0.1 ms a line on a local disk."""
 PREFETCH = 2
@@ -52,34 +48,18 @@ def has_dali() -> bool:
     return True
 
 
-def nvdec_decodes(source: Source) -> bool:
-    """Return whether NVDEC gives the frames that PyAV gives: 8-bit 4:2:0, upright, undamaged, BT.601 or untagged."""
-    width, height = NVDEC_MIN_SIZE.get(source.codec, (0, 0))
-    if source.kind != "video" or source.status != "ok" or not width or source.width < width or source.height < height:
-        return False
-    try:
-        with open_video(source.path) as container:
-            stream = stream_of(container)
-            trimmed = stream.frames not in (0, source.num_frames)  # DALI may number what an edit list hides
-            frame = next(container.decode(stream))
-    except (UserError, av.FFmpegError, OSError, StopIteration):
-        return False
-    return frame.format.name == "yuv420p" and is_limited_601(frame) and frame.rotation == 0 and not trimmed
-
-
-def choose_route(sources: Sequence[Source], device: Device) -> Route:
-    """Return how a set is read; all of its sources decide, so that the route stays when one of them breaks."""
-    if all(source.kind == "raw" and source.status == "ok" for source in sources):
-        return "raw"
-    decodes = nvdec_decodes if device == "gpu" else lambda source: source.kind == "video" and source.dali
-    return "video" if all(map(decodes, sources)) else "frames"
+def decodes(source: Source, device: Device) -> bool:
+    """Return whether DALI gives the frames of a source that PyAV gives; on a GPU NVDEC takes 8-bit 4:2:0 alone."""
+    if device == "cpu":
+        return source.codec == "vp9" and source.pixels in ("yuv420p", "yuv444p", "gbrp")
+    width, height = NVDEC_MIN_SIZE.get(source.codec, (math.inf, math.inf))
+    return source.pixels == "yuv420p" and source.width >= width and source.height >= height
 
 
 @dataclass(frozen=True)
 class GraphOptions:
     """Hold what a graph is built for; `size` and `frames` are H = W and T of the clips that come out."""
 
-    route: Route
     device: Device
     batch: int
     frames: int
@@ -89,54 +69,34 @@ class GraphOptions:
     device_id: int | None = None
     """The CUDA device; a graph for `gpu` without one can be serialised, not built."""
 
-    def input_shape(self, source: Source) -> tuple[int, int, int, int]:
-        """Return (T,H,W,3) of the frames that the reader gives of a source."""
-        width, height = source.width, source.height
-        if self.route == "frames":
-            width, height = fit_size(width, height, self.size)
-        return self.frames, height, width, 3
 
+def new_graph(options: GraphOptions, listed: str) -> Any:
+    """Return the graph, not yet built, with outputs clips (device), shape as read (CPU), label (CPU).
 
-def new_graph(options: GraphOptions, listed: Any) -> Any:
-    """Return the graph, not yet built, with outputs clips (device), shape as read (CPU), and for videos label (CPU).
-
-    listed: for `raw` the file of each clip in order, for `video` the path of the list, for `frames` nothing. Fed for
-    each clip: `target` (height, width after the resize), `corner` (top, left), `flip` (left-right, up-down),
-    `transpose` (255 or 0); for `raw` also `start`, for `frames` the frames themselves as `reader`.
+    listed: the path of the list. Fed for each clip: `target` (height, width after the resize), `corner` (top, left),
+    `flip` (left-right, up-down), `transpose` (255 or 0).
     """
     from nvidia import dali
 
     fn: Any = dali.fn
     types = dali.types.DALIDataType
     pipeline: Any = dali.pipeline.Pipeline
+    form = {"file_list_format": "frames", "file_list_include_end": False, "sequence_length": options.frames}
     in_order = {"initial_fill": options.batch, "random_shuffle": False}
     graph = pipeline(options.batch, options.threads, options.device_id, prefetch_queue_depth=options.prefetch)
     with graph:
-        labels = []
-        if options.route == "video":
-            form = {"file_list_format": "frames", "file_list_include_end": False, "sequence_length": options.frames}
-            read = fn.experimental.readers.video
-            frames, label = read(name="reader", device=options.device, file_list=listed, **form, **in_order)
-            labels = [label.cpu()]
-        elif options.route == "frames":
-            frames = fn.external_source(name="reader", device="cpu", dtype=types.UINT8, layout="FHWC")
-        else:
-            start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
-            region = {"roi_start": start, "roi_shape": [options.frames], "roi_axes": [0]}
-            frames = fn.readers.numpy(name="reader", device="cpu", files=listed, **region, **in_order)
-            frames = fn.reshape(frames, layout="FHWC")
+        read = fn.experimental.readers.video
+        frames, label = read(name="reader", device=options.device, file_list=listed, **form, **in_order)
         target = fn.external_source(name="target", dtype=types.FLOAT, ndim=1)
         corner = fn.external_source(name="corner", dtype=types.INT32, ndim=1)
         flip = fn.external_source(name="flip", dtype=types.INT32, ndim=1)
         mask = fn.external_source(name="transpose", dtype=types.UINT8, ndim=0)
-        shape = frames.shape()
-        frames = frames.gpu() if options.device == "gpu" else frames
         clips = fn.resize(frames, name="resize", size=target, antialias=True)
         clips = fn.slice(clips, name="crop", start=corner, shape=[options.size, options.size], axis_names="HW")
         clips = fn.flip(clips, name="flips", horizontal=flip[0], vertical=flip[1])
         transposed = fn.transpose(clips, name="transposed", perm=[0, 2, 1, 3], transpose_layout=False)
         clips = clips ^ ((clips ^ transposed) & mask)  # a choice for each clip, without a branch in the graph
-        graph.set_outputs(clips, shape, *labels)
+        graph.set_outputs(clips, frames.shape(), label.cpu())
     return graph
 
 
@@ -151,23 +111,17 @@ def is_changed(source: Source) -> bool:
 class GraphRun:
     """Run a graph through the samples of the steps `first, first+1, ...`, given as one tuple of samples a step."""
 
-    def __init__(
-        self, options: GraphOptions, first: int, steps: Sequence[Samples], links: dict[Path, str], read: StartRead
-    ) -> None:
+    def __init__(self, options: GraphOptions, first: int, steps: Sequence[Samples], links: dict[Path, str]) -> None:
         options = replace(options, prefetch=min(options.prefetch, len(steps)))
         self.first, self.step, self.end = first, first, first + len(steps)
-        self.faults: dict[int, dict[Source, str]] = {}
-        self._options, self._steps, self._read = options, steps, read
-        self._futures: dict[int, list[Future[np.ndarray]]] = {}
+        self._options, self._steps = options, steps
         self._stream = torch.cuda.Stream(options.device_id) if options.device == "gpu" else None
         samples = [sample for step in steps for sample in step]
         with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-            if options.route == "video":
-                for k, s in enumerate(samples):
-                    file.write(f"{links[s.source.path]} {k} {s.start} {s.start + options.frames}\n")
-                file.flush()
-            files = [str(s.source.path.absolute()) for s in samples]
-            self._graph = new_graph(options, file.name if options.route == "video" else files)
+            for k, s in enumerate(samples):
+                file.write(f"{links[s.source.path]} {k} {s.start} {s.start + options.frames}\n")
+            file.flush()
+            self._graph = new_graph(options, file.name)
             self._graph.build()
         self._num_fed = 0
         for _ in range(options.prefetch):
@@ -187,30 +141,11 @@ class GraphRun:
             "flip": [np.array(s.flips[:2], np.int32) for s in samples],
             "transpose": [np.array(255 * s.flips[2], np.uint8) for s in samples],
         }
-        if options.route == "raw":
-            inputs["start"] = [np.array([s.start], np.int32) for s in samples]
-        if options.route == "frames":
-            inputs["reader"] = self._read_frames(self._num_fed)
         for name, values in inputs.items():
             self._graph.feed_input(name, values)
         self._num_fed += 1
         if self._num_fed >= options.prefetch:  # the first run takes all that were fed till then
             self._graph.schedule_run()
-
-    def _read_frames(self, index: int) -> list[np.ndarray]:
-        """Return what PyAV read for step `first + index`; black frames, and a fault, for a file it could not read."""
-        for ahead in range(index, min(index + 2, len(self._steps))):
-            if ahead not in self._futures:
-                self._futures[ahead] = [self._read(sample) for sample in self._steps[ahead]]
-        clips = []
-        for sample, future in zip(self._steps[index], self._futures.pop(index), strict=True):
-            try:
-                clips.append(future.result())
-            except (UserError, OSError) as error:
-                faults = self.faults.setdefault(self.first + index, {})
-                faults[sample.source] = short_reason(error, sample.source.path)
-                clips.append(np.zeros(self._options.input_shape(sample.source), np.uint8))
-        return clips
 
     def take(self) -> torch.Tensor:
         """Return the clips of this step. Raises `RuntimeError` when DALI fails or gives frames that were not listed."""
@@ -218,12 +153,13 @@ class GraphRun:
         samples = self._steps[index]
         outputs = self._graph.outputs()
         for k, sample in enumerate(samples):
-            shape, expected = tuple(outputs[1].at(k).tolist()), self._options.input_shape(sample.source)
+            source, shape = sample.source, tuple(outputs[1].at(k).tolist())
+            expected = (self._options.frames, source.height, source.width, 3)
             if shape != expected:
                 raise RuntimeError(f"expected frames {expected}, got {shape}")
-            if self._options.route == "video" and outputs[2].at(k)[0] != index * len(samples) + k:
+            if outputs[2].at(k)[0] != index * len(samples) + k:
                 raise RuntimeError("a listed file was left out")
-            if self._options.route == "video" and is_changed(sample.source):  # DALI makes up what it lacks
+            if is_changed(source):  # DALI makes up what it lacks
                 raise RuntimeError("the file changed while in use")
         clips = self._copy(outputs[0].as_tensor())
         self.step += 1
@@ -249,20 +185,16 @@ class GraphRun:
 class GraphReader:
     """Read the batches of one set by a graph, as `rlv2v.data.loader.ThreadReader` does by threads.
 
-    sampler, name: what to read.  read: starts to read the frames of a sample by PyAV.  size: H = W of the clips.
-    device: where the batches are.
+    sampler, name: what to read; DALI `decodes` that set.  size: H = W of the clips.  device: where the batches are.
     """
 
-    def __init__(
-        self, sampler: ClipSampler, name: str, read: StartRead, *, size: int, device: Device, threads: int = 1
-    ) -> None:
+    def __init__(self, sampler: ClipSampler, name: str, *, size: int, device: Device, threads: int = 1) -> None:
         device_id = torch.cuda.current_device() if device == "gpu" else None  # of this thread, not of the builder
         sources, batch = sampler.dataset.sets[name], sampler.batch[name]
-        route = choose_route(sources, device)
-        self.options = GraphOptions(route, device, batch, sampler.length(name), size, threads, PREFETCH, device_id)
-        self._sampler, self._name, self._read = sampler, name, read
+        self.options = GraphOptions(device, batch, sampler.length(name), size, threads, PREFETCH, device_id)
+        self._sampler, self._name = sampler, name
         self._folder = tempfile.TemporaryDirectory(prefix="rlv2v-")
-        self._links = self._link(sources) if route == "video" else {}
+        self._links = self._link(sources)
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="rlv2v-graph")
         self._run: GraphRun | None = None
         self._next: Future[GraphRun] | None = None
@@ -280,7 +212,7 @@ class GraphReader:
 
     def _build(self, first: int, num: int) -> GraphRun:
         steps = [self._sampler.compute(self._name, first + k) for k in range(num)]
-        return GraphRun(self.options, first, steps, self._links, self._read)
+        return GraphRun(self.options, first, steps, self._links)
 
     def prepare(self, step: int) -> None:
         """Have a graph under way to `step`, and build the one after it before its list ends."""
@@ -307,8 +239,6 @@ class GraphReader:
         try:
             if self._run is None:
                 raise self._error
-            if faults := self._run.faults.get(step):
-                raise Unreadable(faults)
             return self._run.take()
         except RuntimeError as error:
             self._run = None
@@ -325,7 +255,7 @@ class GraphReader:
         for sample in samples:
             path = sample.source.path
             try:
-                GraphRun(replace(self.options, batch=1), 0, [(sample,)], self._links, self._read).take()
+                GraphRun(replace(self.options, batch=1), 0, [(sample,)], self._links).take()
             except RuntimeError as error:
                 reason = dali_reason(error).replace(self._links.get(path, "\0"), path.name)
                 faults[sample.source] = short_reason(f"cannot be read by DALI: {reason}", path)

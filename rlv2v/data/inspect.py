@@ -39,8 +39,8 @@ class Source:
     """Width of the upright frame, pixels."""
     height: int = 0
     num_bytes: int = 0
-    dali: bool = False
-    """Whether DALI's CPU decoder gives the same frames: VP9, upright, constant size, BT.601 limited range or RGB."""
+    pixels: str = ""
+    """FFmpeg's pixel format of a video that is as DALI takes it: upright, of one size, whole, BT.601 limited or RGB."""
     status: Literal["ok", "truncated", "excluded"] = "ok"
     reason: str = ""
     """Why it is truncated or excluded; empty when ok."""
@@ -137,10 +137,10 @@ def decode_video(path: Path, stop: threading.Event) -> Source:
         if first is None or num == 0:
             raise UserError(f"{path}: no frame can be decoded{': ' + damage if damage else ''}")
         width, height = (first.height, first.width) if round(first.rotation / 90) % 2 else (first.width, first.height)
-        same_colour = pixels == "gbrp" or (pixels in ("yuv420p", "yuv444p") and is_limited_601(first))
         trimmed = stream.frames not in (0, num)  # DALI may number what an edit list hides
-        dali = codec == "vp9" and same_colour and not turned and not trimmed and len(sizes) == 1 and not damage
-    return Source(path, "video", codec, num, fps, width, height, dali=dali, reason=damage)
+        if turned or trimmed or damage or len(sizes) > 1 or not (pixels == "gbrp" or is_limited_601(first)):
+            pixels = ""
+    return Source(path, "video", codec, num, fps, width, height, pixels=pixels or "", reason=damage)
 
 
 def is_limited_601(frame: av.VideoFrame) -> bool:

@@ -1,9 +1,9 @@
 """Load training batches from a dataset; the next ones are prepared while the last one is in use.
 
 The content of a batch is a function of its step (`rlv2v.data.sampler`), so a loader's state is its step and the list
-of the files that broke. On the CPU each clip is read and resized by a thread (`ThreadReader`); on a GPU, or for
-`backend="dali"`, one DALI graph for each set decodes, resizes and crops (`rlv2v.data.dali`). Both draw the same clips
-and decode the same colours; they resample nearly alike.
+of the files that broke. Each clip is read and resized by a thread (`ThreadReader`). On a GPU, or for `backend="dali"`,
+a DALI graph (`rlv2v.data.dali`) decodes, resizes and crops the sets whose videos it decodes as PyAV does. Both draw the
+same clips and decode the same colours; they resample nearly alike.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from rlv2v.data.dali import Device, GraphReader, has_dali
+from rlv2v.data.dali import Device, GraphReader, decodes, has_dali
 from rlv2v.data.index import Dataset, Source, index_folder, usable_sources
 from rlv2v.data.inspect import short_reason
 from rlv2v.data.readers import FrameReader, Times
 from rlv2v.data.sampler import SETS, Augment, ClipSample, ClipSampler, Unreadable, restore_dataset
 from rlv2v.data.video import centre_crop, fit, fit_size, read_frames
 from rlv2v.errors import UserError
+from rlv2v.runtime.device import on_device
 
 Backend = Literal["auto", "dali"]
 
@@ -129,7 +130,7 @@ class Loader:
     seed: same seed, same batches.  augment: `none`, `flip` (left-right), `dihedral` (also up-down and transposed); the
     crop is random in all three.  threads: background readers, without influence on what is drawn.  cache_mib: memory
     for sources, resized; 0 = none; a DALI graph uses none.
-    device: where the batches are; on `gpu`, which is torch's current CUDA device, DALI decodes, resizes and crops.
+    device: where the batches are; on `gpu`, which is torch's current CUDA device, DALI decodes what NVDEC can.
     backend: `dali` runs the GPU's graph on the CPU, `auto` the faster threads. `dali` and `gpu` raise where DALI is
     missing.
 
@@ -172,20 +173,17 @@ class Loader:
         self._readers = {name: self._open_reader(name) for name in SETS if sampler.batch[name]}
 
     def _open_reader(self, name: str) -> ThreadReader | GraphReader:
-        if not self._uses_dali:
-            return ThreadReader(self.sampler, name, self.clips, self._pool)
-        num = self.sampler.length(name)
-
-        def read(sample: ClipSample) -> Future[np.ndarray]:
-            return self._pool.submit(self.clips.read, sample.source, sample.start, num)
-
-        return GraphReader(self.sampler, name, read, size=self.size, device=self.device, threads=self.threads)
+        sources = self.sampler.dataset.sets[name]
+        if self._uses_dali and all(decodes(source, self.device) for source in sources):
+            return GraphReader(self.sampler, name, size=self.size, device=self.device, threads=self.threads)
+        return ThreadReader(self.sampler, name, self.clips, self._pool)
 
     def _take(self, name: str) -> torch.Tensor:
         """Return the batch of a set; files that break are excluded until it is complete."""
         while True:
             try:
-                return self._readers[name].take(self.step)
+                clips = self._readers[name].take(self.step)
+                return on_device(clips, torch.device("cuda")) if self.device == "gpu" else clips
             except Unreadable as error:
                 self.sampler.exclude(name, self.step, error.faults)
                 self._readers[name].prepare(self.step)

@@ -12,8 +12,7 @@ and with DALI's CPU decoder.
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import numpy as np
 
 from rlv2v.data.writer import write_clip, write_image
 from rlv2v.errors import UserError
+from rlv2v.files import PARTIAL
 
 BLACK, BLUE, RED = (0, 0, 0), (0, 0, 255), (255, 0, 0)
 MIN_COLOUR_DISTANCE = 0.45
@@ -102,26 +102,24 @@ def write_dataset(out: Path, *, size: int = 32, frames: int = 8, seed: int = 0, 
     clips = {"trainX": counts.x // frames, "trainY": counts.y // frames, "trainZ": counts.z // frames}
     clips |= {"trainS": counts.s, "valX": counts.val, "testX": counts.test}
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    try:
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{PARTIAL}{out.name}-") as folder:
+        partial = Path(folder) / out.name
         for name, num in clips.items():
             folders = [name, name.replace("X", "Truth")] if name in ("valX", "testX") else [name]
-            for folder in folders:
-                (partial / folder).mkdir(parents=True)
+            for part in folders:
+                (partial / part).mkdir(parents=True)
             for index in range(num):
                 drawn = clip_of(name, index, seed=seed, frames=frames, size=size)
-                for folder, clip in zip(folders, drawn, strict=False):
+                for part, clip in zip(folders, drawn, strict=False):
                     if name == "trainS":
-                        write_image(partial / folder / f"{index:05d}.png", clip[0])
+                        write_image(partial / part / f"{index:05d}.png", clip[0])
                     else:
-                        write_clip(partial / folder / f"{index:05d}.mp4", clip, FPS, "vp9-lossless")
+                        write_clip(partial / part / f"{index:05d}.mp4", clip, FPS, "vp9-lossless")
         description = {"kind": "synthetic", "size": size, "frames": frames, "seed": seed, "counts": asdict(counts)}
         (partial / "dataset.json").write_text(json.dumps(description, indent=2) + "\n")
         if out.exists():
             out.rmdir()
         partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check(out: Path, size: int, frames: int, seed: int, counts: Counts) -> None:

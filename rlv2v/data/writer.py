@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,9 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 
 from rlv2v.data.video import kind_of, open_video
 from rlv2v.errors import UserError, get_logger
+from rlv2v.files import atomic_file
 
+SUFFIXES = (".mp4", ".mov", ".mkv")
 MP4_AUDIO = {"aac", "mp3", "ac3", "eac3", "alac", "flac", "opus"}
 Codec = Literal["h264", "vp9", "vp9-lossless"]
 VP9_OPTIONS = {"cpu-used": "8", "deadline": "realtime", "lag-in-frames": "0", "auto-alt-ref": "0"}
@@ -30,6 +32,16 @@ def write_image(path: Path, image: np.ndarray) -> None:
     path.write_bytes(encoded.tobytes())
 
 
+def check_output(path: Path) -> None:
+    """Raise UserError for a path that no `VideoWriter` can write to."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{path}: expected the suffix {', '.join(SUFFIXES)}, got {path.suffix or 'none'}")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: folder {path.parent} does not exist; create it first")
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; expected the name of a video file")
+
+
 class VideoWriter:
     """Write uint8 RGB (H,W,3) frames to `path`, which appears only when this context manager ends without an error.
 
@@ -37,29 +49,24 @@ class VideoWriter:
     `vp9` (yuv420p, BT.601 limited range, even sizes only) is what DALI's CPU decoder and NVDEC read.
     `vp9-lossless` gives every RGB value back exactly, with PyAV and with DALI's CPU decoder. Key frames: every 12.
     audio_from: a file whose first audio track is copied along, up to the end of the video; without one, silent.
-    Raises `UserError` for a missing folder, `ValueError` for frames of another size or dtype.
+    Raises `UserError` as `check_output` does, `ValueError` for frames of another size or dtype.
     """
 
     def __init__(
         self, path: Path, fps: Fraction | float, codec: Codec = "h264", audio_from: Path | None = None
     ) -> None:
-        if not path.parent.is_dir():
-            raise UserError(f"{path}: folder {path.parent} does not exist; create it first")
-        if path.is_dir():
-            raise UserError(f"{path}: is a folder; expected the name of a video file")
-        if path.suffix.lower() not in {".mp4", ".mov", ".mkv"}:
-            suffix = path.suffix or "a name without suffix"
-            raise UserError(f"{path}: cannot write {suffix}; expected .mp4, .mov or .mkv")
+        check_output(path)
         if not 0 < fps <= 1000:
             raise ValueError(f"VideoWriter: fps must be in (0, 1000], got {fps}")
         self.path, self.fps, self.codec = path, Fraction(fps).limit_denominator(1001 * 60), codec
         self.shape: tuple[int, ...] | None = None
         self.count = 0
-        self._partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+        self._files = ExitStack()
         self._audio = self._open_audio(audio_from) if audio_from is not None else None
         self._packets: Iterator[Any] = iter(())
         self._next_packet: Any = None
-        self._output = av.open(self._partial.resolve().as_posix(), "w")
+        self._output = av.open(self._files.enter_context(atomic_file(path)).resolve().as_posix(), "w")
+        self._files.push(self._finish)
 
     def _open_audio(self, source: Path) -> av.container.InputContainer | None:
         """Open a file with an audio track; None where it has none that MP4 can hold."""
@@ -68,7 +75,7 @@ class VideoWriter:
         container = open_video(source)
         codec = container.streams.audio[0].codec_context.name if container.streams.audio else None
         if codec in MP4_AUDIO:
-            return container
+            return self._files.enter_context(container)
         if codec:
             log.warning("%s: audio codec %s does not fit into MP4; the output is silent", source, codec)
         container.close()
@@ -123,21 +130,20 @@ class VideoWriter:
     def __enter__(self) -> VideoWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *failure: Any) -> None:
         """Finish the file and give it its name; after an error, drop it: a file that had the name stays as it was."""
+        self._files.__exit__(*failure)
+
+    def _finish(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 if self.shape is None:
                     raise ValueError(f"VideoWriter: {self.path} has no frames")
                 self._output.mux(self._stream.encode(None))
                 self._output.close()
-                self._partial.replace(self.path)
         finally:
             with suppress(av.FFmpegError):  # the end of a file that is thrown away, perhaps because the disk is full
                 self._output.close()
-            self._partial.unlink(missing_ok=True)
-            if self._audio is not None:
-                self._audio.close()
 
 
 def write_clip(path: Path, frames: np.ndarray, fps: Fraction | float, codec: Codec = "h264") -> None:

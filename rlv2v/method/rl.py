@@ -87,18 +87,16 @@ def q_values(q: Discriminator, states: Tensor, lengths: Tensor, *actions: Tensor
     return q(torch.cat(actions)[:, None], q_states)[0][:, -1, 0].chunk(len(actions))
 
 
-def td_target(rewards: Tensor, next_q: Tensor, terminals: Tensor, gamma: float) -> Tensor:
-    """Return y = r + gamma Q'(s', pi'(s')), without the second term where the video ends (reading 5)."""
-    return rewards + gamma * torch.where(terminals, torch.zeros_like(next_q), next_q)
-
-
 @torch.no_grad()
 def critic_targets(q_target: Discriminator, policies_target: Policies, batch: Transitions, gamma: float) -> Tensor:
-    """Return `td_target` with pi'(s') the better of the target policies' two candidates by Q'."""
+    """Return y = r + gamma Q'(s', pi'(s')), without the second term where the video ends (reading 5).
+
+    pi'(s') is the better of the target policies' two candidates by Q'.
+    """
     next_states, next_lengths = append(batch.states, batch.lengths, batch.actions), batch.lengths + 1
     first, second = candidates(policies_target, next_states, next_lengths)
     values = q_values(q_target, next_states, next_lengths, first, second)
-    return td_target(batch.rewards, torch.maximum(*values), batch.terminals, gamma)
+    return batch.rewards + gamma * torch.maximum(*values).masked_fill(batch.terminals, 0.0)
 
 
 def critic_loss(q: Discriminator, batch: Transitions, targets: Tensor) -> tuple[Tensor, Tensor]:

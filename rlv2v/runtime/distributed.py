@@ -73,12 +73,6 @@ class World:
                     dist.broadcast(copy, 0)
                     tensor.copy_(copy)
 
-    def rank0_first(self, make: Callable[[], T]) -> T:
-        """Call `make` on rank 0, then on all others, which find what it left on the disk; return its result."""
-        value = make() if self.first else None
-        self.barrier()
-        return make() if value is None else value
-
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self._control:
@@ -188,21 +182,6 @@ class _Mean(torch.autograd.Function):
         return _Mean.apply(grads[0])
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.size = len(x)
-        shares = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
-        with peer_errors():
-            dist.all_gather(shares, x.contiguous())
-        return torch.cat(shares)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        first = dist.get_rank() * ctx.size
-        return grads[0][first : first + ctx.size] * dist.get_world_size()
-
-
 def mean(x: Tensor) -> Tensor:
     """Return the mean of x over the ranks; its gradient is the mean of the ranks' gradients."""
     return x if num_ranks() == 1 else _Mean.apply(x)
@@ -214,7 +193,15 @@ def gather(x: Tensor) -> Tensor:
     Backward returns this rank's share of the gradient, times the number of ranks: the mean over ranks of the weights'
     gradients is then the term's own.
     """
-    return x if num_ranks() == 1 else _Gather.apply(x)
+    if num_ranks() == 1:
+        return x
+    shares = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(num_ranks())]
+    with peer_errors():
+        dist.all_gather(shares, x.detach().contiguous())
+    if x.requires_grad:
+        shares[dist.get_rank()] = own = x.view_as(x)
+        own.register_hook(lambda grad: grad * num_ranks())
+    return torch.cat(shares)
 
 
 class Reducer:

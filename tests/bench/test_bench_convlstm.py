@@ -48,7 +48,7 @@ def test_every_form_returns_the_references_numbers(device: str, monkeypatch: pyt
     forms = [one for one in forms if one.backend in ("", "cpu", "eager")]
     assert len(forms) == (15 if device == "cpu" else 5)
     for one in forms:
-        difference = layer.Layer(one, data).check()
+        difference = layer.Layer(one, [data]).check()
         contender = layer.checked(Contender(one.name, ours=bool(one.backend)), difference, one.dtype)
         assert contender.valid, (one.name, one.dtype, difference)
 
@@ -64,12 +64,16 @@ def test_ours_may_be_off_by_the_limits_and_peers_by_twice_those() -> None:
 
 
 def test_inputs_lie_as_their_form_says() -> None:
-    data = layer.solved(SHAPE)
-    eager, ours = layer.Layer(form("eager"), data), layer.Layer(form("cpu frame-major", BF16), data)
-    assert eager.leaves[0].is_contiguous() and eager.leaves[1].shape == (4 * C, C_IN + C, 3, 3)
-    assert ours.leaves[0].stride() == (C_IN * H * W, B * C_IN * H * W, 1, W * C_IN, C_IN)
-    assert ours.dhs.stride() == (C * H * W, B * C * H * W, 1, W * C, C) and ours.leaves[1].dtype == BF16
-    assert layer.Layer(form("cpu autocast", BF16), data).leaves[0].dtype == F32
+    def inputs(name: str, dtype: torch.dtype = F32) -> tuple[Tensor, ...]:
+        leaves, dhs, _ = layer.Layer(form(name, dtype), [layer.solved(SHAPE)]).networks[0]
+        return leaves[0], leaves[1], dhs
+
+    x, w, _ = inputs("eager")
+    assert x.is_contiguous() and w.shape == (4 * C, C_IN + C, 3, 3)
+    x, w, dhs = inputs("cpu frame-major", BF16)
+    assert x.stride() == (C_IN * H * W, B * C_IN * H * W, 1, W * C_IN, C_IN)
+    assert dhs.stride() == (C * H * W, B * C * H * W, 1, W * C, C) and w.dtype == BF16
+    assert inputs("cpu autocast", BF16)[0].dtype == F32
 
 
 def test_work_is_what_a_zero_state_leaves() -> None:
@@ -125,9 +129,10 @@ def test_a_peer_that_raises_is_named_and_one_of_ours_is_a_bug(bench: Bench) -> N
 
 
 def test_networks_in_one_call_are_timed_beside_four_calls(bench: Bench) -> None:
-    rows = convlstm.grouped_rows(bench, SHAPE, F32, "cpu", 2, "cpu")
+    rows = layer.layer_rows(bench, SHAPE, peers.network_forms(F32, ["cpu"]), 2, networks=4)
     names = [row["backend"] for row in rows if row["ours"]]
-    assert names == ["cpu 4 calls", "cpu grouped"] * 2 and all(row["valid"] for row in rows)
+    assert names == ["cpu calls", "cpu grouped"] * 2 and all(row["valid"] for row in rows)
+    assert rows[0]["case"] == f"4 networks {SHAPE}" and rows[1]["speedup_over"].keys() == {"eager"}
 
 
 @pytest.mark.parametrize("tamper", [None, "forward", "backward"])
@@ -140,19 +145,18 @@ def test_gates_are_checked(tamper: str | None, monkeypatch: pytest.MonkeyPatch) 
     assert all(one.valid != (one.ours and tamper is not None) for one in contenders)
 
 
-def test_bytes_saved_are_those_counted_by_hand(bench: Bench) -> None:
+def test_bytes_saved_are_those_counted_by_hand() -> None:
     x, w = (torch.ones(8, 5, requires_grad=True) for _ in range(2))  # 160 bytes each
-    assert convlstm.saved_bytes(lambda: x * w, [x, w]) == {"saved": 0, "inputs": 320, "with_result": 160}
-    assert convlstm.saved_bytes(lambda: x.sigmoid(), [x, w]) == {"saved": 160, "inputs": 0, "with_result": 160}
+    assert convlstm.saved_bytes(lambda: x * w, [x, w]) == 0 and convlstm.saved_bytes(lambda: x * w, [x]) == 160
+    assert convlstm.saved_bytes(lambda: x.sigmoid(), [x, w]) == 160
     # Two views of one storage: sigmoid keeps its result, whose halves are multiplied.
-    halves = convlstm.saved_bytes(lambda: torch.mul(*x.sigmoid().chunk(2)), [x, w])
-    assert halves == {"saved": 160, "inputs": 0, "with_result": 240}
-    rows = convlstm.saved_rows(bench, layer.Shape(2, 4, 6, 6, 5, 5))
-    names = ("backend", "pass", "dtype", "bytes_per_element_step", "bytes_with_result")
+    assert convlstm.saved_bytes(lambda: torch.mul(*x.sigmoid().chunk(2)), [x, w]) == 160
+    rows = convlstm.saved_rows(layer.Shape(2, 4, 6, 6, 5, 5))
+    names = ("backend", "pass", "dtype", "bytes_per_element_step")
     saved = {tuple(row[name] for name in names) for row in rows}
-    # eager: cat of x and h 2, i f o g 4, c 1, tanh c 1; the stack of all h as result.  Ours: gates 4, c 1, h 1.
-    expected = {("eager", "store", "float32", 32, 36), ("eager", "store", "bfloat16", 16, 18)}
-    expected |= {("cpu", "store", "float32", 24, 24), ("cpu", "recompute", "float32", 8, 8)}
+    # eager: cat of x and h 2, i f o g 4, c 1, tanh c 1.  Ours: gates 4, c 1, h 1.
+    expected = {("eager", "store", "float32", 32), ("eager", "store", "bfloat16", 16)}
+    expected |= {("cpu", "store", "float32", 24), ("cpu", "recompute", "float32", 8)}
     for dtype in ("float16", "bfloat16"):
-        expected |= {("cpu", "store", dtype, 14, 14), ("cpu", "recompute", dtype, 6, 6)}
-    assert saved == expected and bench.missing == {}
+        expected |= {("cpu", "store", dtype, 14), ("cpu", "recompute", dtype, 6)}
+    assert saved == expected

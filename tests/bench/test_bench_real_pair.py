@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import real_pair
 
+from rlv2v.data.dali import decodes
 from rlv2v.data.index import open_dataset
 from rlv2v.data.loader import evaluation_clips
 from rlv2v.data.video import read_frames
@@ -29,7 +30,8 @@ def clips(folder: Path) -> list[np.ndarray]:
 def test_layout(written: Path) -> None:
     dataset = open_dataset(written, frames=8)
     assert [len(dataset.sets[k]) for k in "xyzs"] == [15, 30, 0, 0]
-    assert all(s.num_frames == 8 and s.height == 32 and s.dali for s in dataset.sets["x"] + dataset.sets["y"])
+    sources = dataset.sets["x"] + dataset.sets["y"]
+    assert all(s.num_frames == 8 and s.height == 32 and decodes(s, "cpu") for s in sources)
     assert [len(clips(written / name)) for name in ("testX", "testTruth", "valX", "valTruth")] == [3] * 4
     assert json.loads((written / "dataset.json").read_text())["kind"] == "real-pair"
 

@@ -19,6 +19,7 @@ import torch
 from harness import Bench
 
 from rlv2v.checkpoint.store import Checkpoints
+from rlv2v.config import Config
 from rlv2v.errors import UserError
 from rlv2v.presets import PRESETS
 
@@ -52,17 +53,18 @@ def test_checkpoint_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     result = result_of(checkpoint.main, checkpoint.Args(case=("small",), folder=tmp_path, rounds=2), capsys)
     ours, peer, limit = result["rows"]
     assert (ours["backend"], peer["backend"], limit["backend"]) == ("rlv2v", "torch.save", "copy")
-    assert ours["valid"] and ours["bytes"] > 8 * 2 * 16 * 16 * 3 and ours["percent_of_limit"] is not None
-    assert ours["percent_of_interval"] == pytest.approx(ours["median_us"] / 60e6 * 100, abs=1e-4)
+    assert ours["valid"] and ours["percent_of_limit"] is not None
     assert not any(tmp_path.iterdir())
     with pytest.raises(UserError, match="--case: expected some of small, got 'large'"):
         checkpoint.main(checkpoint.Args(case=("large",)))
 
 
 def test_a_checkpoint_that_is_not_the_run_is_seen(tmp_path: Path) -> None:
-    run, store = checkpoint.Run(checkpoint.Config.of("default", **SMALL)), Checkpoints(tmp_path, keep=1, num_replicas=1)
-    assert len(run.replays["x"]) == 8 and not checkpoint.same(store, run)
-    store.save(1, run.state(), {0: run.replica()})
+    run, store = checkpoint.full_run(Config.of("default", **SMALL)), Checkpoints(tmp_path, keep=1, num_replicas=1)
+    assert not checkpoint.same(store, run)
+    state, replica = checkpoint.states(run)
+    assert replica["replay_x"]
+    store.save(1, state, {0: replica})
     store.wait()
     assert checkpoint.same(store, run)
     with torch.no_grad():

@@ -6,7 +6,6 @@ import errno
 import multiprocessing
 import os
 import re
-import resource
 import shutil
 import sys
 import threading
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import file_size_limit
 from store_cases import assert_all_whole, assert_holds, flip_a_bit, hidden_files, one_rank, save, state_of
 
 from rlv2v.checkpoint import store as module
@@ -29,16 +29,6 @@ processes.set_forkserver_preload(["rlv2v.checkpoint.store"])
 
 
 # failing disks
-
-
-@contextmanager
-def small_files(limit: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @contextmanager
@@ -73,7 +63,7 @@ def test_the_error_of_a_failing_disk_has_its_number_and_names_the_file(
     store, part = one_rank(run), run / "checkpoints" / ".00000002.part"
     save(store, 1)
     failing = {
-        "EFBIG": lambda: small_files(2_000_000),
+        "EFBIG": lambda: file_size_limit(2_000_000),
         "ENOSPC": lambda: full_disk(part / "state.pt"),
         "EACCES": lambda: read_only(run / "checkpoints"),
     }[name]
@@ -97,7 +87,7 @@ def test_the_error_of_a_failing_disk_has_its_number_and_names_the_file(
 
 def test_a_write_that_fails_leaves_the_old_file_and_names_it(tmp_path: Path) -> None:
     write_atomically(tmp_path / "file", b"old")
-    with small_files(1000), pytest.raises(OSError, match="file") as caught:
+    with file_size_limit(1000), pytest.raises(OSError, match="file") as caught:
         write_atomically(tmp_path / "file", bytes(2000))
     assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "file"))
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]

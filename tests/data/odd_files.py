@@ -16,7 +16,17 @@ from data_clips import VP9_FAST, encode, stamped, stamped_clip, trim, write_fram
 
 NUM, WIDTH, HEIGHT = 20, 64, 48
 CLIP = stamped_clip(range(NUM), WIDTH, HEIGHT)
+LONG = 90
 VP9 = {k: v for k, v in VP9_FAST.items() if k != "cpu-used"}
+LONG_FILES: dict[str, tuple[str, dict[str, str]]] = {
+    "b_frames.mp4": ("libx264", {"g": "15", "bf": "3", "b_strategy": "0"}),
+    "open_gop.mp4": ("libx264", {"g": "20", "bf": "3", "x264-params": "open-gop=1:scenecut=0"}),
+    "one_key.mkv": ("libx264", {"g": "250"}),
+    "h264.ts": ("libx264", {"g": "12", "bf": "2"}),
+    "alt_ref_vp8.webm": ("libvpx", {"g": "30", "auto-alt-ref": "1", "lag-in-frames": "16"}),
+    "alt_ref_vp9.webm": ("libvpx-vp9", {"g": "30", "auto-alt-ref": "1", "lag-in-frames": "25"}),
+    "b_mpeg4.mp4": ("mpeg4", {"g": "12", "bf": "2"}),
+}
 
 
 @dataclass(frozen=True)
@@ -136,6 +146,8 @@ def intact_files(folder: Path) -> dict[str, Expected]:
     for degrees in (90, 180, 270):  # a frame is turned back when it is shown
         coded = [np.rot90(frame, -degrees // 90) for frame in CLIP]
         write(folder / f"rotated{degrees}.mp4", clip=coded, rotation=degrees)
+    for name, (codec, options) in LONG_FILES.items():
+        write(folder / name, codec, clip=stamped_clip(range(LONG), WIDTH, HEIGHT), **options)
     two_sizes(folder / "sizes.ts")
     write_frames(folder / "frames", CLIP)
     write_frames(folder / "mixed", (stamped(n, WIDTH + n, HEIGHT + 2 * n) for n in range(NUM)))
@@ -152,6 +164,7 @@ def intact_files(folder: Path) -> dict[str, Expected]:
     if "hevc.mp4" in expected:
         expected["hevc.mp4"] = Expected("ok", width=96, height=80)
     return expected | {
+        **dict.fromkeys(LONG_FILES, Expected("ok", frames=(LONG, LONG))),
         "one_frame.mp4": Expected("ok", frames=(1, 1)),
         "1x1.mp4": Expected("ok", frames=(10, 10), width=1, height=1),
         "63x47.mp4": Expected("ok", width=63, height=47),
@@ -186,6 +199,13 @@ def damaged_files(folder: Path, scratch: Path) -> dict[str, Expected]:
     for index in range(11, 16):  # one ends before a frame that is shown before those that are there
         cut(source, folder / f"cut{index}_h264.mkv", index)
         expected[f"cut{index}_h264.mkv"] = Expected("truncated", "s before the length that it declares$", (8, index))
+    source = write(scratch / "between.mp4", faststart=True, bf="3", b_strategy="0", g="12")
+    with av.open(str(source)) as container:
+        packets = [p for p in container.demux(video=0) if p.size]
+    # with the B-frames before it in time gone, the last frame would take the number of one of them
+    last = next(k for k in range(11, NUM) if (packets[k + 1].pts or 0) < (packets[k].pts or 0))
+    (folder / "between.mp4").write_bytes(source.read_bytes()[: (packets[last].pos or 0) + packets[last].size])
+    expected["between.mp4"] = Expected("truncated", "ends|cut off|after frame", (8, 13))
     source = write(folder / "lost.mp4", "libvpx-vp9", **VP9)
     data = bytearray(source.read_bytes())
     data[packet(source, 15)[0]] &= ~2  # a key frame that is not to be shown: no error

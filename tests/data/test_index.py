@@ -48,7 +48,7 @@ def folder(tmp_path: Path) -> Path:
 def test_every_source_has_its_status_and_reason(folder: Path) -> None:
     sources = by_name(index_folder(folder, frames=8))
     assert list(sources) == [p.name for p in index.source_paths(folder)] and ".hidden.mp4" not in sources
-    assert {name for name, source in sources.items() if source.dali} == {"vp9.mp4"}
+    assert {name for name, source in sources.items() if source.pixels and source.codec == "vp9"} == {"vp9.mp4"}
     short, broken = sources["short.mp4"], sources["line\nbreak.mp4"]
     assert (short.status, short.reason) == ("excluded", "5 frames, shorter than the clip length 8")
     assert (broken.status, broken.reason) == ("excluded", "the file is empty (0 bytes)")
@@ -212,7 +212,7 @@ def test_the_manifest_describes_each_file_and_moves_with_its_folder(
     good = manifest["entries"]["good.mp4"]
     older = {**good, "source": {**good["source"], "variable": False}}
     status = (folder / "good.mp4").stat()
-    assert manifest["version"] == 3 and good["key"] == [1, status.st_size, status.st_mtime_ns]
+    assert manifest["version"] == 4 and good["key"] == [1, status.st_size, status.st_mtime_ns]
     assert good["source"].pop("hash") == hashlib.sha256((folder / "good.mp4").read_bytes()).hexdigest()
     assert good["source"] == {
         "kind": "video",
@@ -222,7 +222,7 @@ def test_the_manifest_describes_each_file_and_moves_with_its_folder(
         "width": 48,
         "height": 32,
         "num_bytes": status.st_size,
-        "dali": False,
+        "pixels": "",
         "status": "ok",
         "reason": "",
     }

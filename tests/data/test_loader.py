@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_clips import open_loader, smooth, write_frames
+from data_clips import BACKENDS, open_loader, smooth, write_frames
 
 from rlv2v.data.index import Dataset, open_dataset
 from rlv2v.data.loader import Batch, evaluation_clips
@@ -70,6 +70,18 @@ def test_batches_have_their_shapes_and_empty_sets_are_none(data: Dataset) -> Non
     assert next(open_loader(data, batch={"x": 1, "y": 1})).z is None
     without = next(open_loader(Dataset(data.root, {**data.sets, "z": [], "s": []}, [], data.fingerprint)))
     assert without.x is not None and without.z is None and without.s is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_clip_holds_the_frames_that_were_chosen(data: Dataset, backend: str) -> None:
+    loader = open_loader(data, backend=backend, augment="dihedral", threads=3)
+    for _ in range(30):
+        samples, batch = loader.sampler.samples("x", loader.step), next(loader).x
+        assert batch is not None
+        for sample, clip in zip(samples, batch, strict=True):
+            assert (clip[..., 0] == int(sample.source.path.stem)).all()
+            assert (clip[..., 1] == sample.start + torch.arange(T)[:, None, None]).all()
+    loader.close()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

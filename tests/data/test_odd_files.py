@@ -16,9 +16,10 @@ import pytest
 from data_clips import numbers_of, open_loader
 from odd_files import CLIP, Expected
 
-from rlv2v.data import index
+from rlv2v.data import index, video
 from rlv2v.data.index import index_folder, open_dataset
 from rlv2v.data.readers import FrameReader
+from rlv2v.errors import UserError, one_line
 
 INDEX = """
 import json, sys
@@ -102,6 +103,17 @@ def test_what_is_usable_gives_exactly_its_frames(corpus: Corpus) -> None:
     assert not wrong
 
 
+def test_what_is_excluded_cannot_be_read_either(corpus: Corpus) -> None:
+    """A command that reads one file has no index; pipes and devices are kept from training alone."""
+    root, expected, _ = corpus
+    (broken := root / "elsewhere" / "broken\n.png").write_bytes(b"\x89PNG")
+    excluded = [name for name, e in expected.items() if e.status == "excluded" and "neither" not in e.reason]
+    for path in (broken, root / "nowhere.mp4", *(root / "trainX" / name for name in excluded)):
+        with pytest.raises(UserError, match=f"^{re.escape(one_line(path))}: ") as caught:
+            list(video.read_frames(path))
+        assert "\n" not in str(caught.value)
+
+
 def test_training_runs_on_what_is_usable(corpus: Corpus) -> None:
     root, expected, _ = corpus
     np.save(root / "trainY" / "raw.npy", CLIP)
@@ -109,8 +121,8 @@ def test_training_runs_on_what_is_usable(corpus: Corpus) -> None:
     left_out = {n for n, e in expected.items() if e.status == "excluded" or e.frames[1] < 4}
     assert {s.path.name for s in dataset.excluded} == left_out
     loader = open_loader(dataset, batch={"x": 4, "y": 1}, size=32, threads=2, cache_mib=0)
-    drawn = {sample.source.path.name for step in range(50) for sample in loader.sampler.samples("x", step)}
-    assert drawn == set(expected) - left_out, "50 steps see every file"
+    drawn = {sample.source.path.name for step in range(150) for sample in loader.sampler.samples("x", step)}
+    assert drawn == set(expected) - left_out, "an epoch sees every file"
     for _ in range(50):
         batch = next(loader)
         assert batch.x is not None and batch.x.shape == (4, 4, 32, 32, 3)

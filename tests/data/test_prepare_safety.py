@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import io
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_clips import encode, prepared_files, prepared_hashes, prepared_rows, stamped_clip
+from processes import file_size_limit
 
 from rlv2v.cli import run_command
 from rlv2v.data.workers import run_all
@@ -37,6 +33,17 @@ def killed(*args):
             os.kill(os.getpid(), stop)
         yield frame
 convert.output_frames = killed
+from rlv2v.prepare import *
+run_command(main, Args)
+"""
+KILL_PARENT = """
+import os, signal, sys
+from rlv2v.data.prepare import Report
+stop, finish = getattr(signal, sys.argv.pop(1)), Report.finish
+def killed(*args):
+    finish(*args)
+    os.kill(0 if stop == signal.SIGINT else os.getpid(), stop)  # 0: the group, as a terminal does it
+Report.finish = killed
 from rlv2v.prepare import *
 run_command(main, Args)
 """
@@ -70,47 +77,20 @@ def test_stopped_in_the_middle_of_a_file_it_goes_on_to_the_same_result(tmp_path:
     assert made.items() <= prepared_files(out).items(), "what was complete is not made again"
 
 
-def wait_until(condition: Callable[[], bool], problem: str) -> None:
-    """Wait until `condition` holds, 60 seconds at most."""
-    end, pause = time.monotonic() + 60, threading.Event()
-    while not condition():
-        assert time.monotonic() < end, problem
-        pause.wait(0.002)
-
-
-def group_is_gone(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return True
-    return False
-
-
 @pytest.mark.thorough
 def test_workers_end_with_a_killed_parent_and_the_next_run_goes_on(tmp_path: Path) -> None:
     src, out = tmp_path / "src", tmp_path / "out"
     write_arrays(src, 12, 40)
     main(Args(src, tmp_path / "reference", size=64, store="video", jobs=1))
-    command = [sys.executable, "-m", "rlv2v.prepare", str(src), str(out), "--store", "video", "--jobs", "2"]
-    for stop in (signal.SIGKILL, signal.SIGINT):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-        num = len(list(out.glob("trainX/[0-9]*.mp4")))
-        wait_until(
-            lambda num=num, process=process: (
-                process.poll() is not None
-                or (len(list(out.glob("trainX/[0-9]*.mp4"))) > num and bool(list(out.glob("trainX/.*"))))
-            ),
-            "no file was made",
-        )
-        assert process.poll() is None, process.communicate()
-        if stop == signal.SIGKILL:
-            process.kill()
+    flags = [str(src), str(out), "--store", "video", "--jobs", "2"]
+    for stop in ("SIGKILL", "SIGINT"):
+        command = [sys.executable, "-c", KILL_PARENT, stop, *flags]
+        # returns when nobody has its stdout any more: no worker outlives its parent
+        done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=120)
+        if stop == "SIGKILL":
+            assert done.returncode == -signal.SIGKILL, done.stderr
         else:
-            os.killpg(process.pid, stop)  # as a terminal does it
-        errors = process.communicate(timeout=30)[1].decode()
-        wait_until(lambda process=process: group_is_gone(process.pid), "a worker outlives its parent")
-        if stop == signal.SIGINT:
-            assert process.returncode == 130 and "stopped; the same command goes on" in errors
+            assert done.returncode == 130 and "stopped; the same command goes on" in done.stderr
             assert not list(out.glob("*/.*")), "Ctrl-C leaves no half file"
         assert 0 < len([name for name in prepared_hashes(out) if "/." not in name]) < 12
     made = prepared_files(out)
@@ -163,19 +143,6 @@ def test_auto_takes_raw_while_half_the_disk_holds_it_and_stays_with_it(
     assert "0 made, 1 already there" in capsys.readouterr().out, "less free disk does not change what was chosen"
 
 
-@contextmanager
-def file_size_limit(num_bytes: int) -> Iterator[None]:
-    """Let no file of this process grow longer: the disk seems full."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
 @pytest.mark.parametrize("store", ["raw", "video"])
 def test_a_full_disk_ends_the_run_and_leaves_no_half_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], store: str
@@ -197,7 +164,7 @@ def test_nothing_is_overwritten(one_video: Path, tmp_path: Path, capsys: pytest.
     damaged.write_bytes(damaged.read_bytes()[:-1])
     encode(src / "b.mp4", CLIP[:12])
     shutil.copy(src / "a.mp4", src / "a.mov")
-    (out / ".prepared.json.1").write_text("half a report of a killed run")
+    (out / ".partial-1-prepared.json").write_text("half a report of a killed run")
     files = prepared_files(out)
     main(Args(src, out, store="raw", jobs=1))
     assert files.items() <= prepared_files(out).items() and len(prepared_files(out)) == 3

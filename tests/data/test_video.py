@@ -31,24 +31,6 @@ def test_raw_clips_images_and_folders(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(tmp_path / "folder" / "3.png")[0], clip[3])
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("text\n.mp4", b"hello" * 100, "cannot be opened as a video"),
-        ("broken.png", b"\x89PNG", "cannot be read as an image"),
-        ("v3.npy", b"\x93NUMPY\x03\x00" + bytes(120), "cannot be read as .npy"),
-        ("none.mp4", None, "no such file"),
-    ],
-)
-def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
-    """`test_odd_files` has every other kind."""
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"{name.partition(chr(10))[0]}.*: .*{message}") as caught:
-        read(tmp_path / name)
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (47, 63), (1, 1)])
 def test_h264_keeps_size_rate_count_and_colour(tmp_path: Path, height: int, width: int) -> None:
     clip = smooth(25, height, width)
@@ -83,7 +65,7 @@ def test_writer_leaves_no_half_file(tmp_path: Path) -> None:
     assert len(read(path)) == 4
 
 
-@pytest.mark.parametrize(("name", "message"), [("no/a.mp4", "does not exist"), ("a.txt", "cannot write .txt")])
+@pytest.mark.parametrize(("name", "message"), [("no/a.mp4", "does not exist"), ("a.txt", "got .txt")])
 def test_writer_names_a_bad_path(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         VideoWriter(tmp_path / name, 8)

@@ -110,39 +110,28 @@ SHAPES = [
     Shape(1, 2, 5, 17, 6, 5, 3),
     Shape(3, 3, 2, 33, 2, 3, 1),
     Shape(1, 1, 1, 16, 1, 8, 5),
+    Shape(2, 3, 3, 5, 4, 6, 3, groups=3),
 ]
 
 
-def literal_recurrence(a: Tensor, w_h: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, ...]:
-    """Return hs, cs, gates and pre-activations of Shi et al. 2015, eq. 3, a step and a group at a time.
-
-    Shapes: a (G,T,B,4C,H,W), the part of the pre-activations that comes from x; w_h (G,4C,C,k,k); h, c (G,B,C,H,W).
-    """
-    zeros = torch.zeros_like(a[:, 0, :, : w_h.shape[2]])
+def literal(
+    x: Tensor, w_x: Tensor, w_h: Tensor, bias: Tensor, h: Tensor | None, c: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return hs and cs of Shi et al. 2015, eq. 3, as `convlstm_cells`: a group and a step at a time."""
+    if x.dim() == 6:
+        groups = zip(*([None] * len(x) if a is None else a for a in (x, w_x, w_h, bias, h, c)), strict=True)
+        hs, cs = zip(*(literal(*group) for group in groups), strict=True)
+        return torch.stack(hs), torch.stack(cs)
+    padding, zeros = w_h.shape[-1] // 2, x.new_zeros(x.shape[0], w_h.shape[1], *x.shape[-2:])
     h, c = zeros if h is None else h, zeros if c is None else c
-    steps = []
-    for a_t in a.unbind(1):
-        from_h = [conv2d(h_n, w, padding=w.shape[-1] // 2) for h_n, w in zip(h, w_h, strict=True)]
-        pre_activation = a_t + torch.stack(from_h)
-        i, f, o, g = pre_activation.chunk(4, 2)
-        i, f, o, g = torch.sigmoid(i), torch.sigmoid(f), torch.sigmoid(o), torch.tanh(g)
-        c = f * c + i * g
-        h = o * torch.tanh(c)
-        steps.append((h, c, torch.cat((i, f, o, g), 2), pre_activation))
-    return tuple(torch.stack(column, 1) for column in zip(*steps, strict=True))
-
-
-def literal(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return hs and cs of the textbook, as `convlstm_cells`."""
-    if x.dim() == 5:
-        hs, cs = literal(x[None], *(None if a is None else a[None] for a in tensors))
-        return hs[0], cs[0]
-    w_x, w_h, bias, h0, c0 = tensors
-    padding, time_first = w_x.shape[-1] // 2, x.transpose(1, 2)
-    from_x = [conv2d(x_n.flatten(0, 1), w, b, padding=padding) for x_n, w, b in zip(time_first, w_x, bias, strict=True)]
-    a = torch.stack(from_x).unflatten(1, time_first.shape[1:3])
-    hs, cs, _, _ = literal_recurrence(a, w_h, h0, c0)
-    return hs.transpose(1, 2), cs.transpose(1, 2)
+    states = []
+    for x_t in x.unbind(1):
+        i, f, o, g = (conv2d(x_t, w_x, bias, padding=padding) + conv2d(h, w_h, padding=padding)).chunk(4, 1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        h = torch.sigmoid(o) * torch.tanh(c)
+        states.append((h, c))
+    hs, cs = zip(*states, strict=True)
+    return torch.stack(hs, 1), torch.stack(cs, 1)
 
 
 def arguments(shape: Shape, dtype: torch.dtype, state: str = "state") -> Tensors:

@@ -67,11 +67,11 @@ def test_an_argument_that_does_not_fit_is_named(message: str, arguments: dict[st
     assert_refused(message, arguments)
 
 
-def test_all_on_the_meta_device_gives_shapes() -> None:
-    inputs = {name: torch.zeros(shape, device="meta") for name, shape in GOOD.items()}
-    hs, (h, c) = convlstm(**inputs)
-    assert hs.shape == (2, 3, 2, 6, 5)
-    assert h.shape == c.shape == GOOD["h0"]
+@pytest.mark.parametrize(("shapes", "groups"), [(GOOD, ()), (GROUPED, (3,))])
+def test_all_on_the_meta_device_gives_shapes(shapes: dict[str, tuple[int, ...]], groups: tuple[int, ...]) -> None:
+    hs, (h, c) = convlstm(**{name: torch.zeros(shape, device="meta") for name, shape in shapes.items()})
+    assert hs.shape == (*groups, 2, 3, 2, 6, 5)
+    assert h.shape == c.shape == shapes["h0"]
 
 
 @pytest.mark.parametrize("autocast", [False, True])

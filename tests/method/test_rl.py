@@ -1,9 +1,11 @@
-"""The pieces of the policy gradient, each against a loop or a closed form; test_rl_control.py tests them together."""
+"""The pieces of the policy gradient, each against a loop or a closed form.
+
+test_rl_control.py tests them together; whole steps beside the plain twin, in tests/bench, compare candidates and values
+with those of each state alone.
+"""
 
 from __future__ import annotations
 
-import copy
-import math
 import statistics
 
 import pytest
@@ -14,7 +16,7 @@ from torch import Tensor
 from rlv2v.config import Config
 from rlv2v.method import rl
 from rlv2v.method.collector import annealed
-from rlv2v.method.rewards import REWARDS, RewardInputs, reward_paper, reward_per_transition
+from rlv2v.method.rewards import REWARDS, RewardInputs
 from rlv2v.method.rl import Policies, Transitions
 from rlv2v.model import Discriminator
 from rlv2v.model.build import Nets
@@ -37,37 +39,6 @@ def ragged(num: int, longest: int, padding: float = 50.0) -> tuple[Tensor, Tenso
     return states, lengths, torch.rand(num, 3, SIZE, SIZE, generator=rng, dtype=torch.float64) * 2 - 1
 
 
-# --- ragged prefixes ---
-
-
-def test_last_and_append_are_those_of_each_sequence() -> None:
-    states, lengths, actions = ragged(6, 3)
-    longer = rl.append(states, lengths, actions)
-    assert longer.shape == (6, 4, 3, SIZE, SIZE)
-    for i, p in enumerate(lengths.tolist()):
-        assert torch.equal(rl.last_of(states, lengths)[i], states[i, p - 1])
-        assert torch.equal(longer[i, : p + 1], torch.cat((states[i, :p], actions[i : i + 1])))
-    assert torch.equal(rl.last_of(longer, lengths + 1), actions)
-
-
-@pytest.mark.parametrize("domain", ["x", "y"])
-def test_candidates_and_values_are_those_of_each_state_alone(domain: str) -> None:
-    nets = nets_of()
-    states, lengths, actions = ragged(6, 3)
-    first, second = rl.candidates(Policies.of(nets, domain), states, lengths)
-    values = rl.q_value(nets.q_x, states, lengths, actions)
-    names = {"x": ("p_x", "g_y", "p_y", "g_x"), "y": ("p_y", "g_x", "p_x", "g_y")}[domain]
-    p_a, g_b, p_b, g_a = (getattr(nets, name) for name in names)
-    for i, p in enumerate(lengths.tolist()):
-        state = states[i : i + 1, :p]
-        torch.testing.assert_close(first[i], p_a(state)[0][0, -1], **CLOSE)
-        translated = g_b(state)[0]
-        continued = torch.cat((translated, p_b(translated)[0][:, -1:]), 1)
-        torch.testing.assert_close(second[i], g_a(continued)[0][0, -1], **CLOSE)
-        video = torch.cat((state, actions[i : i + 1, None]), 1)
-        torch.testing.assert_close(values[i], nets.q_x(video)[0][0, -1, 0], **CLOSE)
-
-
 # "batch" is left out: its statistics run over padding and over other states, a known fault of the method.
 @pytest.mark.parametrize("disc_norm", ["clip", "none"])
 @pytest.mark.parametrize("preset", ["default", "paper"])
@@ -86,47 +57,7 @@ def test_padding_changes_neither_candidates_nor_values_nor_rewards(preset: str, 
     torch.testing.assert_close(outputs(0.0), outputs(50.0), **CLOSE)
 
 
-def test_several_actions_in_one_state_have_the_values_and_gradients_that_each_has_alone() -> None:
-    nets = nets_of()
-    states, lengths, actions = ragged(5, 3)
-    others = actions.flip(0).requires_grad_()
-    together = rl.q_values(nets.q_x, states, lengths, actions, others)
-    alone = [rl.q_value(nets.q_x, states, lengths, a) for a in (actions, others)]
-    torch.testing.assert_close(together, tuple(alone), **CLOSE)
-    ours, theirs = (torch.autograd.grad(values[1].sum(), others)[0] for values in (together, alone))
-    torch.testing.assert_close(ours, theirs, **CLOSE)
-
-
-# --- reward, target, losses ---
-
-
-def log_sigmoid(a: float) -> float:
-    return -math.log1p(math.exp(-a))
-
-
-def test_the_reward_of_a_transition() -> None:
-    frame_logits, video_logits = torch.tensor([[0.5, -1.0], [2.0, 0.0]]), torch.tensor([[1.0, 3.0], [-2.0, 0.5]])
-    actions, true_frames = torch.full((2, 3, 4, 4), 0.5), torch.full((2, 3, 4, 4), 0.25)
-    true_frames[1] = 1.0
-    terminals = torch.tensor([False, True])
-    rewards = reward_per_transition(
-        actions, true_frames, frame_logits, video_logits, terminals, distance_weight=3.0, l_v=2.0
-    )
-    in_between = (log_sigmoid(0.5) + log_sigmoid(-1.0)) / 2 - 3.0 * 0.25
-    last = (log_sigmoid(2.0) + log_sigmoid(0.0)) / 2 - 3.0 * 0.5 + 2.0 * (log_sigmoid(-2.0) + log_sigmoid(0.5)) / 2
-    assert rewards.tolist() == pytest.approx([in_between, last], abs=1e-6)
-
-
-def test_the_reward_of_the_paper() -> None:
-    losses = (torch.tensor([v, v]) for v in (-0.5, 0.1, 0.2, -0.7))
-    rewards = reward_paper(*losses, torch.tensor([False, True]), weight_tau=10.0, weight_rc=5.0, weight_v=2.0)
-    assert rewards.tolist() == pytest.approx([-(-0.5 + 10 * 0.1 + 5 * 0.2), 2 * 0.7], abs=1e-6)
-
-
-def test_a_terminal_does_not_bootstrap_whatever_the_critic_says() -> None:
-    rewards, terminals = torch.tensor([1.0, 2.0]), torch.tensor([False, True])
-    targets = rl.td_target(rewards, torch.tensor([10.0, math.inf]), terminals, 0.9)
-    assert targets.tolist() == pytest.approx([10.0, 2.0])
+# --- target and losses ---
 
 
 def test_the_critic_loss_is_the_weighted_square_of_its_errors() -> None:
@@ -158,39 +89,6 @@ def test_the_target_is_that_of_the_better_candidate_in_the_next_state() -> None:
         expected = rewards[i] if p == 3 else rewards[i] + 0.9 * max(values)
         torch.testing.assert_close(targets[i], expected, **CLOSE)
     assert winners == {True, False} and not targets.requires_grad
-
-
-def test_the_actor_loss_is_the_mean_value_of_both_candidates_with_the_sign_turned() -> None:
-    nets = nets_of()
-    states, lengths, _ = ragged(5, 3)
-    policies = Policies.of(nets, "y")
-    values = rl.q_values(nets.q_y, states, lengths, *rl.candidates(policies, states, lengths))
-    loss = rl.actor_loss(nets.q_y, policies, states, lengths)
-    torch.testing.assert_close(loss, -torch.stack(values).mean(), **CLOSE)
-
-
-def test_frozen_networks_pass_gradients_on_and_take_none() -> None:
-    nets = nets_of()
-    frames = torch.rand(1, 2, 3, SIZE, SIZE, dtype=torch.float64, requires_grad=True)
-    with rl.frozen(nets.q_x, nets.d_x):
-        loss = nets.q_x(frames)[0].sum() + nets.d_x(frames)[0].sum()
-    loss.backward()
-    assert frames.grad is not None and frames.grad.any()
-    weights = [*nets.q_x.parameters(), *nets.d_x.parameters()]
-    assert all(p.grad is None and p.requires_grad for p in weights)
-
-
-def test_target_networks_follow_and_buffers_are_copied() -> None:
-    source, target = (random_nets(Config.of("paper", **SMALL), seed=seed) for seed in (0, 1))
-    with torch.no_grad():
-        source.g_x(torch.rand(1, 2, 3, SIZE, SIZE, dtype=torch.float64))  # moves the running statistics
-    old = copy.deepcopy(target)
-    rl.polyak(target, source, 0.25)
-    for new, was, towards in zip(target.parameters(), old.parameters(), source.parameters(), strict=True):
-        torch.testing.assert_close(new, 0.75 * was + 0.25 * towards)
-    assert all(torch.equal(a, b) for a, b in zip(target.buffers(), source.buffers(), strict=True))
-    rl.polyak(target, source, 1.0)
-    torch.testing.assert_close(dict(target.named_parameters()), dict(source.named_parameters()))
 
 
 def test_probabilities_anneal_linearly() -> None:

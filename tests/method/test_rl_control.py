@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from rlv2v.method import rl
 from rlv2v.method.rl import Policies, Transitions, actor_loss, critic_loss, critic_targets
-from rlv2v.model import Discriminator, Translator
 
 SIZE = 4
 RHO, GAMMA, LENGTH = 1.5, 0.9, 3
@@ -100,19 +99,6 @@ def lq_return(policies: Policies) -> float:
     return total.mean().item()
 
 
-def fit_critic(q: nn.Module, policies: Policies, steps: int, lr: float, tau: float) -> None:
-    target, rng = copy.deepcopy(q), torch.Generator().manual_seed(0)
-    optimiser = torch.optim.Adam(q.parameters(), lr)
-    for step in range(steps):
-        optimiser.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / steps))
-        batch, _, _ = lq_batch(rng, 64)
-        loss, _ = critic_loss(q, batch, critic_targets(target, policies, batch, GAMMA))
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        rl.polyak(target, q, tau)
-
-
 def q_error(q: nn.Module) -> Tensor:
     batch, m, a = lq_batch(torch.Generator().manual_seed(9), 256)
     with torch.no_grad():
@@ -128,28 +114,11 @@ def test_the_known_solution_is_the_solution() -> None:
             assert lq_return(lq_policies(K1 + d1, K2 + d2)) <= best + 1e-7
 
 
-def test_the_critic_converges_to_the_optimal_q() -> None:
-    """To 1e-2 everywhere, where Q* runs over [-7, 0] and the bootstrapped part alone over [-0.54, 0]."""
-    q = Quadratic()
-    fit_critic(q, lq_policies(K1, K2), steps=600, lr=0.1, tau=0.1)
-    assert q_error(q).abs().max() < 1e-2
-
-
-@pytest.mark.thorough
-def test_a_discriminator_network_as_critic_learns_the_optimal_q_too() -> None:
-    """To a tenth of Q*'s spread."""
-    torch.manual_seed(0)
-    q = Discriminator((8, 16), patch=2, norm="none")
-    _, m, a = lq_batch(torch.Generator().manual_seed(9), 256)
-    spread = q_star(m, a, torch.ones(256, dtype=torch.long)).std()
-    first_error = q_error(q).square().mean().sqrt()
-    fit_critic(q, lq_policies(K1, K2), steps=400, lr=1e-2, tau=0.1)
-    error = q_error(q).square().mean().sqrt()
-    assert first_error > 0.8 * spread and error < 0.1 * spread
-
-
 def test_the_policy_descends_to_the_optimum() -> None:
-    """Critic and actor move in turn, from a policy that does nothing; both candidates end at the optimal gains."""
+    """Critic and actor move in turn, from a policy that does nothing; both candidates end at the optimal gains.
+
+    The critic ends within 0.05 of Q*, which runs over [-7, 0] and whose bootstrapped part alone over [-0.54, 0].
+    """
     policies, q = lq_policies(0.0, 0.0), Quadratic()
     targets, q_target = copy.deepcopy(policies), copy.deepcopy(q)
     actors = [policies.p_a, policies.p_b]
@@ -176,24 +145,3 @@ def test_the_policy_descends_to_the_optimum() -> None:
     assert q_error(q).abs().max() < 0.05
     best = lq_return(lq_policies(K1, K2))
     assert first < 1.9 * best and lq_return(policies) == pytest.approx(best, abs=2e-3)
-
-
-@pytest.mark.thorough
-def test_a_network_as_policy_improves_its_return() -> None:
-    """A ConvLSTM predictor that follows the exact critic goes where Q* is highest."""
-    torch.manual_seed(0)
-    predictor = Translator((4, 4))
-    policies = Policies(predictor, *lq_policies(0.5, 0.5)[1:])
-    q = Quadratic()
-    with torch.no_grad():  # Q* as a quadratic form of (a a, a m, m m); the length of [s, a] is p + 1
-        for p, extra in ((1, GAMMA * K2), (2, 0.0)):
-            q.forms[p, :3] = torch.tensor([-1 - RHO - extra, 2 * RHO, -RHO])
-    assert q_error(q).abs().max() < 1e-5
-    first, best = lq_return(policies), lq_return(lq_policies(K1, K2))
-    optimiser, rng = torch.optim.Adam(predictor.parameters(), 1e-2), torch.Generator().manual_seed(0)
-    for _ in range(150):
-        batch, _, _ = lq_batch(rng, 16)
-        optimiser.zero_grad()
-        actor_loss(q, policies, batch.states, batch.lengths).backward()
-        optimiser.step()
-    assert best - lq_return(policies) < 0.2 * (best - first)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from method_cases import CLIP_NORM, T, random_clips, random_nets
+from method_cases import CLIP_NORM, random_clips, random_nets
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, normalize
@@ -16,6 +16,7 @@ from torch.nn.functional import avg_pool2d, normalize
 from rlv2v.config import Config
 from rlv2v.method.clips import Gains
 from rlv2v.method.objective import generator_losses
+from rlv2v.method.rollout import Rollout
 from rlv2v.method.terms import (
     TERMS,
     colours,
@@ -79,10 +80,6 @@ def test_mask_prior_is_the_share_that_is_not_copied() -> None:
     assert mask_prior(mask) == 0.5
 
 
-def test_domain_gap_of_flat_clips_is_the_distance_of_their_colours() -> None:
-    assert domain_gap(constant(0.5), constant(-0.25), DIRECTIONS).item() == pytest.approx(0.75, abs=1e-12)
-
-
 def test_domain_gap_is_the_sliced_wasserstein_distance_by_frame_index() -> None:
     a, b = frames(3, 2, 3, 32, 32, seed=1) * 0.3, frames(5, 2, 3, 32, 32, seed=2) * 0.9 + 0.1
     directions = normalize(frames(3, 4, seed=3), dim=0)
@@ -130,45 +127,27 @@ def test_gap_floor_is_the_distance_of_two_samples_of_one_domain() -> None:
 # --- in the objective ---
 
 
-def test_each_term_is_its_formula_times_its_weight() -> None:
-    """Every weight of the registry, in both directions, against the formula of docs/method.md."""
-    weights = {"cycle": 3.0, "identity": 5.0, "contrast": 7.0, "mask_prior": 11.0, "colours": 13.0}
-    assert weights.keys() == TERMS.keys()
-    nets, clips = random_nets(Config.of("default", **CLIP_NORM)), random_clips()
-    g_x, g_y, x, yz, s = nets.g_x, nets.g_y, clips.x, clips.yz, clips.s
-    fake_y, mask_y, _ = g_y.forward_with_mask(x)
-    fake_x, mask_x, _ = g_x.forward_with_mask(yz)
-    expected = {
-        "cycle_x": 3 * (g_x(fake_y)[0] - x).abs().mean(),
-        "cycle_y": 3 * (g_y(fake_x)[0] - yz).abs().mean(),
-        "identity_x": 5 * (g_x(x)[0] - x).abs().mean(),
-        "identity_y": 5 * (g_y(yz)[0] - yz).abs().mean(),
-        "identity_s": 5 * (g_y(s)[0] - s).abs().mean(),
-        "contrast_x": 7 * (local_contrast(fake_y) - local_contrast(x)).abs().mean(),
-        "contrast_y": 14 * (local_contrast(fake_x) - local_contrast(yz)).abs().mean(),
-        "mask_prior_x": 11 * (1 - mask_y).mean(),
-        "mask_prior_y": 11 * (1 - mask_x).mean(),
-        "colours_x": 13 * domain_gap(fake_x, x, DIRECTIONS),
-        "colours_y": 13 * domain_gap(fake_y, yz, DIRECTIONS),
-    }
-    equations = {"l_v": 0.0, "l_tau": 0.0, "l_rc": 0.0}
-    config = Config.of("default", **CLIP_NORM, **equations, **weights)
-    terms, *_ = generator_losses(nets, clips, config, Gains(1.0, 1.0), torch.arange(T), DIRECTIONS)
-    assert terms.keys() - expected.keys() == {"g_x", "g_y"}
-    torch.testing.assert_close({name: terms[name] for name in expected}, expected, rtol=1e-9, atol=1e-12)
+# The values of the terms are compared in the whole steps of tests/bench/test_bench_train_step.py.
+OFF = [(name,) for name in (*TERMS, "l_v", "l_tau", "l_rc")] + [("l_tau", "l_rc"), ("l_tau", "l_rc", "cycle")]
 
 
-@pytest.mark.parametrize("name", TERMS)
-def test_a_term_of_weight_zero_drops_out_and_changes_no_other(name: str) -> None:
+@pytest.mark.parametrize("off", OFF, ids="+".join)
+def test_a_weight_of_zero_leaves_its_terms_out_and_changes_no_other(off: tuple[str, ...]) -> None:
     config = Config.of("default", **CLIP_NORM)
     nets, clips = random_nets(config), random_clips()
-    every, *_ = generator_losses(nets, clips, config, Gains(1.0, 1.0), torch.arange(2), DIRECTIONS)
-    terms, *_ = generator_losses(
-        nets, clips, config.replace(**{name: 0.0}), Gains(1.0, 1.0), torch.arange(2), DIRECTIONS
-    )
-    dropped = every.keys() - terms.keys()
-    assert dropped and all(key.startswith(f"{name}_") for key in dropped)
+
+    def losses(config: Config) -> tuple[dict[str, Tensor], Rollout, Rollout]:
+        return generator_losses(nets, clips, config, Gains(1.0, 1.0), torch.arange(2), DIRECTIONS)
+
+    every, *_ = losses(config)
+    terms, of_x, _ = losses(config.replace(**dict.fromkeys(off, 0.0)))
+    names = tuple(f"{name.removeprefix('l_')}_" for name in off)
+    assert every.keys() - terms.keys() == {key for key in every if key.startswith(names)} != set()
     torch.testing.assert_close(terms, {key: every[key] for key in terms}, rtol=1e-12, atol=0)
+    # What no loss asks for is not computed.
+    assert (of_x.same is None) == ("identity" in off)
+    assert (of_x.predicted is None) == (of_x.recycled is None) == ({"l_tau", "l_rc"} <= {*off})
+    assert (of_x.cycle is None) == (len(off) == 3)
 
 
 ADD_A_TERM = """
@@ -183,6 +162,7 @@ from rlv2v.config import Config
 from rlv2v.flags import flags_type, resolve
 from rlv2v.method.clips import Clips, Gains
 from rlv2v.method.objective import generator_losses
+from rlv2v.method.rollout import Rollout
 from rlv2v.model.build import build_nets
 
 assert Config.of("default").loss.term("brightness") == 0.5

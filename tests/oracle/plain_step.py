@@ -32,7 +32,6 @@ from rlv2v.data import to_model, to_uint8
 from rlv2v.method import losses
 from rlv2v.method.clips import Clips
 from rlv2v.method.collector import annealed
-from rlv2v.method.rewards import reward_paper, reward_per_transition
 from rlv2v.method.schedule import Schedule
 from rlv2v.method.step import DISCRIMINATORS, GENERATORS, MEASURE_EVERY, NUM_DIRECTIONS, Algorithm
 from rlv2v.method.terms import contrast_loss, domain_gap, gap_floor, mask_prior
@@ -223,18 +222,20 @@ class Plain:
         if greedy:
             better = last(q, append(state, first)).item() >= last(q, append(state, second)).item()
             action = first if better else second
-        ends = torch.tensor([terminal], device=self.device)
         # D's score of the video counts at its end alone.
-        video_logits = last(d, append(state, action)) if terminal else action.new_zeros(1, 1)
+        video_logits = last(d, append(state, action)) if terminal else None
         if config.rl.reward == "transition":
-            scored = (action, true_frame, last(d, action[:, None]), video_logits, ends)
-            reward = reward_per_transition(*scored, distance_weight=config.rl.reward_distance, l_v=config.loss.l_v)
+            reward = logsigmoid(last(d, action[:, None])).mean()
+            reward = reward - config.rl.reward_distance * (action - true_frame).abs().mean()
+            if video_logits is not None:
+                reward = reward + config.loss.l_v * logsigmoid(video_logits).mean()
+        elif video_logits is not None:
+            reward = -config.loss.l_v * logsigmoid(-video_logits).mean()
         else:
-            l_g = logsigmoid(-last(d, second[:, None])).mean(-1)
-            l_tau, l_rc = ((a - true_frame).square().mean((1, 2, 3)) for a in (first, second))
-            weights = {"weight_tau": config.loss.l_tau, "weight_rc": config.loss.l_rc, "weight_v": config.loss.l_v}
-            reward = reward_paper(l_g, l_tau, l_rc, logsigmoid(-video_logits).mean(-1), ends, **weights)
-        return Transition(state, action, reward[0], terminal)
+            l_tau, l_rc = ((a - true_frame).square().mean() for a in (first, second))
+            reward = -logsigmoid(-last(d, second[:, None])).mean()
+            reward = reward - config.loss.l_tau * l_tau - config.loss.l_rc * l_rc
+        return Transition(state, action, reward, terminal)
 
     # Critic: minimise mean (y - Q(s, a))^2,  y = r + gamma Q'(s', pi'(s'))                        (section 3.3)
     def critic(self, domain: str, batch: list[Transition]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from replay_cases import FRAME, MAX_LEN, filled, frames, row, same
 from safetensors.torch import save_file
 
 from rlv2v.errors import UserError
-from rlv2v.replay import PrioritizedReplay
+from rlv2v.replay import PrioritizedReplay, ReplayBatch
 
 
 def test_a_batch_has_the_documented_shapes_and_dtypes() -> None:
@@ -82,12 +82,24 @@ def test_a_clip_lives_as_long_as_its_handle_and_its_frames_as_long_as_a_transiti
     assert replay.stats["frames"] == 4
 
 
+def assert_of_one_transition(batch: ReplayBatch) -> None:
+    """Check that all of a row made by `row` holds one value, and that it ends where its length says."""
+    values = batch.positions.to(torch.uint8)[:, None, None, None]
+    assert (batch.rewards == batch.positions).all()
+    assert (batch.actions == values).all() and (batch.true_frames == values).all()
+    for frames_of, lengths in ((batch.states, batch.lengths), (batch.next_states, batch.next_lengths)):
+        there = torch.arange(frames_of.shape[1]) < lengths[:, None]
+        assert (frames_of == values[:, None] * there[..., None, None, None]).all()
+
+
 def test_memory_is_bounded() -> None:
     frame_bytes = int(np.prod(FRAME))
     replay = filled(capacity=100, count=50, max_bytes=20 * frame_bytes)
     assert replay.stats["frames"] <= 20
     assert 4 <= len(replay) < 10
-    assert replay.sample(8).ids.min() >= replay.stats["evicted"]
+    batch = replay.sample(64)
+    assert batch.ids.min() >= replay.stats["evicted"]
+    assert_of_one_transition(batch)
     unbounded = filled(capacity=100, count=50)
     assert unbounded.bytes_used > 50 * 2 * frame_bytes
     clip = replay.put_clip(frames(18, 0))
@@ -280,15 +292,16 @@ def test_bad_settings_are_refused(options: dict[str, Any]) -> None:
 
 def test_threads_see_rows_of_one_transition() -> None:
     replay = filled(capacity=16, count=1)
-    torn: list[torch.Tensor] = []
+    torn: list[AssertionError] = []
     done = threading.Event()
 
     def watch() -> None:
         while not done.is_set():
             batch = replay.sample(8)
-            values = batch.positions.to(torch.uint8)[:, None, None, None]
-            if not ((batch.actions == values).all() and (batch.states[:, 0] == values).all()):
-                torn.append(batch.positions)
+            try:
+                assert_of_one_transition(batch)
+            except AssertionError as error:
+                torn.append(error)
             replay.update_priorities(batch.ids, batch.weights + 0.5)
 
     watchers = [threading.Thread(target=watch) for _ in range(2)]

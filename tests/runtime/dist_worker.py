@@ -115,8 +115,6 @@ def main(out: Path) -> None:
         agreed.append(tuple(world.all_agree(control)))
     results["agreed"], results["last"] = agreed, tuple(world.flush())
     results["shared"] = world.broadcast_object(lambda: f"rank {world.rank}")
-    path = out / "by-first"
-    results["in turn"] = world.rank0_first(lambda: path.write_text("x") if world.first else path.read_text())
     net = nn.Linear(3, 3)
     nn.init.constant_(net.weight, world.rank)
     world.broadcast_parameters(net)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
-import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from processes import finish, start
 
 
 def free_port() -> int:
@@ -18,31 +14,15 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def start_ranks(
-    num: int, arguments: Sequence[object], environment: Mapping[str, str] = {}
-) -> list[subprocess.Popen[str]]:
+def start_ranks(num: int, *arguments: object) -> list[subprocess.Popen[str]]:
     """Start `python ARGUMENTS` once a rank, with the variables that torchrun would set."""
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(num),
-        "OMP_NUM_THREADS": "1",
-    }
-    return [
-        subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | dict(environment),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(num)
-    ]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num)}
+    ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num)]
+    return [start(*arguments, environment=rank, stdout=subprocess.DEVNULL) for rank in ranks]
 
 
-def run_ranks(num: int, arguments: Sequence[object], environment: Mapping[str, str] = {}) -> list[str]:
+def run_ranks(num: int, *arguments: object) -> list[str]:
     """Run ranks to their end; return the stderr of each. Raises AssertionError if one failed."""
-    processes = start_ranks(num, arguments, environment)
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert not any(process.returncode for process in processes), "\n".join(errors)
+    codes, errors = finish(*start_ranks(num, *arguments))
+    assert not any(codes), "\n".join(errors)
     return errors

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import ROOT, run_ranks
+from processes import ROOT
+from ranks import run_ranks
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -23,7 +24,7 @@ Results = list[dict[str, Any]]
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.thorough)])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     out = tmp_path_factory.mktemp("ranks")
-    run_ranks(request.param, [ROOT / "tests" / "runtime" / "dist_worker.py", out], {"PYTHONPATH": str(ROOT)})
+    run_ranks(request.param, ROOT / "tests" / "runtime" / "dist_worker.py", out)
     return [torch.load(out / f"{rank}.pt") for rank in range(request.param)]
 
 
@@ -80,7 +81,6 @@ def test_the_answer_of_all_agree_is_a_step_old_and_alike(results: Results) -> No
 def test_rank_0_shares_what_it_has(results: Results) -> None:
     for f in results:
         assert f["shared"] == "rank 0" and not f["weights"].any()
-    assert [f["in turn"] for f in results] == [1, *["x"] * (len(results) - 1)]
 
 
 def test_a_process_alone_agrees_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +88,7 @@ def test_a_process_alone_agrees_with_itself(monkeypatch: pytest.MonkeyPatch) -> 
     world = connect("cpu")
     assert (world.rank, world.size, world.first) == (0, 1, True)
     assert world.all_agree(StepControl(True, 3.0, False)) == StepControl(True, 3.0, False)
-    assert world.broadcast_object(lambda: 7) == 7 and world.rank0_first(lambda: 8) == 8
+    assert world.broadcast_object(lambda: 7) == 7
     x = torch.randn(3)
     assert dist.mean(x) is x and dist.gather(x) is x
     net = Net()

@@ -11,7 +11,6 @@ import torch
 import rlv2v.train
 from rlv2v.checkpoint.store import Checkpoints
 from rlv2v.config import Config
-from rlv2v.data.synth import Counts, write_dataset
 from rlv2v.errors import UserError
 from rlv2v.method import step as step_module
 from rlv2v.model.build import Nets, build_nets
@@ -69,11 +68,10 @@ def test_a_bad_weight_is_named(bad: float) -> None:
     [("loss", 4), *(pytest.param(name, 0, marks=pytest.mark.thorough) for name in ("loss", "weight"))],
 )
 def test_a_run_that_goes_wrong_keeps_its_last_good_checkpoint(
-    tmp_path: Path, poisoned: str, lag: int, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, poisoned: str, lag: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It goes wrong at step 6 of 9, with a checkpoint after every step; values come late from a GPU."""
-    data, run = tmp_path / "data", tmp_path / "run"
-    write_dataset(data, size=16, frames=4, counts=Counts(x=8, y=4, z=4, s=4, val=2, test=2))
+    run = tmp_path / "run"
     original, calls = step_module.generator_losses, 0
 
     def generator_losses(nets: Nets, *args: object) -> object:

@@ -5,27 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import ROOT, free_port, run_ranks, start_ranks
+from processes import ROOT, finish, read_until, start
+from ranks import free_port, run_ranks, start_ranks
 
 from rlv2v.checkpoint.store import Checkpoints
-from rlv2v.data.synth import Counts, write_dataset
 from rlv2v.runtime.log import read_metrics
-
-ENVIRONMENT = {"PYTHONPATH": str(ROOT)}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("data") / "synth"
-    write_dataset(out, size=16, frames=4, counts=Counts(x=24, y=12, z=12, s=6, val=2, test=2))
-    return out
 
 
 def saved(run: Path) -> dict[str, Any]:
@@ -53,7 +42,7 @@ def test_two_ranks_are_one_but_for_rounding(data: Path, tmp_path: Path, preset: 
     """Compare in float64, where Adam does not turn the rounding of a vanishing gradient into a step."""
     worker = ROOT / "tests" / "runtime" / "ranks_worker.py"
     for num in (1, 2):
-        run_ranks(num, [worker, data, tmp_path / f"{num}.pt", preset], ENVIRONMENT)
+        run_ranks(num, worker, data, tmp_path / f"{num}.pt", preset)
     gap, name = distance(torch.load(tmp_path / "2.pt"), torch.load(tmp_path / "1.pt"))
     assert gap <= 1e-7, name
 
@@ -61,25 +50,25 @@ def test_two_ranks_are_one_but_for_rounding(data: Path, tmp_path: Path, preset: 
 @pytest.mark.thorough
 def test_a_run_goes_on_with_fewer_ranks_and_says_what_changes(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    run_ranks(2, train_flags(data, run), ENVIRONMENT)
+    run_ranks(2, *train_flags(data, run))
     store = Checkpoints(run, keep=1, num_replicas=2)
     cursors = [store.load(4, f"replica-0000{n}")["loader"] for n in range(2)]
-    errors = run_ranks(1, ["-m", "rlv2v.train", "--resume", "--out", run, "--steps", 6], ENVIRONMENT)[0]
+    errors = run_ranks(1, "-m", "rlv2v.train", "--resume", "--out", run, "--steps", 6)[0]
     assert "on 1 ranks, 2 before" in errors and "not to the bit" in errors
     assert store.steps[-1] == 6 and store.replicas(6) == 2
     assert [store.load(6, f"replica-0000{n}")["loader"]["step"] for n in range(2)] == [c["step"] + 2 for c in cursors]
     # the same as two ranks would have gone on, to rounding: clips, draws, replay
     other = tmp_path / "other"
-    run_ranks(2, train_flags(data, other), ENVIRONMENT)
-    run_ranks(2, ["-m", "rlv2v.train", "--resume", "--out", other, "--steps", 6], ENVIRONMENT)
+    run_ranks(2, *train_flags(data, other))
+    run_ranks(2, "-m", "rlv2v.train", "--resume", "--out", other, "--steps", 6)
     assert distance(saved(run), saved(other))[0] <= 1e-2
 
 
 @pytest.mark.thorough
 def test_a_run_goes_on_with_ranks_that_cannot_share_its_replicas(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    run_ranks(2, train_flags(data, run), ENVIRONMENT)
-    errors = run_ranks(3, ["-m", "rlv2v.train", "--resume", "--out", run, "--steps", 6], ENVIRONMENT)[0]
+    run_ranks(2, *train_flags(data, run))
+    errors = run_ranks(3, "-m", "rlv2v.train", "--resume", "--out", run, "--steps", 6)[0]
     assert "2 replicas do not go evenly into 3 ranks" in errors and "begin empty" in errors
     store = Checkpoints(run, keep=1, num_replicas=3)
     assert store.steps[-1] == 6 and store.replicas(6) == 3
@@ -87,16 +76,8 @@ def test_a_run_goes_on_with_ranks_that_cannot_share_its_replicas(data: Path, tmp
 
 
 def torchrun(num: int, *arguments: object) -> subprocess.Popen[str]:
-    line = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num}", *map(str, arguments)]
-    environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Poll until a run has saved a step."""
-    while step > max(Checkpoints(run, keep=1, num_replicas=1).steps, default=-1):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.05)
+    line = ["-m", "torch.distributed.run", f"--nproc-per-node={num}", *arguments]
+    return start(*line, start_new_session=True)
 
 
 @pytest.mark.thorough
@@ -107,14 +88,14 @@ def test_a_killed_rank_brings_the_job_back_by_itself(
     from survive import rank_pid
 
     run = tmp_path / "run"
-    flags = train_flags(data, run, "--preset", "tiny", "--steps", 60, "--snapshot-seconds", 0.5)
+    flags = train_flags(data, run, "--preset", "tiny", "--steps", 60, "--snapshot-seconds", 0)
     process = torchrun(2, "--max-restarts=1", f"--master-port={free_port()}", *flags)
-    wait_for_step(run, 5, process)
+    read_until(process, "step=10,")  # each step saves, once the save before is complete
     pid = rank_pid(process.pid, victim)
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
+    codes, errors = finish(process)
+    assert codes == [0], errors
     store = Checkpoints(run, keep=1, num_replicas=2)
     assert store.newest() == 60
     steps = [line["step"] for line in read_metrics(run / "metrics.jsonl")]
@@ -124,11 +105,11 @@ def test_a_killed_rank_brings_the_job_back_by_itself(
 @pytest.mark.thorough
 def test_sigterm_to_one_rank_saves_and_ends_all(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    processes = start_ranks(2, train_flags(data, run, "--preset", "tiny", "--steps", 100000), ENVIRONMENT)
-    wait_for_step(run, 0, processes[0])
+    processes = start_ranks(2, *train_flags(data, run, "--preset", "tiny", "--steps", 100000))
+    read_until(processes[0], "step=10,")
     processes[1].send_signal(signal.SIGTERM)  # one rank is enough: they agree
-    errors = [process.communicate(timeout=60)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    codes, errors = finish(*processes)
+    assert codes == [0, 0], errors
     store = Checkpoints(run, keep=1, num_replicas=2)
     assert store.newest() == store.steps[-1] > 0
     assert "--resume" in errors[0]
@@ -140,6 +121,6 @@ def test_two_nodes_are_two_ranks(data: Path, tmp_path: Path) -> None:
     run, address = tmp_path / "run", f"127.0.0.1:{free_port()}"
     meet = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={address}", "--rdzv-id=test"]
     nodes = [torchrun(1, *meet, *train_flags(data, run)) for _ in range(2)]
-    errors = [node.communicate(timeout=120)[1] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], errors
+    codes, errors = finish(*nodes)
+    assert codes == [0, 0], errors
     assert saved(run)["num_ranks"] == 2

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from rlv2v.data.index import is_unchanged, source_paths
 from rlv2v.data.inspect import Source, excluded_source
-from rlv2v.data.prepare.convert import MAX_FPS, PARTIAL, Format, Item, Store, convert_source, survey_source
+from rlv2v.data.prepare.convert import MAX_FPS, Format, Item, Store, convert_source, survey_source
 from rlv2v.data.workers import cores, run_all
 from rlv2v.errors import UserError, one_line
-from rlv2v.files import lock_folder, write_atomically
+from rlv2v.files import PARTIAL, lock_folder, write_atomically
 
 Choice = Literal["auto", "raw", "video"]
 REPORT = "prepared.json"
@@ -209,7 +209,7 @@ def prepare_dataset(
 
 def remove_partial(out: Path) -> None:
     """Remove half-written outputs and reports, this run's or those of one that was killed."""
-    for path in [*out.glob(f"*/.*{PARTIAL[1:]}*"), *out.glob(f".{REPORT}.*")]:
+    for path in [*out.glob(f"{PARTIAL}*"), *out.glob(f"*/{PARTIAL}*")]:
         path.unlink(missing_ok=True)
 
 

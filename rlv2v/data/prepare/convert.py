@@ -12,10 +12,8 @@ once, and `fps` (else 25) is only noted.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import re
 import threading
 from collections.abc import Iterator
@@ -35,11 +33,10 @@ from rlv2v.data.readers import packet_times
 from rlv2v.data.video import fit_size
 from rlv2v.data.writer import VideoWriter, write_image
 from rlv2v.errors import UserError, one_line
+from rlv2v.files import atomic_file
 
 VERSION = 1
 """Part of every output's hash: a change of what is written takes a new name."""
-PARTIAL = ".rlv2v-partial-"
-"""How the names of files that are being written begin."""
 MIN_VIDEO_SIDE = 128
 VIDEO_BYTES_PER_PIXEL = 0.15
 """A generous estimate for prepared VP9: a street at 128 px takes 0.06, an animated film with grain 0.12."""
@@ -217,20 +214,13 @@ def convert_source(item: Item, out: Path, output_format: Format) -> int:
     """
     target = out / item.output
     target.parent.mkdir(exist_ok=True)
-    partial = target.with_name(PARTIAL + target.name)
     try:
-        write_output(partial, item, output_format)
-        if not output_format.is_complete(partial, item):
-            raise UserError("what was written does not read back complete")
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        if target.exists():
-            raise UserError(f"{target} appeared meanwhile; it was left as it is")
-        partial.rename(target)
+        with atomic_file(target) as partial:
+            write_output(partial, item, output_format)
+            if not output_format.is_complete(partial, item):
+                raise UserError("what was written does not read back complete")
+            if target.exists():
+                raise UserError(f"{target} appeared meanwhile; it was left as it is")
         return target.stat().st_size
     except av.FFmpegError as error:  # raised by the encoder; plain exceptions travel between processes
-        if isinstance(error, OSError):
-            raise OSError(error.errno or errno.EIO, error.strerror, str(target)) from None
         raise UserError(f"{item.source.path}: cannot be encoded: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
