@@ -15,7 +15,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-from rlv2v.metrics.flow import backward_flow, warp
+from rlv2v.metrics.flow import Flow, backward_flow
 
 Need = Literal["truth", "synthetic", "target", "training", "cycle", "fid", "fvd", "lpips"]
 Kind = Literal["target", "training"]
@@ -36,6 +36,13 @@ class Scene:
     source: np.ndarray
     truth: np.ndarray | None = None
     previous: Scene | None = field(default=None, repr=False)
+    _memory: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def remember(self, key: str, compute: Callable[[], Any]) -> Any:
+        """Return what `compute` gives, computed once a scene: what a metric needs of the truth for every row."""
+        if key not in self._memory:
+            self._memory[key] = compute()
+        return self._memory[key]
 
     @cached_property
     def edges(self) -> np.ndarray:
@@ -48,11 +55,17 @@ class Scene:
         return quarter(self.source)
 
     @cached_property
-    def flow(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Flow of the source to the frame before, and where it can be trusted; None for the first frame."""
-        if self.previous is None:
+    def flow(self) -> Flow | None:
+        """Flow of the source to the frame before; None for the first frame."""
+        return None if self.previous is None else backward_flow(self.source, self.previous.source)
+
+    @cached_property
+    def true_change(self) -> np.ndarray | None:
+        """The change y[t] - y[t-1] of the truth, int16 (H,W,3); None for the first frame, or without a truth."""
+        if self.previous is None or self.truth is None or self.previous.truth is None:
             return None
-        return backward_flow(self.source, self.previous.source)
+        change: np.ndarray = cv2.subtract(self.truth, self.previous.truth, dtype=cv2.CV_16S)
+        return change
 
     @cached_property
     def warping_error(self) -> float | None:
@@ -285,12 +298,12 @@ def quarter(image: np.ndarray) -> np.ndarray:
     return small
 
 
-def warping_error(image: np.ndarray, previous: np.ndarray, flow: tuple[np.ndarray, np.ndarray] | None) -> float | None:
+def warping_error(image: np.ndarray, previous: np.ndarray, flow: Flow | None) -> float | None:
     """Return mean (o[t] - warp(o[t-1]))^2 in [0,1] where the flow can be trusted; None where it nowhere can."""
-    if flow is None or not (num := np.count_nonzero(flow[1])):
+    if flow is None or not flow.num_visible:
         return None
-    error = cv2.norm(image, warp(previous, flow[0]), cv2.NORM_L2SQR, flow[1])
-    return float(error) / (num * 3 * 255**2)
+    error = cv2.norm(image, flow.warp(previous), cv2.NORM_L2SQR, flow.visible)
+    return float(error) / (flow.num_visible * 3 * 255**2)
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -20,7 +20,7 @@ from rlv2v.metrics.base import Frame, metric
 SEED = 20181
 REGIONS = 3  # rows and columns
 COLOURS = 256  # pixels drawn of a region
-PATCH, PATCHES = 7, 64  # side in pixels, patches drawn of a frame at each scale
+PATCH, PATCHES, BLUR = 7, 64, 3  # side in pixels, patches drawn of a frame at each scale, radius in pixels
 PROJECTIONS, QUANTILES, MAX_POINTS = 64, 128, 8192
 KID_PATCH, KID_PATCHES = 32, 12  # side in pixels, patches drawn of a frame
 KID_LAYERS = ((32, 5), (64, 3), (128, 3))  # channels and kernel, stride 2
@@ -94,12 +94,15 @@ def region_colour_distance(frame: Frame) -> np.ndarray:
     return colours_of(frame)
 
 
-def patches_of(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return patches drawn of a float32 image (H,W,3), (64,147)."""
-    rows, columns = (rng.integers(0, side - PATCH + 1, PATCHES) for side in image.shape[:2])
-    offsets = np.arange(PATCH)
-    picked = image[(rows[:, None] + offsets)[:, :, None], (columns[:, None] + offsets)[:, None, :]]
-    return picked.reshape(PATCHES, -1)
+def patches_of(image: np.ndarray, rng: np.random.Generator, margin: int = 0) -> np.ndarray:
+    """Return patches drawn of an image, mirrored at its border, with a margin around each: float32 (64,h,w,3)."""
+    height, width = image.shape[:2]
+    corners = (rng.integers(0, side - PATCH + 1, PATCHES) for side in (height, width))
+    places = (corner[:, None] + np.arange(-margin, PATCH + margin) for corner in corners)
+    rows, columns = (
+        side - 1 - np.abs(side - 1 - np.abs(place)) for side, place in zip((height, width), places, strict=True)
+    )
+    return image[rows[:, :, None], columns[:, None, :]].astype(np.float32)
 
 
 def patch_sets(own: np.ndarray, other: np.ndarray) -> float:
@@ -123,20 +126,16 @@ def patch_sets(own: np.ndarray, other: np.ndarray) -> float:
     reduce=patch_sets,
 )
 def patch_distance(frame: Frame) -> np.ndarray | None:
-    """Return patches of the frame at two scales, (2,64,147); None for frames smaller than a patch."""
-    short = min(frame.image.shape[:2])
-    if short < PATCH:
+    """Return patches of the frame at two scales, (2,64,147); None for frames smaller than two patches."""
+    if min(frame.image.shape[:2]) < 2 * PATCH:
         return None
     rng = np.random.default_rng([SEED, frame.index, 1])
-    rows, columns = (rng.integers(0, side - PATCH + 1, PATCHES) for side in frame.image.shape[:2])
-    blurred = cv2.GaussianBlur(frame.image, (0, 0), 1.0)
-    detail = np.stack(
-        [
-            frame.image[r : r + PATCH, c : c + PATCH].astype(np.float32) - blurred[r : r + PATCH, c : c + PATCH]
-            for r, c in zip(rows, columns, strict=True)
-        ]
-    )
-    return np.stack([detail.reshape(PATCHES, -1), patches_of(frame.small.astype(np.float32), rng)]) / 255
+    wide = patches_of(frame.image, rng, BLUR)
+    centre = slice(BLUR, BLUR + PATCH)
+    tower = cv2.GaussianBlur(wide.reshape(-1, *wide.shape[2:]), (2 * BLUR + 1,) * 2, 1.0)  # all patches in one image
+    detail = (wide - tower.reshape(wide.shape))[:, centre, centre]
+    coarse = patches_of(frame.small, rng)
+    return np.stack([detail.reshape(PATCHES, -1), coarse.reshape(PATCHES, -1)]) / 255
 
 
 @lru_cache(maxsize=1)

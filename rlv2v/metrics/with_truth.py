@@ -5,6 +5,8 @@ Values are in units of [0,1] except `psnr` (dB). o is the output, y the truth.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import cv2
 import numpy as np
 
@@ -53,28 +55,38 @@ def psnr(frame: Frame) -> float:
 )
 def ssim(frame: Frame) -> float | None:
     """Return the SSIM; None for frames smaller than its window."""
-    assert frame.scene.truth is not None
-    if min(frame.image.shape[:2]) < SSIM_WINDOW:
+    truth = frame.scene.truth
+    assert truth is not None
+    if min(truth.shape[:2]) < SSIM_WINDOW:
         return None
-    factor = max(1, round(min(frame.image.shape[:2]) / SSIM_SIDE))
-
-    def shrunk(image: np.ndarray) -> np.ndarray:
-        small = cv2.resize(image, None, fx=1 / factor, fy=1 / factor, interpolation=cv2.INTER_AREA)
-        return small.astype(np.float32) / 255
-
-    def local_mean(image: np.ndarray) -> np.ndarray:
-        blurred: np.ndarray = cv2.GaussianBlur(
-            image, (SSIM_WINDOW, SSIM_WINDOW), 1.5, borderType=cv2.BORDER_REFLECT_101
-        )
-        return blurred
-
-    o, y = shrunk(frame.image), shrunk(frame.scene.truth)
-    m_o, m_y = local_mean(o), local_mean(y)
-    v_o, v_y = local_mean(o * o) - m_o * m_o, local_mean(y * y) - m_y * m_y
-    covariance = local_mean(o * y) - m_o * m_y
+    y: Moments = frame.scene.remember("ssim", lambda: small_moments(truth))
+    o = y if frame.image is truth else small_moments(frame.image)
+    covariance = local_mean(o.image * y.image) - o.mean * y.mean
     c1, c2 = 0.01**2, 0.03**2
-    index = (2 * m_o * m_y + c1) * (2 * covariance + c2) / ((m_o * m_o + m_y * m_y + c1) * (v_o + v_y + c2))
-    return float(index.mean())
+    luminance = (2 * o.mean * y.mean + c1) / (o.mean * o.mean + y.mean * y.mean + c1)
+    return float((luminance * (2 * covariance + c2) / (o.variance + y.variance + c2)).mean())
+
+
+class Moments(NamedTuple):
+    """A shrunk image, float32 (h,w,3) in [0,1], and its local means and variances."""
+
+    image: np.ndarray
+    mean: np.ndarray
+    variance: np.ndarray
+
+
+def small_moments(image: np.ndarray) -> Moments:
+    """Return the moments of an image shrunk to about SSIM_SIDE."""
+    factor = max(1, round(min(image.shape[:2]) / SSIM_SIDE))
+    small = cv2.resize(image, None, fx=1 / factor, fy=1 / factor, interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+    mean = local_mean(small)
+    return Moments(small, mean, local_mean(small * small) - mean * mean)
+
+
+def local_mean(image: np.ndarray) -> np.ndarray:
+    """Return the mean under a Gaussian window."""
+    blurred: np.ndarray = cv2.GaussianBlur(image, (SSIM_WINDOW, SSIM_WINDOW), 1.5, borderType=cv2.BORDER_REFLECT_101)
+    return blurred
 
 
 @metric(
@@ -85,9 +97,6 @@ def ssim(frame: Frame) -> float | None:
 )
 def flicker(frame: Frame) -> float | None:
     """Return the error of the change; None for the first frame."""
-    if frame.previous is None:
+    if frame.previous is None or frame.scene.true_change is None:
         return None
-    now, before = frame.scene.truth, frame.previous.scene.truth
-    assert now is not None and before is not None
-    own = cv2.subtract(frame.image, frame.previous.image, dtype=cv2.CV_16S)
-    return distance(own, cv2.subtract(now, before, dtype=cv2.CV_16S))
+    return distance(cv2.subtract(frame.image, frame.previous.image, dtype=cv2.CV_16S), frame.scene.true_change)
