@@ -101,6 +101,7 @@ def test_mistakes_are_refused_by_name(tiny_run: Path, data: Path, tmp_path: Path
     write_pair(tmp_path / "unpaired", "a.mp4", noise(4), noise(4))
     write_pair(tmp_path / "unpaired", "b.mp4", noise(4), None)
     write_pair(tmp_path / "short", "a.mp4", noise(6), noise(5))
+    write_pair(tmp_path / "sizes", "a.mp4", noise(4), noise(4, 16, 18))
     write_pair(tmp_path / "note", "a.mp4", noise(4), noise(4))
     (tmp_path / "note" / "dataset.json").write_text("{")
     for args, words in [
@@ -109,7 +110,9 @@ def test_mistakes_are_refused_by_name(tiny_run: Path, data: Path, tmp_path: Path
         (Args(tiny_run, tmp_path / "empty"), "no usable video"),
         (Args(tiny_run, tmp_path / "unpaired"), "no truth for b.mp4"),
         (Args(tiny_run, tmp_path / "short"), "shorter than its source .*6 frames expected, 5 found"),
+        (Args(tiny_run, tmp_path / "sizes"), "a.mp4: expected its source's size 16x16, got 18x16"),
         (Args(tiny_run, tmp_path / "note"), "dataset.json"),
+        (Args(tiny_run, data, threads=-1), "--threads: expected 0 or more, got -1"),
         (Args(tiny_run, data, json=tmp_path / "absent" / "e.json"), "folder that exists"),
     ]:
         with pytest.raises(UserError, match=words):
