@@ -10,6 +10,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import picture
 import pytest
 import tasks
 from tasks import TASKS, Args, Clip, Name
@@ -20,7 +21,8 @@ from rlv2v.data.video import read_frames
 from rlv2v.errors import UserError
 from rlv2v.metrics.evaluation import open_split
 
-NAMES: list[Name] = list(TASKS)
+BUNNY = {"marks": pytest.mark.thorough}  # seconds to decode
+NAMES = [pytest.param(name, **BUNNY) if name == "colourise" else name for name in TASKS]
 PARTS = ("val", "test")
 # Clips of trainX, trainY, testX and valX, and the mean levels of trainX, trainY, testX and testTruth.
 FROZEN: dict[Name, tuple[tuple[int, ...], tuple[float, ...]]] = {
@@ -93,7 +95,7 @@ def test_no_frame_is_in_two_sets_and_the_domains_share_none(name: Name) -> None:
     assert all(held) and sum(map(len, held)) == len(set.union(*held))
 
 
-@pytest.mark.parametrize("film", ["bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4"])
+@pytest.mark.parametrize("film", ["bikes.mp4", "carphone_pristine.mp4", pytest.param("bigbuckbunny.mp4", **BUNNY)])
 def test_no_shot_has_a_cut_in_it(film: str) -> None:
     frames = [cv2.resize(frame, (32, 32)).astype(float) for frame in read_frames(tasks.wheel_clip(film))]
     cuts = {k for k, (a, b) in enumerate(pairwise(frames), 1) if np.abs(a - b).mean() > 40}
@@ -115,6 +117,7 @@ def test_the_night_falls() -> None:
         assert (np.diff(truth.mean((1, 2, 3)) / source.mean((1, 2, 3))) < 0).all()
 
 
+@pytest.mark.thorough
 def test_colourise_hides_the_colours_alone() -> None:
     for source, truth in pairs("colourise", "test"):
         assert (source == source[..., :1]).all() and np.ptp(truth.astype(int), axis=-1).mean() > 4
@@ -190,3 +193,18 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             tasks.main(args)
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_task_is_drawn_without_a_run(written: Path, tmp_path: Path) -> None:
+    picture.main(picture.Args(tmp_path / "task.png", written, clip=1))
+    drawn = cv2.imread(str(tmp_path / "task.png"))[..., ::-1]
+    step = picture.CELL + picture.MARGIN
+    assert drawn.shape == (3 * step, picture.LABEL + picture.MARGIN + 8 * step, 3)
+    source, truth = (
+        next(p for k, p in enumerate(pairs("graded", "test")) if k == 1)[side][:, :, 21:53] for side in (0, 1)
+    )
+    for row, clip in enumerate((source, truth)):
+        shown = drawn[row * step :, picture.LABEL + picture.MARGIN + 7 * step :][: picture.CELL, : picture.CELL]
+        assert np.abs(shown.mean((0, 1)) - clip[7].mean((0, 1))).max() < 3
+    with pytest.raises(UserError, match="testX has fewer than 4 clips"):
+        picture.main(picture.Args(tmp_path / "task.png", written, clip=3))
