@@ -65,7 +65,7 @@ def main(args: Args) -> None:
     source = clip(f"{part}X")
     rows = [clip_row(source, "source")]
     for generator, config in models:
-        name = config.preset if config.method == "rlv2v" else config.method
+        name = f"rlv2v, {config.preset}" if config.method == "rlv2v" else config.method
         rows.append(clip_row(translate_clip(generator, config, source), name))
     if (args.data / f"{part}Truth").is_dir():
         rows.append(clip_row(clip(f"{part}Truth"), "hidden truth"))
