@@ -29,8 +29,8 @@ from rlv2v.files import PARTIAL
 from rlv2v.metrics.evaluation import Split
 
 Synthetic = Literal["synth", "cue"]
-NAMED = re.compile(rf"({'|'.join((*get_args(Synthetic), *tasks.TASKS))})(\d+)")
-EXPECTED = "synth<N>, cue<N>, graded<N>, region<N>, texture<N>, colourise<N> or a dataset folder"
+KINDS = (*get_args(Synthetic), *tasks.TASKS)
+NAMED = re.compile(rf"({'|'.join(KINDS)})(\d+)")
 FEW_SEED = 20241028
 """Of the order in which target clips are taken; the same for every run, so that subsets are nested."""
 
@@ -92,7 +92,8 @@ def make_case(
     if named and size is not None:
         raise UserError(f"--size: expected none, as {case} has it in its name, got {size}")
     if not named and not Path(case).is_dir():
-        raise UserError(f"--case: expected {EXPECTED}, got {one_line(case)}")
+        expected = ", ".join(f"{kind}<N>" for kind in KINDS)
+        raise UserError(f"--case: expected {expected} or a dataset folder, got {one_line(case)}")
     kind = named[1] if named else "folder"
     if reading != "ours" and kind not in get_args(Synthetic):
         raise UserError(f"--reading {reading}: expected a synthetic case, got --case {one_line(case)}")
