@@ -163,13 +163,16 @@ def few_shot(data: Path, num: int, out: Path) -> Path:
     Everything else is the dataset's own: X, S and what is held out.
 
     Raises:
-        UserError: there are fewer clips.
+        UserError: there are fewer clips, or the folder is there and of other clips.
     """
     order = target_order(data)
     if not 1 <= num <= len(order):
         raise UserError(f"--few: expected 1 to {len(order)} target clips of {one_line(data.name)}, got {num}")
     subset = out / f"{data.name if data.parent == out else f'data-{data.name}'}-few{num}"
     if subset.exists():
+        links = {path.resolve() for path in subset.glob("train[YBZ]/*") if path.is_symlink()}
+        if links != {clip.resolve() for clip in order[:num]}:
+            raise UserError(f"{one_line(subset)}: of other clips than {one_line(data)} has; choose another --out")
         return subset
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=f"{PARTIAL}{subset.name}-") as folder:

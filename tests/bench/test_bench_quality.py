@@ -137,6 +137,10 @@ def test_few_shot_subsets_are_nested_and_of_y_and_z(data: Path, tmp_path: Path) 
     assert target_order(data)[0].parent.name == "trainY"
     with pytest.raises(UserError, match="--few: expected 1 to 7 target clips of mine, got 8"):
         few_shot(data, 8, tmp_path)
+    other = tmp_path / "other" / "mine"
+    write_dataset(other, size=16, frames=4, counts=COUNTS)
+    with pytest.raises(UserError, match="data-mine-few2: of other clips than .*other/mine has; choose another --out"):
+        few_shot(other, 2, tmp_path)
 
 
 def test_images_that_are_one_clip_are_taken_together(tmp_path: Path) -> None:
