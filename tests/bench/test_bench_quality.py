@@ -139,7 +139,7 @@ def test_few_shot_subsets_are_nested_and_of_y_and_z(data: Path, tmp_path: Path) 
         few_shot(data, 8, tmp_path)
     other = tmp_path / "other" / "mine"
     write_dataset(other, size=16, frames=4, counts=COUNTS)
-    with pytest.raises(UserError, match="data-mine-few2: of other clips than .*other/mine has; choose another --out"):
+    with pytest.raises(UserError, match=r"data-mine-few2: of other clips than .*other/mine has; choose another --out"):
         few_shot(other, 2, tmp_path)
 
 
