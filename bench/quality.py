@@ -1,41 +1,50 @@
 """Train and evaluate methods at a fixed budget: the command behind the README's table.
 
     python bench/quality.py --case synth32 --methods default cyclegan --seeds 0 1 2
+    python bench/quality.py --case region64 --methods default cyclegan --lr-search 2e-4 6e-4 2e-3
+    python bench/quality.py --case graded64 --methods default cyclegan --few 1 2 5 20
+    python bench/quality.py --case mine --methods default --size 64
 
-Trains every (method, seed) with `python -m rlv2v.train` and evaluates each on a split. Exit code 1 if a run failed.
+Trains every (method, number of target clips, seed) with `python -m rlv2v.train` and measures each on a split with
+`python -m rlv2v.evaluate`, at the videos' own size. bench/quality_cases.py says what the cases are. After an
+interruption the same command goes on: finished runs are not trained again (bench/quality_runs.py). Exit code 1 if a
+run failed, 130 if the bench was asked to end.
 """
 
 from __future__ import annotations
 
-import json
-import re
 import sys
-import time
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import real_pair
+import quality_few
 from harness import Args as SharedArgs
-from harness import Bench, Row, run_python
+from harness import Bench, Row
+from quality_cases import Case, digest, few_shot, has_truth, make_case, pick_split
+from quality_runs import Run, Workers, code_digest, rows_of_run
 
 from rlv2v.cli import run_command
-from rlv2v.data.synth import write_dataset
+from rlv2v.config import Config, check_name
+from rlv2v.data.synth import Reading
 from rlv2v.errors import UserError, one_line
+from rlv2v.method.baselines import METHODS
 from rlv2v.metrics import METRICS
-from rlv2v.metrics.evaluation import evaluate_run
+from rlv2v.metrics.evaluation import Split
 
-Method = Literal["default", "bf16", "paper", "cyclegan", "no-rl", "tiny"]
-FLAGS: dict[Method, list[str]] = {
-    "default": ["--preset", "default"],
-    "bf16": ["--preset", "default", "--precision", "bf16"],
-    "paper": ["--preset", "paper"],
-    "cyclegan": ["--preset", "default", "--method", "cyclegan"],
-    "no-rl": ["--preset", "default", "--no-rl"],
-    "tiny": ["--preset", "tiny"],
+OURS = {
+    "default": ("--preset", "default"),
+    "no-rl": ("--preset", "default", "--no-rl"),
+    "paper": ("--preset", "paper"),
+    "bf16": ("--preset", "default", "--precision", "bf16"),
+    "tiny": ("--preset", "tiny"),
 }
-BUDGETS = {32: 300.0, 64: 600.0}
-"""Seconds, by size."""
+FLAGS: dict[str, tuple[str, ...]] = OURS | {
+    name: ("--preset", "default", "--method", name) for name in METHODS if name != "rlv2v"
+}
+"""The flags of each method: ours in several settings, and the baselines of the registry."""
+BUDGET = 300.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -43,84 +52,149 @@ class Args(SharedArgs):
     """Train, evaluate and compare methods at a fixed budget; --quick: one seed, 10 seconds."""
 
     case: str = "synth32"
-    """synth<N>, the synthetic set at NxN, or real<N>, the pair of bench/real_pair.py at short side N."""
-    methods: tuple[Method, ...] = ("default", "cyclegan")
-    """What to train: default, bf16, paper, cyclegan, no-rl, tiny."""
+    """synth<N>, cue<N>: the synthetic set at NxN. graded<N>, region<N>, texture<N>, colourise<N>: real footage with a
+    hidden truth, trained at NxN. Else a dataset folder: trainX, trainY, valX, perhaps trainZ, trainS, testX."""
+    reading: Reading = "ours"
+    """Of the synthetic set; paper: what the paper's words say."""
+    methods: tuple[str, ...] = ("default", "cyclegan")
+    """What to train: default, no-rl, paper, bf16, tiny, or a baseline's name."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """One run for each method and seed."""
+    """One run for each method and seed; the synthetic sets are drawn by it too."""
+    few: tuple[int, ...] = ()
+    """Train on so many clips of Y and Z together, once for each number; without it on all."""
+    lr_search: tuple[float, ...] = ()
+    """Train each method at each of these learning rates with the first seed, choose on val, report the best on the
+    split; without it a method has its own."""
+    select: str = ""
+    """Metric of that choice and of the few-shot curve; default: psnr where there is a truth, else patch_distance."""
     budget: float | None = None
-    """Seconds of training a run; default: 300 at 32 pixels, 600 at 64."""
+    """Seconds of training a run; default: 300."""
     split: Literal["val", "test"] = "test"
     """Settings are chosen on val, reported on test."""
     frames: int = 8
     """Frames a clip."""
+    size: int | None = None
+    """Side of the training crops of a dataset folder; default: 64."""
+    stored: int | None = None
+    """Short side of the real footage as it is stored and measured; default: as it is trained."""
     out: Path = Path("runs/quality")
-    """Folder for the data and the runs; runs that are there already are an error."""
+    """Folder for the data and the runs; what is finished there is not done again."""
     twice: bool = False
     """Train each run on to twice its budget for a second row."""
+    jobs: int = 1
+    """Runs at a time."""
+
+    def check(self) -> Args:
+        """Raise UserError for a flag that is out of range; return the arguments, changed by --quick."""
+        args = replace(self, seeds=self.seeds[:1], budget=10.0) if self.quick else self
+        if args.budget is not None and args.budget <= 0:
+            raise UserError(f"--budget: expected seconds > 0, got {args.budget:g}")
+        if args.jobs < 1:
+            raise UserError(f"--jobs: expected at least 1, got {args.jobs}")
+        for name in args.methods:
+            check_name("methods", name, FLAGS)
+        if args.select:
+            check_name("select", args.select, METRICS)
+        if wrong := [value for value in args.lr_search if value <= 0]:
+            raise UserError(f"--lr-search: expected learning rates > 0, got {wrong[0]:g}")
+        if args.twice and args.lr_search:
+            raise UserError("--twice: expected no --lr-search with it")
+        for flag in ("methods", "seeds", "few", "lr_search"):
+            values = getattr(args, flag)
+            if len(set(values)) < len(values) or (not values and flag in ("methods", "seeds")):
+                got = " ".join(map(str, values)) or "none"
+                raise UserError(f"--{flag.replace('_', '-')}: expected values that differ, got {got}")
+        return args
 
 
-def make_case(args: Args) -> tuple[Path, int]:
-    """Return the dataset folder of the case, made if it does not exist, and the size in pixels."""
-    named = re.fullmatch(r"(synth|real)(\d+)", args.case)
-    if not named:
-        raise UserError(f"--case: expected synth<N> or real<N>, got {one_line(args.case)}")
-    size, data = int(named[2]), args.out / f"data-{args.case}-{args.frames}"
-    if not data.exists():
-        args.out.mkdir(parents=True, exist_ok=True)
-        if named[1] == "synth":
-            write_dataset(data, size=size, frames=args.frames)
-        else:
-            real_pair.main(real_pair.Args(out=data, frames=args.frames, size=size))
-    return data, size
+class Plan:
+    """Say which runs there are: make their data, and give each run its flags and fingerprint."""
 
+    def __init__(self, args: Args, case: Case) -> None:
+        self.args, self.case, self.code = args, case, code_digest()
+        self.digest = cache(digest)
+        budget = BUDGET if args.budget is None else args.budget
+        self.budgets = (budget, 2 * budget) if args.twice else (budget,)
+        self.data = {seed: case.data(args.out, seed) for seed in args.seeds}
+        data = self.data[args.seeds[0]]
+        self.split: Split = pick_split(data, args.split)
+        self.search_split: Split = pick_split(data, "val") if args.lr_search else self.split
+        truth = has_truth(data, self.search_split)
+        self.select = args.select or ("psnr" if truth else "patch_distance")
+        if METRICS[self.select].needs & {"truth", "synthetic"} and not truth:
+            raise UserError(f"--select {self.select}: expected a metric without truth, as {one_line(data)} has none")
 
-def run_rows(method: Method, seed: int, run: Path, args: Args, data: Path, size: int, budget: float) -> list[Row]:
-    """Train and evaluate one run: a row for each budget, and what copying the source scores.
+    def run(self, method: str, few: int | None, seed: int, lr: float | None) -> Run:
+        """Return one run, with its data made."""
+        case, args = self.case, self.args
+        data = self.data[seed] if few is None else few_shot(self.data[seed], few, args.out)
+        flags = [
+            *FLAGS[method],
+            "--size",
+            case.size,
+            "--frames",
+            case.frames,
+            "--seed",
+            seed,
+            "--augment",
+            case.augment,
+        ]
+        flags += [] if lr is None else ["--lr", f"{lr:g}", "--disc-lr", f"{lr:g}"]
+        name = "-".join([case.name, method, *([f"few{few}"] if few else []), *([f"lr{lr:g}"] if lr else []), str(seed)])
+        row = {"case": case.name, "method": method, "seed": seed, "few": few, "lr": lr}
+        digests = {"data": self.digest(data, case.frames), "code": self.code}
+        stored = {"measured_on": self.digest(self.data[seed], case.frames)}
+        flags_text = tuple(map(str, flags))
+        return Run(args.out / name, data, flags_text, row, self.budgets, args.threads, digests | stored)
 
-    A failed run is a row with `valid: false`.
-    """
-    flags = [*FLAGS[method], "--data", str(data), "--size", str(size), "--frames", str(args.frames)]
-    flags += ["--seed", str(seed)]
-    if args.case.startswith("synth") and method != "paper":
-        flags += ["--augment", "dihedral"]  # its shapes have no up and down
-    rows, seconds = list[Row](), 0.0
-    for total in (budget, 2 * budget) if args.twice else (budget,):
-        row: Row = {"case": args.case, "method": method, "seed": seed, "budget_s": total, "ours": True}
-        try:
-            start, common = time.perf_counter(), ("--out", run, "--budget", f"{total:g}", "--threads", args.threads)
-            run_python("-m", "rlv2v.train", *common, *flags, threads=args.threads)
-            seconds += time.perf_counter() - start  # with start-up
-            result = evaluate_run(run, data, args.split, device="cpu", progress=False)
-        except (RuntimeError, UserError) as error:
-            print(f"{method} seed {seed}: {error}", file=sys.stderr)
-            row |= {"valid": False, "steps": None, "seconds": None, **dict.fromkeys(METRICS)}
-            return [*rows, row]
-        last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-        rows.append(row | {"steps": int(last["step"]), "seconds": round(seconds, 1), **result["rows"]["model"]})
-        flags = ["--resume"]
-    copied: Row = {"case": args.case, "method": "identity", "seed": None, "budget_s": 0.0, "steps": 0, "seconds": 0.0}
-    return [*rows, copied | result["rows"]["identity"]]
+    def best_lr(self, rows: list[Row], method: str, few: int | None) -> float | None:
+        """Return the learning rate of the best row of a search; the first one's where none has a value."""
+        metric = METRICS[self.select]
+        own = [r for r in rows if (r["method"], r.get("few")) == (method, few) and r.get(self.select) is not None]
+        best: Any = min(own, key=lambda row: metric.badness(row[self.select]), default={"lr": self.args.lr_search[0]})
+        return best["lr"]
 
 
 def main(args: Args) -> None:
     """Make the data, run all methods and seeds, print the rows and the JSON line."""
-    if args.quick:
-        args = replace(args, seeds=args.seeds[:1], budget=10.0)
-    if args.budget is not None and args.budget <= 0:
-        raise UserError(f"--budget: expected seconds > 0, got {args.budget:g}")
-    runs = {(m, s): args.out / f"{args.case}-{m}-{s}" for m in args.methods for s in args.seeds}
-    if taken := [run.name for run in runs.values() if run.exists()]:
-        raise UserError(f"--out {one_line(args.out)}: already holds {', '.join(taken)}; choose another folder")
-    with Bench("quality", args, split=args.split) as bench:
-        data, size = make_case(args)
-        budget = BUDGETS.get(size, BUDGETS[64]) if args.budget is None else args.budget
-        copied = list[Row]()
-        for (method, seed), run in runs.items():
-            rows = run_rows(method, seed, run, args, data, size, budget)
-            bench.add(row for row in rows if row["method"] != "identity")
-            copied = [row for row in rows if row["method"] == "identity"] or copied
-        bench.add(copied)
+    args = args.check()
+    case = make_case(args.case, frames=args.frames, reading=args.reading, size=args.size, stored=args.stored)
+    Config.of("default", size=case.size, frames=case.frames).check()
+    plan = Plan(args, case)
+    if plan.split != args.split:
+        print(f"{case.name}: no {args.split}X; measured on valX", file=sys.stderr)
+    few: list[int | None] = [*args.few] or [None]
+    groups = [(method, num) for num in few for method in args.methods]
+    references = dict[str, Row]()
+
+    def collect(runs: list[Run], split: Split, *, search: bool = False) -> None:
+        for run in runs:
+            run.journal()  # what is refused is refused before anything is trained
+        job = lambda run: rows_of_run(run, plan.data[run.row["seed"]], split, workers, search=search)  # noqa: E731
+        for rows in workers.each(job, runs):
+            bench.add(row for row in rows if row["method"] in FLAGS)
+            if not search:
+                for row in rows:
+                    if row["method"] not in FLAGS:
+                        references.setdefault(row["method"], row)
+
+    with Bench("quality", args, split=plan.split, select=plan.select) as bench:
+        try:
+            with Workers(args.jobs, args.threads) as workers:
+                chosen: dict[tuple[str, int | None], float | None] = dict.fromkeys(groups)
+                if args.lr_search:
+                    tried = [plan.run(m, n, args.seeds[0], lr) for m, n in groups for lr in args.lr_search]
+                    collect(tried, plan.search_split, search=True)
+                    chosen = {group: plan.best_lr(bench.rows, *group) for group in groups}
+                collect([plan.run(m, n, s, chosen[m, n]) for m, n in groups for s in args.seeds], plan.split)
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on", file=sys.stderr)
+            raise SystemExit(130) from None
+        bench.add(references.values())
+        if args.few:
+            found = quality_few.curves(bench.rows, plan.select)
+            print(quality_few.table(found, plan.select))
+            quality_few.draw(found, plan.select, case.name, args.out / f"{case.name}-few.png")
 
 
 if __name__ == "__main__":

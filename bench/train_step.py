@@ -108,8 +108,8 @@ class Pair:
         data = self.config.data
 
         def clips(name: str, num: int) -> Tensor:
-            shape = {"seed": self.config.seed, "frames": data.frames, "size": data.size}
-            made = [clip_of(name, step * num + n, **shape)[0] for n in range(num)]
+            indices = range(step * num, (step + 1) * num)
+            made = [clip_of(name, k, seed=self.config.seed, frames=data.frames, size=data.size)[0] for k in indices]
             return to_model(torch.from_numpy(np.stack(made))).to(self.device, self.dtype)
 
         return Clips(*(clips(f"train{name.upper()}", getattr(data, f"batch_{name}")) for name in "xyzs"))

@@ -20,7 +20,7 @@ from rlv2v.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SCRIPTS = sorted(path.stem for path in Path(harness.__file__).parent.glob("*.py"))
-WITH_ARGS = [name for name in SCRIPTS if not name.startswith(("harness", "convlstm_", "data_", "replay_"))]
+WITH_ARGS = [name for name in SCRIPTS if not name.startswith(("harness", "convlstm_", "data_", "quality_", "replay_"))]
 KEYS = ["case", "backend", "pass", "dtype", "median_us", "p20_us", "p80_us", "percent_of_limit", "speedup_over"]
 
 
@@ -154,7 +154,7 @@ def test_a_copy_moves_the_bytes_that_it_stands_for() -> None:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_bench_can_be_imported_and_has_the_shared_flags(name: str) -> None:
     module = importlib.import_module(name)
-    if name in WITH_ARGS and name not in ("real_pair", "picture"):
+    if name in WITH_ARGS and name not in ("tasks", "picture"):
         assert {"json", "quick"} <= {one.name for one in fields(getattr(module, "Args", harness.DeviceArgs))}
     assert module.__doc__.splitlines()[0].endswith(".")
 

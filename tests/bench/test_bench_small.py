@@ -1,10 +1,8 @@
-"""The small benches, each by its smallest case: losses, checkpoint, all_reduce, memory, survive, quality."""
+"""The small benches, each by its smallest case: losses, checkpoint, all_reduce, memory, survive."""
 
 from __future__ import annotations
 
 import json
-import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,8 @@ import checkpoint
 import losses
 import memory
 import pytest
-import quality
 import survive
 import torch
-from harness import Bench
 
 from rlv2v.checkpoint.store import Checkpoints
 from rlv2v.config import Config
@@ -96,36 +92,12 @@ def test_kills_are_compared_bit_by_bit() -> None:
     assert survive.finish(["sh", "-c", "echo first >&2; echo why >&2; exit 3"]) == "exit code 3: why"
 
 
-def test_a_run_that_fails_is_a_row_of_quality(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", "false")
-    args = quality.Args(case="synth16", out=tmp_path)
-    bench = Bench("quality", args)
-    bench.add(quality.run_rows("tiny", 0, tmp_path / "run", args, tmp_path, 16, 1.0))
-    assert [row["valid"] for row in bench.rows] == [False] and bench.rows[0]["ours"]
-    (tmp_path / "synth16-tiny-0").mkdir()
-    for changes, message in (
-        ({"methods": ("tiny",), "seeds": (0,)}, "already holds synth16-tiny-0; choose another folder"),
-        ({"budget": 0.0}, "--budget: expected seconds > 0, got 0"),
-        ({"case": "synth"}, "--case: expected synth<N> or real<N>, got synth"),
-    ):
-        with pytest.raises(UserError, match=message):
-            quality.main(replace(args, **changes))
-
-
 @pytest.mark.thorough
 def test_all_reduce_of_two_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     result = result_of(all_reduce.main, all_reduce.Args(rounds=3, widths=(4, 8)), capsys)
     ours, flat = result["rows"]
     assert (ours["backend"], flat["backend"]) == ("Reducer", "flat") and set(ours["speedup_over"]) == {"flat"}
     assert ours["gb_s"] > 0 and result["ranks"] == 2
-
-
-@pytest.mark.thorough
-def test_quality_of_a_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    args = quality.Args(case="synth16", methods=("tiny",), seeds=(0,), budget=2.0, frames=4, out=tmp_path, twice=True)
-    rows = result_of(quality.main, args, capsys)["rows"]
-    assert [row["method"] for row in rows] == ["tiny", "tiny", "identity"]
-    assert [row["budget_s"] for row in rows] == [2.0, 4.0, 0.0] and rows[1]["steps"] > rows[0]["steps"] > 0
 
 
 @pytest.mark.thorough

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from rlv2v.data import synth, video
 from rlv2v.data.index import open_dataset
-from rlv2v.data.synth import Counts
+from rlv2v.data.synth import Counts, Reading, Switch
 from rlv2v.errors import UserError
 from rlv2v.synth import Args, main
 
@@ -121,3 +123,62 @@ def test_bad_arguments_are_named_and_nothing_is_written(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             main(Args(tmp_path / "out", **changes))
     assert list(tmp_path.iterdir()) == []
+
+
+def digest(**settings: Any) -> str:
+    """Return the start of the SHA-256 over the pixels of the first three clips of every set, and their truths."""
+    clips = [clip for name in synth.SETS for k in range(3) for clip in synth.clip_of(name, k, **settings)]
+    return hashlib.sha256(b"".join(clip.tobytes() for clip in clips)).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    ("reading", "switch", "expected"),
+    [
+        ("ours", "half", "e6603fb64beca473"),
+        ("paper", "half", "03911aa0f01faafe"),
+        ("ours", "crossing", "1102f7e4e1922a2a"),
+    ],
+)
+def test_the_sets_are_frozen(reading: Reading, switch: Switch, expected: str) -> None:
+    """Figures of two commits compare only if their clips are the same: never draw anything in another order."""
+    assert digest(seed=0, frames=8, size=32, reading=reading, switch=switch) == expected
+
+
+def test_the_papers_words_put_circles_on_black_into_z_and_on_one_colour_into_s() -> None:
+    for name, behind in (("trainZ", [(0, 0, 0)]), ("trainS", [BLUE, RED])):
+        for index in range(6):
+            clip, truth = synth.clip_of(name, index, seed=1, frames=8, size=32, reading="paper")
+            colours = {tuple(colour) for colour in np.unique(clip.reshape(-1, 3), axis=0)}
+            assert colours & {(0, 0, 0), BLUE, RED} == {behind[index % len(behind)]} and len(colours) == 2
+            inside = (truth != truth[:, :1, :1]).any(-1) if name == "trainS" else clip.any(-1)
+            box = inside[0][np.ix_(inside[0].any(1), inside[0].any(0))]
+            assert box.shape[0] == box.shape[1] and not box[0, 0] and box[len(box) // 2].all(), "a circle"
+    for name in ("trainX", "trainY", "testX"):
+        drawn = [synth.clip_of(name, 0, seed=1, frames=8, size=32, reading=r) for r in ("ours", "paper")]
+        np.testing.assert_array_equal(*drawn)
+
+
+@pytest.mark.parametrize(("frames", "size"), [(8, 32), (16, 64), (2, 16), (5, 33)])
+def test_the_background_turns_red_when_the_object_leaves_its_half(frames: int, size: int) -> None:
+    """The rule by hand, from the source's pixels alone: each frame's first and last column of the object."""
+    times, sides = [], []
+    for index in range(60):
+        source, truth = synth.clip_of("testX", index, seed=0, frames=frames, size=size, switch="crossing")
+        columns = [np.flatnonzero(frame.any((0, 2))) for frame in source]
+        sides.append([np.sign(c[0] + c[-1] + 1 - size) for c in columns])
+        assert sides[-1][0] != 0
+        expected = next(t for t, side in enumerate(sides[-1]) if side != sides[-1][0])
+        behind = [{tuple(colour) for colour in frame[~mask]} for frame, mask in zip(truth, source.any(-1), strict=True)]
+        assert behind == [{BLUE}] * expected + [{RED}] * (frames - expected)
+        times.append(expected)
+    assert set(times) == set(range(1, frames)), "at every frame but the first, so the index does not tell"
+    places = np.array(sides)[:, -1]
+    assert 15 < np.count_nonzero(places > 0) < 45, "red on either side, so the place does not tell"
+
+
+def test_the_cue_is_in_y_and_z_too(tmp_path: Path) -> None:
+    main(Args(tmp_path / "cue", switch="crossing", counts=Counts(x=8, y=80, z=80, s=2, val=1, test=1)))
+    for name in ("trainY", "trainZ"):
+        times = {int((clip == RED).all(-1).any((1, 2)).argmax()) for clip in read_set(tmp_path / "cue" / name)}
+        assert len(times) >= 3 and 0 not in times
+    assert json.loads((tmp_path / "cue/dataset.json").read_text())["switch"] == "crossing"
