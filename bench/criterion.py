@@ -6,11 +6,12 @@ A run is given with the name of its task. Its `selection.jsonl` has a line for e
 truth, and what the truth says. The checkpoints of all runs of a task, and its source, copied, are ranked by each
 candidate of `rlv2v.metrics.criterion` and by the truth: the mean of the ranks by L1, PSNR and SSIM. A row has
 
-    spearman     the rank correlation of the two over all of a task (1: the same order); `pooled` takes the ranks within
-                 each task, all tasks together
-    methods      that over the last checkpoints of the runs and the source, copied
-    within_run   that over the checkpoints of a run, mean of the runs
-    lost_db      the PSNR of a run's best checkpoint less that of the one that is chosen, mean of the runs
+    spearman        the rank correlation of the two over all of a task (1: the same order); `pooled` takes the ranks
+                    within each task, all tasks together
+    l1, psnr, ssim  the same with the ranks by one of them, mean of the tasks
+    methods         that over the last checkpoints of the runs and the source, copied
+    within_run      that over the checkpoints of a run, mean of the runs
+    lost_db         the PSNR of a run's best checkpoint less that of the one that is chosen, mean of the runs
 
 `newest` is no criterion: it says what is lost by taking the last checkpoint, as one does without one.
 """
@@ -94,9 +95,9 @@ def ranks(values: Sequence[float] | np.ndarray) -> np.ndarray:
     return np.asarray((below + (equal - 1) / 2) / max(1, len(array) - 1))
 
 
-def truth_ranks(checkpoints: Sequence[Checkpoint]) -> np.ndarray:
-    """Return the rank of each checkpoint by the truth, 0 the best: the mean of those by L1, PSNR and SSIM."""
-    return np.mean([ranks([METRICS[n].badness(c.truth[n]) for c in checkpoints]) for n in TRUTHS], axis=0)
+def truth_ranks(checkpoints: Sequence[Checkpoint], metrics: Sequence[str] = TRUTHS) -> np.ndarray:
+    """Return the rank of each checkpoint by the truth, 0 the best: of the mean of its ranks by the metrics."""
+    return ranks(np.mean([ranks([METRICS[n].badness(c.truth[n]) for c in checkpoints]) for n in metrics], axis=0))
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
@@ -106,9 +107,9 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def spearman(checkpoints: Sequence[Checkpoint], name: str) -> float | None:
+def spearman(checkpoints: Sequence[Checkpoint], name: str, metrics: Sequence[str] = TRUTHS) -> float | None:
     """Return Spearman's rank correlation of a candidate with the truth."""
-    return correlation(ranks([c.score(name) for c in checkpoints]), ranks(truth_ranks(checkpoints)))
+    return correlation(ranks([c.score(name) for c in checkpoints]), truth_ranks(checkpoints, metrics))
 
 
 def mean(values: Sequence[float | None]) -> float | None:
@@ -151,17 +152,20 @@ def rows_of(tasks: dict[str, list[Checkpoint]]) -> list[Row]:
             runs = by_run(checkpoints)
             row: Row = {"case": task, **head, "num": len(checkpoints), "num_runs": len(runs)}
             row["spearman"] = spearman(checkpoints, name)
+            row |= {metric: spearman(checkpoints, name, [metric]) for metric in TRUTHS}
             row["methods"] = over_methods(checkpoints, name)
             row["within_run"] = mean([spearman(run, name) for run in runs])
             own.append(row | {"lost_db": mean([lost_db(run, name) for run in runs])})
         rows += own
         scores, truths = (
             np.concatenate([function(checkpoints) for checkpoints in tasks.values()])
-            for function in (scorer(name), lambda checkpoints: ranks(truth_ranks(checkpoints)))
+            for function in (scorer(name), truth_ranks)
         )
         pooled: Row = {"case": "pooled", **head, "num": len(scores), "num_runs": sum(r["num_runs"] for r in own)}
         pooled["spearman"] = correlation(scores, truths)
-        rows.append(pooled | {key: mean([row[key] for row in own]) for key in ("methods", "within_run", "lost_db")})
+        rows.append(
+            pooled | {key: mean([row[key] for row in own]) for key in (*TRUTHS, "methods", "within_run", "lost_db")}
+        )
     return rows
 
 
