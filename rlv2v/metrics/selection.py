@@ -90,7 +90,7 @@ class Selection:
         best = self.best
         return (
             f"stopped by --patience {self.config.checkpoint.patience} at step {self.lines[-1]['step']}: the best "
-            f"checkpoint is that of step {best['step']}, criterion {best['criterion']:.4g}; go on with --resume "
+            f"checkpoint is that of step {best['step']}, criterion {best['criterion']:.4g}; to train on: --resume "
             f"--patience {2 * self.config.checkpoint.patience} --out {self.config.out}"
         )
 

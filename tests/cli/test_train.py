@@ -108,7 +108,7 @@ def test_patience_ends_a_run_that_may_go_on(data: Path, tmp_path: Path, command:
     code, _, err = command("train", "--preset", "tiny", "--data", data, "--out", run, *still, "--patience", 2)
     assert code == 0 and newest(run).name == "00000002"
     assert err.splitlines()[-1].startswith("stopped by --patience 2 at step 2: the best checkpoint is that of step 0,")
-    assert err.splitlines()[-1].endswith(f"; go on with --resume --patience 4 --out {run}")
+    assert err.splitlines()[-1].endswith(f"; to train on: --resume --patience 4 --out {run}")
     code, _, err = command("train", "--resume", "--out", run)
     assert code == 0 and "stopped by --patience 2 at step 2" in err and newest(run).name == "00000002"
     assert command("train", "--resume", "--out", run, "--patience", 4)[0] == 0 and newest(run).name == "00000004"
