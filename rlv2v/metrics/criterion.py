@@ -88,7 +88,7 @@ CRITERIA: dict[str, Criterion] = {
         ),
     )
 }
-DEFAULT = "looks+content"
+DEFAULT = "looks+edges"
 
 
 def criterion(own: Row, identity: Row) -> float:
