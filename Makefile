@@ -1,4 +1,4 @@
-# make env | train | test | test-thorough | test-native | lint | docs | bench | clean   (each sets up .venv first; see CONTRIBUTING.md)
+# make env | train | test | test-thorough | test-native | lint | results | docs | bench | clean   (each sets up .venv first; see CONTRIBUTING.md)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -12,14 +12,15 @@ BIN := $(CURDIR)/.venv/bin
 ENV := .venv/.up-to-date
 PEERS := .venv/.peers
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-# Microbenchmarks: bench/ without what they share, the makers of data and pictures, and the trainings of an hour.
-BENCHES := $(filter-out bench/harness.py bench/picture.py bench/tasks.py \
+# Microbenchmarks: bench/ without what they share, the makers of data and pictures, and what trains for an hour or reads
+# such trainings.
+BENCHES := $(filter-out bench/harness.py bench/picture.py bench/tasks.py bench/criterion.py \
   $(wildcard bench/quality*.py bench/replay_*.py bench/data_*.py bench/convlstm_*.py),$(wildcard bench/*.py))
 # One set of versions for the environment and for the isolated builds inside it (two names: old and new pip).
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
-.PHONY: help env train test test-thorough test-native lint docs bench clean
+.PHONY: help env train test test-thorough test-native lint results docs bench clean
 
 help:
 	@sed -n 1p Makefile
@@ -74,6 +75,10 @@ lint: $(ENV)
 	$(BIN)/lint-imports
 	$(BIN)/python docs/check.py
 	$(BIN)/python docs/figures.py
+
+# The tables and figures of README.md and docs/, from the JSON files in bench/results/.
+results: $(ENV)
+	$(BIN)/python docs/figures.py --write
 
 docs: $(ENV)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

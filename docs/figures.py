@@ -1,7 +1,7 @@
 """Check the measured figures of README.md and docs/ against the JSON files in bench/results/.
 
     python docs/figures.py             list each figure with its JSON and that JSON's age in commits
-    python docs/figures.py --write     bring figures and generated tables up to date first
+    python docs/figures.py --write     bring figures and generated tables up to date first (`make results`)
 
 docs/figures.toml lists the figures. Exit code 1: a figure or table differs from its JSON, a text or a JSON is missing,
 or a page holds a number with a unit of measurement that the list does not know.
@@ -13,13 +13,14 @@ import argparse
 import fnmatch
 import json
 import re
-import statistics
 import subprocess
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from quality_tables import Style, results, summary, table, without_ages
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -39,8 +40,7 @@ def read_list() -> dict[str, Any]:
 
 
 LIST = read_list()
-METRICS = LIST["metrics"]
-SUMMARY = [key for key in METRICS if key != "foreground_error"]
+STYLE = Style(LIST["methods"], LIST["order"], LIST["tasks"], LIST["summary"])
 
 
 @cache
@@ -113,31 +113,13 @@ def fill(text: str) -> str:
     return FIGURE.sub(figure, text)
 
 
-def table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table, without blanks around the cells if it would be wider than 100 characters."""
-    lines = ["| " + " | ".join(line) + " |\n" for line in (header, ["---"] * len(header), *body)]
-    return "".join(lines) if max(map(len, lines)) <= 101 else "".join(line.replace(" | ", "|") for line in lines)
-
-
-def run_cells(found: list[dict[str, Any]], metrics: Iterable[str]) -> list[str]:
-    """Return method, seeds, seconds, steps and medians of metrics of some runs of one method as texts."""
-    seeds, steps = (" ".join(str(row[key]) for row in found if row["seed"] is not None) for key in ("seed", "steps"))
-    texts = [LIST["methods"][found[0]["method"]], seeds, f"{found[0]['budget_s']:.0f}" if seeds else "", steps]
-    for key in metrics:
-        values = [row[key] for row in found if row[key] is not None]
-        texts.append(f"{statistics.median(values):.{METRICS[key][1]}f}" if values else "")
-    return texts
-
-
 def make_table(name: str) -> str:
     """Return a table that README.md or docs/ show between `<!-- table NAME -->` and `<!-- end -->`."""
-    if name == "quality":
-        lines = [[title, *run_cells(rows(*group), SUMMARY)] for title, *group in LIST["quality"]]
-        header = ["set", "method", "seeds", "s", *(METRICS[key][0] for key in SUMMARY)]
-        return table(header, [line[:4] + line[5:] for line in lines])  # without the steps
-    if name == "runs":
-        lines = [[row["file"].removeprefix("quality-"), *run_cells([row], METRICS)] for row in rows("quality-*", "")]
-        return table(["file", "method", "seed", "s", "steps", *(title for title, _ in METRICS.values())], lines)
+    if name in ("quality", "results"):
+        contents = {file: load(file) for file in files("quality-*")}
+        if name == "quality":
+            return summary(contents, STYLE)
+        return results(contents, {file: age(file) for file in contents}, STYLE)
     if name == "decisions":
         found = [
             (date, f"- {date} [{path.stem}]({path.name}): {title}\n")
@@ -149,6 +131,11 @@ def make_table(name: str) -> str:
     cells = [[(cell, spec["columns"] if "$" in cell else [""]) for cell in row] for row in spec["rows"]]
     lines = [[fill(cell.replace("$", column)) for cell, columns in row for column in columns] for row in cells]
     return table(spec["header"], lines)
+
+
+def tables_of(text: str) -> list[str]:
+    """Return the generated tables of a page."""
+    return [table for _, _, table, _ in TABLE.findall(text)]
 
 
 def blank(match: re.Match[str]) -> str:
@@ -180,8 +167,10 @@ def check(path: Path, *, write: bool) -> Iterable[str]:
             yield f"{name}:{number}: {measured!r} has no entry in docs/figures.toml"
     if content != original and write:
         path.write_text(content)
-    elif TABLE.findall(content) != TABLE.findall(original):
-        yield f"{name}: a table differs from its JSON; run python docs/figures.py --write"
+    elif any(
+        without_ages(new) != without_ages(old) for new, old in zip(*map(tables_of, (content, original)), strict=True)
+    ):
+        yield f"{name}: a table differs from its JSON; run make results"
 
 
 def main() -> None:

@@ -202,6 +202,9 @@ class CheckpointConfig:
     """Seconds between checkpoints; each comes with a grid of samples."""
     keep: int = 2
     """How many of the newest checkpoints are kept; the best one is kept as well."""
+    patience: int = 0
+    """Stop after this many checkpoints in a row that are no better than the best one before, by the criterion that
+    needs no truth; 0: never."""
 
 
 def rules() -> Iterator[tuple[Iterable[str], str, Callable[[Any], bool]]]:
@@ -216,7 +219,16 @@ def rules() -> Iterator[tuple[Iterable[str], str, Callable[[Any], bool]]]:
     counts = ("rl_every", "replay_capacity", "loader_threads", "keep")
     yield [*BATCH, *counts], "at least 1", lambda value: value >= 1
     weights = ("l_adv", "l_v", "l_tau", "l_rc", "rl_weight", "reward_distance", "replay_alpha", *TERMS)
-    others = ("threads", "disc_frames", "warmup_steps", "replicas", "weight_decay", "clip_grad", "snapshot_seconds")
+    others = (
+        "threads",
+        "disc_frames",
+        "warmup_steps",
+        "replicas",
+        "weight_decay",
+        "clip_grad",
+        "snapshot_seconds",
+        "patience",
+    )
     yield [*weights, *others], "a number >= 0", lambda value: value >= 0
     yield ["lr", "disc_lr", "warmup_lr"], "a number > 0", lambda value: value > 0
     yield ["gamma", "average"], "0 <= value < 1", lambda value: 0 <= value < 1

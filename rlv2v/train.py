@@ -26,8 +26,8 @@ from rlv2v.flags import DESCRIPTION, flags_type, resolve
 from rlv2v.method.clips import Clips, make_loader
 from rlv2v.method.memory import advise
 from rlv2v.method.pretrain import warm_up
-from rlv2v.method.samples import Samples, pick_samples, render_samples
 from rlv2v.method.step import Algorithm
+from rlv2v.metrics.selection import Selection
 from rlv2v.runtime.device import out_of_memory
 from rlv2v.runtime.distributed import StepControl, World, connect, restarts
 from rlv2v.runtime.interrupt import Interrupt
@@ -100,8 +100,7 @@ def run(config: Config, world: World, interrupted: Interrupt) -> None:
         start = time.monotonic() - schedule.seconds
         checkpoint_at = schedule.seconds + config.checkpoint.snapshot_seconds
         guard, timer = NanGuard(device), StepTimer(device)
-        samples = pick_samples(config) if world.first else []
-        run_log = None
+        run_log = selection = None
         if world.first:
             lengths = {name: 1 if name == "s" else config.data.frames for name in loader.sampler.batch}
             frames = world.size * sum(num * lengths[name] for name, num in loader.sampler.batch.items())
@@ -109,19 +108,27 @@ def run(config: Config, world: World, interrupted: Interrupt) -> None:
                 config.out, step=schedule.step, seconds=schedule.seconds, total=config.length, frames=frames
             )
             stack.enter_context(closing(run_log))
+            selection = Selection(config, schedule.step, store.best if resumed else None)
+
+        def out_of_patience() -> bool:
+            patience = config.checkpoint.patience
+            return patience > 0 and world.broadcast_object(
+                lambda: selection is not None and selection.num_since_best >= patience
+            )
 
         def checkpoint() -> None:
             timer.mark("")
             guard.read(everything=True)
             check_weights(algorithm.nets.named_children(), schedule.step)
-            metric, run_files = summarise(algorithm, store, samples, run_log) if run_log else (None, {})
+            metric, run_files = summarise(algorithm, selection, run_log) if run_log and selection else (None, {})
             save(store, algorithm, loader, world, metric=metric, run_files=run_files)
             timer.mark("checkpoint")
 
         if not resumed:
             checkpoint()
+        is_stale = out_of_patience()
         control = world.all_agree(StepControl(False, schedule.seconds, False))
-        while schedule.progress < 1.0 and not control.stop:
+        while schedule.progress < 1.0 and not control.stop and not is_stale:
             timer.mark("host")
             clips = Clips.of(next(loader), device, config.per_frame)
             timer.mark("data")
@@ -144,30 +151,27 @@ def run(config: Config, world: World, interrupted: Interrupt) -> None:
             if control.save:
                 checkpoint()
                 checkpoint_at = schedule.seconds + config.checkpoint.snapshot_seconds
+                is_stale = out_of_patience()
         checkpoint()
         store.wait()
         world.barrier()
     if control.stop:
         say_stopped(interrupted, f"at step {schedule.step}", config, world)
+    elif is_stale and selection:
+        print(selection.say_stale(), file=sys.stderr)
 
 
-def summarise(
-    algorithm: Algorithm, store: Checkpoints, samples: Samples, run_log: RunLog
-) -> tuple[float | None, dict[str, bytes]]:
-    """Draw the sample grid of a checkpoint; return the metric that ranks it and the models that are written with it.
-
-    The metric is the error on the samples where their truth is known, else the remaining gap; None before any step.
-    """
+def summarise(algorithm: Algorithm, selection: Selection, run_log: RunLog) -> tuple[float, dict[str, bytes]]:
+    """Measure a checkpoint and draw its sample grid; return its criterion and the models that are written with it."""
     config, schedule = algorithm.config, algorithm.schedule
     g: Any = algorithm.average if config.optim.average else algorithm.nets
-    rows, metric = render_samples(g.g_y, config, samples)
+    rows = selection.measure(schedule.step, schedule.seconds, g.g_y)
     run_log.sample_grid(config.out / "samples" / f"{schedule.step:08d}.png", rows)
-    if metric is None and schedule.step:
-        metric = schedule.remaining_gap.item()
+    run_log.write_checkpoint(schedule.step, selection.values())
     files = {"model.safetensors": pack_translators(g.g_x, g.g_y, config)}
-    if metric is not None and (store.best is None or metric < store.best[1]):
+    if selection.is_best:
         files["best.safetensors"] = files["model.safetensors"]
-    return metric, files
+    return selection.lines[-1]["criterion"], files
 
 
 def say_stopped(interrupted: Interrupt, moment: str, config: Config, world: World) -> None:

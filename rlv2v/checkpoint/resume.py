@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 FREE_ON_RESUME = frozenset(
     {
         *("data", "out", "resume", "steps", "budget", "device", "threads", "loader_threads", "snapshot_seconds"),
-        *("memory", "graphs", "replicas", "keep"),
+        *("memory", "graphs", "replicas", "keep", "patience"),
     }
 )
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from rlv2v.data.index import Source, index_folder
 from rlv2v.data.readers import FrameReader
-from rlv2v.data.video import Upright, fit_size, open_video, resize, stream_of
+from rlv2v.data.video import Upright, centre_crop, fit_size, open_video, resize, stream_of
 from rlv2v.metrics.base import FVD_FRAMES, METRICS, Frame, Kind, Scene, Values
 
 MAX_PLACES = 64  # of all images, evenly over them
@@ -25,12 +25,17 @@ class References:
     Args:
         sources: usable sources, each with the sets that it belongs to; the frames are spaced evenly over all of them.
         networks: by metric, see `rlv2v.metrics.learned`; with `fvd` each frame is the last of a run of 16.
+        square: measure the middle square of each frame, as training sees it, instead of the whole frame.
     """
 
     def __init__(
-        self, sources: Sequence[tuple[Source, frozenset[Kind]]], networks: Mapping[str, Any] | None = None
+        self,
+        sources: Sequence[tuple[Source, frozenset[Kind]]],
+        networks: Mapping[str, Any] | None = None,
+        *,
+        square: bool = False,
     ) -> None:
-        self.sources, self.networks = list(sources), networks or {}
+        self.sources, self.networks, self.square = list(sources), networks or {}, square
         self.kinds: set[Kind] = set().union(*(kinds for _, kinds in self.sources))
         self.run = FVD_FRAMES if "fvd" in self.networks else 1
         lengths = [source.num_frames for source, _ in self.sources]
@@ -41,13 +46,19 @@ class References:
         self._thumbnails: list[np.ndarray] = []
 
     @classmethod
-    def open(cls, folders: Mapping[Path, frozenset[Kind]], networks: Mapping[str, Any] | None = None) -> References:
+    def open(
+        cls,
+        folders: Mapping[Path, frozenset[Kind]],
+        networks: Mapping[str, Any] | None = None,
+        *,
+        square: bool = False,
+    ) -> References:
         """Return the usable sources of those folders that exist, each of the given kinds."""
         sources = []
         for folder, kinds in folders.items():
             found = index_folder(folder, frames=1, stills=folder.name.endswith("S")) if folder.is_dir() else []
             sources += [(source, kinds) for source in found if source.status != "excluded"]
-        return cls(sources, networks)
+        return cls(sources, networks, square=square)
 
     def clips(self, short: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (number of the source, the clip that ends with a picked frame), uint8 (1 or 16,H,W,3), scaled."""
@@ -68,7 +79,8 @@ class References:
         if short not in self._measured:
             measured: dict[Kind, list[tuple[int, dict[str, np.ndarray]]]] = {kind: [] for kind in self.kinds}
             thumbnails = []
-            for index, (number, clip) in enumerate(self.clips(short)):
+            for index, (number, frames) in enumerate(self.clips(short)):
+                clip = centre_crop(frames, short) if self.square else frames
                 last = index if self.run == 1 else (index + 1) * FVD_FRAMES - 1  # of a run
                 frame = Frame(clip[-1], Scene(clip[-1]), last, recent=tuple(clip), networks=self.networks)
                 for kind in self.sources[number][1]:

@@ -31,6 +31,7 @@ class RunLog:
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
         self.unit, self.total = total
         self.frames, self.last = frames, (step, seconds)
+        self.shown: dict[str, str] = {}
         self.bar = tqdm(
             total=self.total,
             initial=min(self.total, step if self.unit == "step" else round(seconds, 1)),
@@ -55,8 +56,14 @@ class RunLog:
         self.file.write(json.dumps({"step": step, "seconds": round(seconds, 3), **values}) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
-        shown |= {name: f"{values[name]:.3g}" for name in ("loss", "loss_d", "loss_q", "gap") if name in values}
-        self.bar.set_postfix(shown)
+        shown |= {name: f"{values[name]:.3g}" for name in ("loss", "loss_d", "loss_q") if name in values}
+        self.bar.set_postfix(shown | self.shown)
+
+    def write_checkpoint(self, step: int, values: Mapping[str, float]) -> None:
+        """Show a checkpoint's criterion and the best so far in the bar, and all values of it in TensorBoard."""
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        self.shown = {name: f"{values[name]:.3g}" for name in ("criterion", "best_criterion")}
 
     def sample_grid(self, path: Path, rows: list[np.ndarray]) -> None:
         """Save clips (T,H,W,3) uint8 as rows of one PNG, a frame a column."""

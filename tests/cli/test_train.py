@@ -85,6 +85,37 @@ def test_the_best_model_is_kept_beside_the_newest(data: Path, tmp_path: Path) ->
         assert all(torch.equal(value, average[f"g_y.{key}"]) for key, value in g.state_dict().items()), name
 
 
+def test_the_best_is_that_of_the_criterion_whatever_the_truth_says(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, scores = tmp_path / "run", iter([3.0, 1.0, 2.0, 2.5, 2.5, 1.5, 1.5])  # the last checkpoint is measured twice
+    monkeypatch.setattr("rlv2v.metrics.selection.criterion", lambda own, identity: next(scores))
+    train(tiny(data, run, steps=3, snapshot_seconds=0.0, lr=0.02))
+    best = (run / "best.safetensors").read_bytes()
+    by_truth = min(read_metrics(run / "selection.jsonl"), key=lambda line: line["truth"]["l1"])  # type: ignore[index]
+    assert store_of(run).best == (1, 1.0) and by_truth["step"] != 1
+    train(tiny(data, run, steps=4, snapshot_seconds=0.0, lr=0.02, resume=True))
+    assert store_of(run).best == (1, 1.0) and (run / "best.safetensors").read_bytes() == best
+    g, _ = load_translator(run, best=True)
+    average = store_of(run).load(1)["average"]
+    assert all(torch.equal(value, average[f"g_y.{key}"]) for key, value in g.state_dict().items())
+    assert [line["step"] for line in read_metrics(run / "selection.jsonl")] == [0, 1, 2, 3, 4]
+
+
+def test_patience_ends_a_run_that_may_go_on(data: Path, tmp_path: Path, command: Command) -> None:
+    run = tmp_path / "run"  # nothing changes in it, so that no checkpoint is better than the first
+    still = ("--steps", 9, "--snapshot-seconds", 0, "--lr", 1e-12, "--mask-prior", 0)
+    code, _, err = command("train", "--preset", "tiny", "--data", data, "--out", run, *still, "--patience", 2)
+    assert code == 0 and newest(run).name == "00000002"
+    assert err.splitlines()[-1].startswith("stopped by --patience 2 at step 2: the best checkpoint is that of step 0,")
+    assert err.splitlines()[-1].endswith(f"; to train on: --resume --patience 4 --out {run}")
+    code, _, err = command("train", "--resume", "--out", run)
+    assert code == 0 and "stopped by --patience 2 at step 2" in err and newest(run).name == "00000002"
+    assert command("train", "--resume", "--out", run, "--patience", 4)[0] == 0 and newest(run).name == "00000004"
+    code, _, err = command("train", "--resume", "--out", run, "--patience", 0)
+    assert code == 0 and "stopped" not in err and newest(run).name == "00000009"
+
+
 def test_same_seed_same_run_other_seed_other_run(data: Path, trained: Path, tmp_path: Path) -> None:
     train(tiny(data, tmp_path / "again"))
     train(tiny(data, tmp_path / "other", seed=1))

@@ -116,6 +116,14 @@ def test_sigterm_to_one_rank_saves_and_ends_all(data: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.thorough
+def test_patience_ends_all_ranks(data: Path, tmp_path: Path) -> None:
+    still = ("--steps", 100, "--snapshot-seconds", 0, "--lr", 1e-12, "--mask-prior", 0, "--patience", 2)
+    first, second = run_ranks(2, *train_flags(data, tmp_path / "run", "--preset", "tiny", *still))
+    assert "stopped by --patience 2 at step" in first and "stopped" not in second
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "selection.jsonl")][-1] < 10
+
+
+@pytest.mark.thorough
 def test_two_nodes_are_two_ranks(data: Path, tmp_path: Path) -> None:
     """Start two torchruns that meet at an address, as on two machines that share the folder of the run."""
     run, address = tmp_path / "run", f"127.0.0.1:{free_port()}"
