@@ -61,7 +61,7 @@ def main(args: Args) -> None:
     source = clip("testX")
     rows = [clip_row(source, "source")]
     for g, c in models:
-        name = "per-frame CycleGAN" if c.per_frame else f"rlv2v, {c.preset}"
+        name = f"rlv2v, {c.preset}" if c.method == "rlv2v" else c.method
         rows.append(clip_row(translate_clip(g, c, source), name))
     rows.append(clip_row(clip("testTruth"), "hidden truth"))
     if not cv2.imwrite(str(args.out), np.concatenate(rows, 0)[..., ::-1]):

@@ -9,7 +9,7 @@ import numpy as np
 from rlv2v.config import Config
 from rlv2v.data.loader import evaluation_clips
 from rlv2v.method.translation import translate_clip
-from rlv2v.model import Translator
+from rlv2v.model import Generator
 
 Samples = list[tuple[np.ndarray, list[np.ndarray]]]
 NUM_SAMPLES = 3  # clips in a grid
@@ -27,7 +27,7 @@ def pick_samples(config: Config) -> Samples:
     return [(clip, [truths[name]] if name in truths else []) for name, clip in clips(names[0])]
 
 
-def render_samples(g: Translator, config: Config, samples: Samples) -> tuple[list[np.ndarray], float | None]:
+def render_samples(g: Generator, config: Config, samples: Samples) -> tuple[list[np.ndarray], float | None]:
     """Return the rows of a sample grid (source, translation, truth of each), and the mean absolute error in 0..1.
 
     The error is None where there is no truth.
