@@ -7,9 +7,13 @@ of the source are mapped to those of the target, one axis after the other by one
     u <- R^T f(R u),   f_i = C_target,i^-1 o C_source,i        with C the cumulative distributions along axis i
 
 The linear map of the same authors (Monge-Kantorovitch, 2007) would not do: it moves all colours of a frame alike, while
-the synthetic set turns black to blue and leaves the other colours. Unlike the paper we carry the nodes of a table along
-the iterations, so the map is baked into it, and leave out the regraining that follows there: it would look at the
-frame's neighbouring pixels, and the table has no noise to hide.
+the synthetic set turns black to blue and leaves the other colours.
+
+Three things differ from the paper. Colours are spread over their grey level first, so that the many equal pixels of a
+plain background can be told apart on the way. The map is baked into a table: a
+node moves by the median of how the samples around it move, and where there are none, as it is carried along itself. (A
+mean would mix the new background with the colours of objects, wherever the two domains have unequally much of it.) And
+the regraining that follows there is left out, which looks at a frame's neighbouring pixels: medians leave no noise.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ from rlv2v.model.generator import Generator
 
 NODES = 17  # of the table, along each axis
 ITERATIONS = 30  # bases
+GREY_LEVEL = 1.0 / 127.5
+CARRIED = 0.1  # weight of a node's own image, in samples
 
 
 def nodes() -> np.ndarray:
@@ -34,40 +40,72 @@ def nodes() -> np.ndarray:
     return np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1)
 
 
-def monotone(source: np.ndarray, target: np.ndarray, *points: np.ndarray) -> list[np.ndarray]:
-    """Map points (n,) by the monotone function that takes the distribution of `source` (s,) to that of `target` (t,).
+def monotone(source: np.ndarray, target: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Map `source` (s,) and points (n,) by the monotone function that gives `source` the distribution of `target` (t,).
 
-    Equal values of the source share ranks: they go to the mean of the target's quantiles there. Beyond the source's
-    range the function goes on with slope 1.
+    Between values of the source it is linear; beyond their range it goes on with slope 1.
     """
+    order = np.argsort(source)
     ranks = (np.arange(len(source)) + 0.5) / len(source)
     quantiles = np.interp(ranks, (np.arange(len(target)) + 0.5) / len(target), np.sort(target))
-    values, counts = np.unique(source, return_counts=True)
-    # `quantiles` belong to the sorted source, whose equal values are neighbours.
-    images = np.bincount(np.repeat(np.arange(len(values)), counts), quantiles) / counts
-    mapped = []
-    for given in points:
-        beyond = np.minimum(given - values[0], 0.0) + np.maximum(given - values[-1], 0.0)
-        mapped.append(np.interp(given, values, images) + beyond)
-    return mapped
+    mapped = np.empty_like(source)
+    mapped[order] = quantiles
+    values = source[order]
+    beyond = np.minimum(points - values[0], 0.0) + np.maximum(points - values[-1], 0.0)
+    return mapped, np.interp(points, values, quantiles) + beyond
 
 
-def transport(source: np.ndarray, target: np.ndarray, points: np.ndarray, seed: Sequence[int]) -> np.ndarray:
-    """Map points (n,3) as iterative distribution transfer maps the colours `source` (s,3) to `target` (t,3)."""
-    rng = np.random.default_rng(seed)
+def transport(
+    source: np.ndarray, target: np.ndarray, points: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return where iterative distribution transfer takes the colours `source` (s,3), and points (n,3) along with them.
+
+    target: the colours (t,3) whose distribution the source gets.
+    """
     for iteration in range(ITERATIONS):
         basis = np.linalg.qr(rng.standard_normal((3, 3)))[0] if iteration else np.eye(3)
-        along = [(source @ basis)[:, i] for i in range(3)]
-        mapped = [monotone(along[i], (target @ basis)[:, i], along[i], (points @ basis)[:, i]) for i in range(3)]
+        axes = [np.moveaxis(colours @ basis, -1, 0) for colours in (source, target, points)]
+        mapped = [monotone(*along) for along in zip(*axes, strict=True)]
         source, points = (np.stack(columns, -1) @ basis.T for columns in zip(*mapped, strict=True))
-    return points
+    return source, points
+
+
+def corners(colours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the nodes around colours (n,3), and their weights in trilinear interpolation, both (n,8)."""
+    places = (colours.clip(-1.0, 1.0) + 1.0) / 2.0 * (NODES - 1)
+    low = np.minimum(places.astype(np.int64), NODES - 2)
+    part = places - low
+    around = [np.ravel_multi_index(tuple((low + corner).T), (NODES,) * 3) for corner in np.ndindex(2, 2, 2)]
+    weights = [np.where(corner, part, 1.0 - part).prod(1) for corner in np.ndindex(2, 2, 2)]
+    return np.stack(around, 1), np.stack(weights, 1)
+
+
+def weighted_medians(groups: np.ndarray, weights: np.ndarray, values: np.ndarray, num: int) -> np.ndarray:
+    """Return the weighted median of the values (n,) in each of `num` groups; every group must have a value."""
+    order = np.lexsort((values, groups))
+    groups, weights, values = groups[order], weights[order], values[order]
+    total = np.bincount(groups, weights, num)
+    reached = weights.cumsum() - (total.cumsum() - total)[groups]  # within the group
+    is_past = reached >= 0.5 * total[groups] * (1.0 - 1e-9)
+    first = np.full(num, len(groups))
+    np.minimum.at(first, groups[is_past], np.flatnonzero(is_past))
+    return values[first]
 
 
 def transport_table(source: np.ndarray, target: np.ndarray, seed: Sequence[int]) -> np.ndarray:
     """Return the table of the map from colours `source` (s,3) to `target` (t,3): float32 (3,NODES,NODES,NODES)."""
-    colours = nodes()
-    mapped = transport(source, target, colours.reshape(-1, 3), seed).reshape(colours.shape)
-    return np.moveaxis(mapped.clip(-1.0, 1.0), -1, 0).astype(np.float32)
+    rng = np.random.default_rng(seed)
+    source, target = (c + GREY_LEVEL * (rng.random(c.shape) - 0.5) for c in (source, target))
+    colours = nodes().reshape(-1, 3)
+    mapped, carried = transport(source, target, colours, rng)
+    around, shares = corners(source)
+    groups = np.concatenate([around.ravel(), np.arange(len(colours))])
+    weights = np.concatenate([shares.ravel(), np.full(len(colours), CARRIED)])
+    moves = [
+        np.concatenate([np.repeat(a, 8), b]) for a, b in zip((mapped - source).T, (carried - colours).T, strict=True)
+    ]
+    table = colours + np.stack([weighted_medians(groups, weights, move, len(colours)) for move in moves], -1)
+    return np.moveaxis(table.reshape(NODES, NODES, NODES, 3).clip(-1.0, 1.0), -1, 0).astype(np.float32)
 
 
 class ColourTable(Generator):
