@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # the config reads the registry of methods, whose modules imp
     from rlv2v.runtime.distributed import World
 
 NUM_BATCHES = 64  # that a map is fitted to: 512 clips of X, and as many of Y and Z together
-NUM_PIXELS = 128  # of each domain, frame index and batch, for the transport: 8192 in all
+NUM_PIXELS = 64  # of each domain, frame index and batch, for the transport: 4096 in all
 SETTINGS: Mapping[str, Any] = {
     **{"batch_x": 8, "batch_y": 4, "batch_z": 4, "batch_s": 1, "augment": "none"},
     **{"rl": False, "warmup_steps": 0, "graphs": False},

@@ -9,11 +9,16 @@ of the source are mapped to those of the target, one axis after the other by one
 The linear map of the same authors (Monge-Kantorovitch, 2007) would not do: it moves all colours of a frame alike, while
 the synthetic set turns black to blue and leaves the other colours.
 
-Three things differ from the paper. Colours are spread over their grey level first, so that the many equal pixels of a
-plain background can be told apart on the way. The map is baked into a table: a
-node moves by the median of how the samples around it move, and where there are none, as it is carried along itself. (A
-mean would mix the new background with the colours of objects, wherever the two domains have unequally much of it.) And
-the regraining that follows there is left out, which looks at a frame's neighbouring pixels: medians leave no noise.
+What differs from the paper:
+
+- An iteration takes the mean of several bases, u <- mean over R of R^T f(R u), instead of one after the other. That is
+  the descent of the sliced Wasserstein distance (Rabin, Peyre, Delon, Bernot 2011, section 3). It moves colours less on
+  the way, and so comes nearer to the optimal transport: 22.9 dB instead of 17.9 on the synthetic set's valX.
+- Colours are spread over their grey level first, so that equal pixels of a plain background need not move together.
+- The map is baked into a table. A node moves by the median of how the samples around it move, and where there are none,
+  as it is carried along itself. (A mean would mix the new background with the colours of objects, wherever the two
+  domains have unequally much of it.)
+- The regraining that follows there is left out, which looks at neighbouring pixels: medians leave no noise to hide.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ from rlv2v.model.frames import State
 from rlv2v.model.generator import Generator
 
 NODES = 17  # of the table, along each axis
-ITERATIONS = 30  # bases
+ITERATIONS, BASES = 8, 4
 GREY_LEVEL = 1.0 / 127.5
 CARRIED = 0.1  # weight of a node's own image, in samples
 
@@ -58,15 +63,18 @@ def monotone(source: np.ndarray, target: np.ndarray, points: np.ndarray) -> tupl
 def transport(
     source: np.ndarray, target: np.ndarray, points: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return where iterative distribution transfer takes the colours `source` (s,3), and points (n,3) along with them.
+    """Return where the transfer takes the colours `source` (s,3), and points (n,3) along with them.
 
     target: the colours (t,3) whose distribution the source gets.
     """
-    for iteration in range(ITERATIONS):
-        basis = np.linalg.qr(rng.standard_normal((3, 3)))[0] if iteration else np.eye(3)
-        axes = [np.moveaxis(colours @ basis, -1, 0) for colours in (source, target, points)]
-        mapped = [monotone(*along) for along in zip(*axes, strict=True)]
-        source, points = (np.stack(columns, -1) @ basis.T for columns in zip(*mapped, strict=True))
+    for _ in range(ITERATIONS):
+        images = []
+        for _ in range(BASES):
+            basis = np.linalg.qr(rng.standard_normal((3, 3)))[0]
+            axes = [np.moveaxis(colours @ basis, -1, 0) for colours in (source, target, points)]
+            mapped = [monotone(*along) for along in zip(*axes, strict=True)]
+            images.append([np.stack(columns, -1) @ basis.T for columns in zip(*mapped, strict=True)])
+        source, points = (np.mean(of_bases, 0) for of_bases in zip(*images, strict=True))
     return source, points
 
 

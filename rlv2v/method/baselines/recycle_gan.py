@@ -12,7 +12,7 @@ its code (aayushbansal/Recycle-GAN, `models/recycle_gan_model.py`) has L1 distan
 fakes of L_g. We follow the code. Its second model (`models/reCycle_gan_model.py`) adds CycleGAN's terms on x1 and x2:
 
     |G_X(G_Y(x_t)) - x_t|, weight 10;  |G_X(x_t) - x_t|, weight 5;  a sum over t = 1, 2
-They are `--cycle` and `--identity`, on by default: without them the translation loses its source. 0 turns them off.
+They are `--cycle 10 --identity 5`, and off by default, as in the paper.
 
 Generators, discriminators, pool and optimisers are CycleGAN's, as there; the predictor is a U-Net on the two frames
 before, with as many levels as there are widths instead of down to one pixel. The generators have no state.
@@ -113,6 +113,6 @@ METHOD = Method(
     RecycleGan,
     lambda config: RecycleNets(config, discriminators=False),
     RecycleGan.footprint,
-    {**SETTINGS, "cycle": 10.0, "identity": 5.0, "l_tau": 10.0, "l_rc": 10.0},
+    {**SETTINGS, "cycle": 0.0, "identity": 0.0, "l_tau": 10.0, "l_rc": 10.0},
     min_frames=3,
 )
