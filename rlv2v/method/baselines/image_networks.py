@@ -2,7 +2,8 @@
 
 Sources: Zhu et al. 2017, arXiv:1703.10593, section 4 and appendix 7.2; Johnson et al. 2016, arXiv:1603.08155; Isola et
 al. 2017, arXiv:1611.07004, appendix 6.1. All normalise by `InstanceNorm2d` without weights, as CycleGAN's code does,
-and start from N(0, 0.02) (Zhu et al., section 7.1). Images are (N,3,H,W) in [-1,1].
+and start from N(0, 0.02) (Zhu et al., section 7.1). A convolution before a norm has no bias: the norm would take it
+away, and Adam would walk it at random, by rounding errors. Images are (N,3,H,W) in [-1,1].
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ class ResidualBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1, padding_mode="reflect"),
+            nn.Conv2d(width, width, 3, padding=1, padding_mode="reflect", bias=False),
             nn.InstanceNorm2d(width),
             nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1, padding_mode="reflect"),
+            nn.Conv2d(width, width, 3, padding=1, padding_mode="reflect", bias=False),
             nn.InstanceNorm2d(width),
         )
 
@@ -65,12 +66,13 @@ class ImageGenerator(Generator):
         def normalised(convolution: nn.Module, width: int) -> list[nn.Module]:
             return [convolution, nn.InstanceNorm2d(width), nn.ReLU()]
 
-        layers = normalised(nn.Conv2d(3, widths[0], 7, padding=3, padding_mode="reflect"), widths[0])
+        layers = normalised(nn.Conv2d(3, widths[0], 7, padding=3, padding_mode="reflect", bias=False), widths[0])
         for narrow, wide in pairs:
-            layers += normalised(nn.Conv2d(narrow, wide, 3, 2, 1), wide)
+            layers += normalised(nn.Conv2d(narrow, wide, 3, 2, 1, bias=False), wide)
         layers += [ResidualBlock(widths[-1]) for _ in range(NUM_RESIDUAL)]
         for narrow, wide in reversed(pairs):
-            layers += normalised(nn.ConvTranspose2d(wide, narrow, 3, 2, 1, output_padding=1), narrow)
+            up = nn.ConvTranspose2d(wide, narrow, 3, 2, 1, output_padding=1, bias=False)
+            layers += normalised(up, narrow)
         layers += [nn.Conv2d(widths[0], 3, 7, padding=3, padding_mode="reflect"), nn.Tanh()]
         self.layers = initialised(layers)
 
@@ -95,7 +97,8 @@ class PatchDiscriminator(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, 2, 1), nn.LeakyReLU(SLOPE)]
         for number, (narrow, wide) in enumerate(pairwise(widths), 2):
             stride = 1 if number == len(widths) else 2
-            layers += [nn.Conv2d(narrow, wide, 4, stride, 1), nn.InstanceNorm2d(wide), nn.LeakyReLU(SLOPE)]
+            convolution = nn.Conv2d(narrow, wide, 4, stride, 1, bias=False)
+            layers += [convolution, nn.InstanceNorm2d(wide), nn.LeakyReLU(SLOPE)]
         self.layers = initialised([*layers, nn.Conv2d(widths[-1], 1, 4, 1, 1)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,17 +117,15 @@ class FramePredictor(nn.Module):
         super().__init__()
         downs, ups = list[nn.Module](), list[nn.Module]()
         for number, (c_in, c_out) in enumerate(pairwise((6, *widths))):
-            convolution, norm = nn.Conv2d(c_in, c_out, 4, 2, 1), nn.InstanceNorm2d(c_out)
-            if number == 0:
-                downs.append(initialised([convolution]))
-            else:
-                is_last = number == len(widths) - 1
-                downs.append(initialised([nn.LeakyReLU(SLOPE), convolution, *([] if is_last else [norm])]))
+            has_norm = 0 < number < len(widths) - 1
+            layers: list[nn.Module] = [nn.LeakyReLU(SLOPE)] if number else []
+            layers.append(nn.Conv2d(c_in, c_out, 4, 2, 1, bias=not has_norm))
+            downs.append(initialised([*layers, *([nn.InstanceNorm2d(c_out)] if has_norm else [])]))
         for number, c_in in enumerate(widths):
             c_in = c_in if number == len(widths) - 1 else 2 * c_in  # with the skip
             c_out = widths[number - 1] if number else 3
             last = nn.InstanceNorm2d(c_out) if number else nn.Tanh()
-            ups.append(initialised([nn.ReLU(), nn.ConvTranspose2d(c_in, c_out, 4, 2, 1), last]))
+            ups.append(initialised([nn.ReLU(), nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=not number), last]))
         self.downs, self.ups = nn.ModuleList(downs), nn.ModuleList(ups)
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
