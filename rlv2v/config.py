@@ -297,11 +297,6 @@ class Config:
         """The length of training: ("step", number) or ("s", seconds)."""
         return ("step", float(self.steps)) if self.steps is not None else ("s", self.budget or DEFAULT_BUDGET)
 
-    @property
-    def per_frame(self) -> bool:
-        """Whether every frame is a video of its own, without a state between frames."""
-        return METHODS[self.method].per_frame
-
     def check(self) -> Config:
         """Raise UserError for the first value out of its range; return the config.
 
@@ -317,6 +312,8 @@ class Config:
         for flags, expected, in_range in rules():
             for flag in flags:
                 need(in_range(self.get(flag)), flag, expected)
+        min_frames = METHODS[self.method].min_frames
+        need(self.data.frames >= min_frames, "frames", f"at least {min_frames} with --method {self.method}")
         need(self.steps is None or self.budget is None, "steps", "--steps or --budget, not both")
         need(self.model.patch == 1 or self.model.head == "mask", "patch", "1 with --head convlstm")
         multiple = self.model.multiple

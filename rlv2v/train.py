@@ -1,7 +1,8 @@
-"""`python -m rlv2v.train`: RL-V2V-GAN, from a folder of videos to a translator.
+"""`python -m rlv2v.train`: RL-V2V-GAN or a baseline, from a folder of videos to a translator.
 
 It runs alone, or as one rank of `torchrun -m rlv2v.train`. Read it from top to bottom: the ranks, the run's folder and
-data, the networks (`rlv2v.method.step`), the pre-training (section 6.2) or the checkpoint to resume, the loop, the end.
+data, the method's trainer (`rlv2v.method.trainer`), what it does before the first step or the checkpoint to resume,
+the loop, the end.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from rlv2v.config import Config
 from rlv2v.data.index import open_dataset
 from rlv2v.errors import UserError
 from rlv2v.flags import DESCRIPTION, flags_type, resolve
+from rlv2v.method.baselines import METHODS
 from rlv2v.method.clips import Clips, make_loader
 from rlv2v.method.memory import advise
-from rlv2v.method.pretrain import warm_up
-from rlv2v.method.step import Algorithm
+from rlv2v.method.trainer import Trainer
 from rlv2v.metrics.selection import Selection
 from rlv2v.runtime.device import out_of_memory
 from rlv2v.runtime.distributed import StepControl, World, connect, restarts
@@ -72,8 +73,8 @@ def run(config: Config, world: World, interrupted: Interrupt) -> None:
     config = world.broadcast_object(lambda: settle(config, world.size))
     dataset = world.broadcast_object(lambda: open_dataset(config.data.folder, frames=config.data.frames))
     loader = make_loader(config, dataset, world)
-    algorithm = Algorithm(config, device, rank=world.rank, num_ranks=world.size)
-    schedule = algorithm.schedule
+    trainer = METHODS[config.method].trainer(config, device, world.rank, world.size)
+    schedule = trainer.schedule
 
     with ExitStack() as stack:
         stack.enter_context(closing(loader))
@@ -85,17 +86,16 @@ def run(config: Config, world: World, interrupted: Interrupt) -> None:
         if world.first:
             store.tidy()
 
-        resumed = config.resume and restore(store, algorithm, loader, world)
+        resumed = config.resume and restore(store, trainer, loader, world)
         if config.resume and not resumed and world.first:
             log.warning("%s: no checkpoint yet; starting from the beginning", config.out)
         if not resumed:
             # D, G, P = pre-trained; Q' = Q, pi' = pi                                     (Algorithm 1, first lines)
             start = time.monotonic()
-            if not warm_up(algorithm.nets, dataset, config, world, lambda: bool(interrupted.by)):
+            if not trainer.pretrain(dataset, world, lambda: bool(interrupted.by)):
                 say_stopped(interrupted, "during the warm-up", config, world)
                 return
             schedule.seconds = world.broadcast_object(lambda: time.monotonic() - start)
-            algorithm.start()
 
         start = time.monotonic() - schedule.seconds
         checkpoint_at = schedule.seconds + config.checkpoint.snapshot_seconds
@@ -105,7 +105,7 @@ def run(config: Config, world: World, interrupted: Interrupt) -> None:
             lengths = {name: 1 if name == "s" else config.data.frames for name in loader.sampler.batch}
             frames = world.size * sum(num * lengths[name] for name, num in loader.sampler.batch.items())
             run_log = RunLog(
-                config.out, step=schedule.step, seconds=schedule.seconds, total=config.length, frames=frames
+                config.out, step=schedule.step, seconds=schedule.seconds, total=schedule.length, frames=frames
             )
             stack.enter_context(closing(run_log))
             selection = Selection(config, schedule.step, store.best if resumed else None)
@@ -119,9 +119,9 @@ def run(config: Config, world: World, interrupted: Interrupt) -> None:
         def checkpoint() -> None:
             timer.mark("")
             guard.read(everything=True)
-            check_weights(algorithm.nets.named_children(), schedule.step)
-            metric, run_files = summarise(algorithm, selection, run_log) if run_log and selection else (None, {})
-            save(store, algorithm, loader, world, metric=metric, run_files=run_files)
+            check_weights(trainer.nets.named_children(), schedule.step)
+            metric, run_files = summarise(trainer, selection, run_log) if run_log and selection else (None, {})
+            save(store, trainer, loader, world, metric=metric, run_files=run_files)
             timer.mark("checkpoint")
 
         if not resumed:
@@ -130,14 +130,14 @@ def run(config: Config, world: World, interrupted: Interrupt) -> None:
         control = world.all_agree(StepControl(False, schedule.seconds, False))
         while schedule.progress < 1.0 and not control.stop and not is_stale:
             timer.mark("host")
-            clips = Clips.of(next(loader), device, config.per_frame)
+            clips = Clips.of(next(loader), device)
             timer.mark("data")
-            logs = algorithm.step(clips, timer.mark)
+            logs = trainer.step(clips, timer.mark)
             seconds = time.monotonic() - start
             due = seconds >= checkpoint_at
             checkpoint_at = math.inf if due else checkpoint_at  # asked for; ranks may agree to it a step later
             control = world.all_agree(StepControl(bool(interrupted.by), seconds, due))
-            logs |= algorithm.advance(control.seconds, logs.pop("distance"))
+            logs |= trainer.advance(control.seconds, logs.pop("distance"))
             guard.record(schedule.step, logs)
             timer.step()
             is_logged = schedule.step % LOG_EVERY == 0 or schedule.step == 1 or schedule.progress >= 1.0
@@ -161,10 +161,9 @@ def run(config: Config, world: World, interrupted: Interrupt) -> None:
         print(selection.say_stale(), file=sys.stderr)
 
 
-def summarise(algorithm: Algorithm, selection: Selection, run_log: RunLog) -> tuple[float, dict[str, bytes]]:
+def summarise(trainer: Trainer, selection: Selection, run_log: RunLog) -> tuple[float, dict[str, bytes]]:
     """Measure a checkpoint and draw its sample grid; return its criterion and the models that are written with it."""
-    config, schedule = algorithm.config, algorithm.schedule
-    g: Any = algorithm.average if config.optim.average else algorithm.nets
+    config, schedule, g = trainer.config, trainer.schedule, trainer.generators
     rows = selection.measure(schedule.step, schedule.seconds, g.g_y)
     run_log.sample_grid(config.out / "samples" / f"{schedule.step:08d}.png", rows)
     run_log.write_checkpoint(schedule.step, selection.values())

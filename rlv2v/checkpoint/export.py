@@ -14,13 +14,13 @@ from torch import Tensor
 
 from rlv2v.config import Config
 from rlv2v.errors import UserError, first_line
-from rlv2v.model import Translator
-from rlv2v.model.build import build_nets
+from rlv2v.method.baselines import METHODS
+from rlv2v.model import Generator
 
 VERSION = 2  # of model.safetensors and of manifests; 1: before configs had sections
 
 
-def pack_translators(g_x: Translator, g_y: Translator, config: Config) -> bytes:
+def pack_translators(g_x: Generator, g_y: Generator, config: Config) -> bytes:
     """Return the bytes of a `model.safetensors`: both generators and, in the metadata, the config."""
     tensors: dict[str, Tensor] = {}
     for name, net in (("g_x", g_x), ("g_y", g_y)):
@@ -30,7 +30,7 @@ def pack_translators(g_x: Translator, g_y: Translator, config: Config) -> bytes:
 
 def load_translator(
     run: Path, direction: str = "x2y", device: str | torch.device = "cpu", *, best: bool = False
-) -> tuple[Translator, Config]:
+) -> tuple[Generator, Config]:
     """Return a generator of a run, ready to translate, and the run's config.
 
     Args:
@@ -58,7 +58,7 @@ def load_translator(
             config = Config.from_json(metadata.get("config", ""), "its config")
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
             weights = {name[len(prefix) :]: file.get_tensor(name) for name in names}
-        generators = build_nets(config, discriminators=False)
+        generators = METHODS[config.method].generators(config)
         g = generators.g_y if direction == "x2y" else generators.g_x
         g.load_state_dict(weights)
     except (SafetensorError, RuntimeError, OSError, ValueError) as error:

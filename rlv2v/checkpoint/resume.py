@@ -16,7 +16,7 @@ from rlv2v.data.loader import Loader
 from rlv2v.data.synth import write_dataset
 from rlv2v.errors import UserError, first_line
 from rlv2v.files import lock_folder, write_atomically
-from rlv2v.method.step import Algorithm
+from rlv2v.method.trainer import Trainer
 from rlv2v.runtime.distributed import World
 
 log = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def require_no_run(out: Path) -> None:
 
 def save(
     store: Checkpoints,
-    algorithm: Algorithm,
+    trainer: Trainer,
     loader: Loader,
     world: World,
     *,
@@ -144,20 +144,20 @@ def save(
 
     metric, run_files: see `Checkpoints.save`.
     """
-    algorithm.flush()
+    trainer.flush()
     rng = {"cpu": torch.get_rng_state()}  # no step draws from it, but what a user adds may
     if world.device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state(world.device)
-    state = {name: part.state_dict() for name, part in algorithm.state_parts.items()}
+    state = {name: part.state_dict() for name, part in trainer.state_parts.items()}
     state |= {"rng": rng, "num_ranks": world.size}
     replicas = {
         replica: {name: part.state_dict() for name, part in replays.items()} | {"loader": loader.state_dict()}
-        for replica, replays in algorithm.replays().items()
+        for replica, replays in trainer.replays().items()
     }
-    store.save(algorithm.schedule.step, state if world.first else None, replicas, metric=metric, run_files=run_files)
+    store.save(trainer.schedule.step, state if world.first else None, replicas, metric=metric, run_files=run_files)
 
 
-def restore(store: Checkpoints, algorithm: Algorithm, loader: Loader, world: World) -> bool:
+def restore(store: Checkpoints, trainer: Trainer, loader: Loader, world: World) -> bool:
     """Load every part of a run from its newest whole checkpoint; return False if it has none and starts anew.
 
     Raises:
@@ -168,15 +168,15 @@ def restore(store: Checkpoints, algorithm: Algorithm, loader: Loader, world: Wor
         return False
     name = f"{store.run}: checkpoint {step}"
     saved = store.load(step, "state", world.device)
-    load_states(algorithm.state_parts, saved, name)
+    load_states(trainer.state_parts, saved, name)
     torch.set_rng_state(saved["rng"]["cpu"].cpu())
     if world.device.type == "cuda" and "cuda" in saved["rng"]:
         torch.cuda.set_rng_state(saved["rng"]["cuda"].cpu(), world.device)
-    saved_replicas, num_replicas = store.replicas(step), algorithm.config.runtime.replicas
-    for replica, replays in algorithm.replays().items():
+    saved_replicas, num_replicas = store.replicas(step), trainer.config.runtime.replicas
+    for replica, replays in trainer.replays().items():
         if replica < saved_replicas:
             load_states(replays, store.load(step, replica_name(replica)), name)
-    cursor = store.load(step, replica_name(min(algorithm.replicas[0], saved_replicas - 1)))["loader"]
+    cursor = store.load(step, replica_name(min(trainer.replicas[0], saved_replicas - 1)))["loader"]
     if num_replicas != saved_replicas:  # go on at the first step after all clips that were drawn
         first_step = -(-cursor["step"] * saved_replicas // num_replicas)
         cursor = cursor | {"step": first_step, "batch": loader.state_dict()["batch"]}

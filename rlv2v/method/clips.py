@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlv2v.config import Config
 from rlv2v.data import to_model
 from rlv2v.data.index import Dataset
 from rlv2v.data.loader import Batch, Loader
 from rlv2v.runtime.device import on_device
 from rlv2v.runtime.distributed import World
+
+if TYPE_CHECKING:  # the config reads the registry of methods, whose modules import this one
+    from rlv2v.config import Config
 
 
 class Clips(NamedTuple):
@@ -29,14 +31,11 @@ class Clips(NamedTuple):
         return self.y if self.z is None else torch.cat((self.y, self.z))
 
     @classmethod
-    def of(cls, batch: Batch, device: torch.device, per_frame: bool) -> Clips:
-        """Move a loader's batch to the device; `per_frame` makes every frame a video of its own."""
+    def of(cls, batch: Batch, device: torch.device) -> Clips:
+        """Move a loader's batch to the device."""
 
         def move(frames: Tensor | None) -> Tensor | None:
-            if frames is None:
-                return None
-            video = to_model(on_device(frames, device))
-            return video.flatten(0, 1).unsqueeze(1) if per_frame else video
+            return None if frames is None else to_model(on_device(frames, device))
 
         x, y, z = move(batch.x), move(batch.y), move(batch.z)
         assert x is not None and y is not None

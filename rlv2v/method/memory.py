@@ -17,10 +17,12 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from rlv2v.config import BATCH, Config
 from rlv2v.method import rl as ddpg
+from rlv2v.method.baselines import METHODS
 from rlv2v.method.clips import Clips, Gains
 from rlv2v.method.objective import discriminator_losses, generator_losses
 from rlv2v.method.optim import autocast
-from rlv2v.method.step import DISCRIMINATORS, GENERATORS, NUM_DIRECTIONS
+from rlv2v.method.step import DISCRIMINATORS, GENERATORS
+from rlv2v.method.trainer import NUM_DIRECTIONS, Footprint, Phase
 from rlv2v.model.activation_memory import MEMORY
 from rlv2v.model.build import Nets, build_nets
 from rlv2v.runtime import distributed as dist
@@ -68,13 +70,16 @@ def estimate(config: Config, *, num_replicas: int = 1) -> Bytes:
     That is the largest of its phases, which share one pool as CUDA graphs too; with `graphs` the workspace has the
     recordings as well.
     """
-    counts = {phase: count(config, phase, num_replicas) for phase in phases(config)}
+    held = METHODS[config.method].footprint(config)
+    counts = {phase: count(config, phase, num_replicas) for phase in held.phases}
     with torch.device("meta"):
-        nets = build_nets(config)
+        nets = held.nets()
     sizes = {name: nbytes(net.parameters()) for name, net in nets.named_children()}
-    trained = {phase: sum(sizes[name] for name in TRAINED[phase]) for phase in counts}
-    averages = [tensor for g in (nets.g_x, nets.g_y) for tensor in (*g.parameters(), *g.buffers())]
-    weights = 2 * nbytes([*nets.parameters(), *nets.buffers()]) + nbytes(averages)
+    trained = {phase: sum(sizes[name] for name in held.phases[phase].trained) for phase in counts}
+    copies = [tensor for name in held.copies for tensor in getattr(nets, name).state_dict().values()]
+    weights = nbytes([*nets.parameters(), *nets.buffers(), *copies])
+    if not counts:  # nothing is descended
+        return Bytes(weights, 0, 0, 0, 0, weights)
     gradients, optimiser = sum(trained.values()), 2 * sum(trained.values())
     peaks = {phase: gradients - trained[phase] + counted.peak for phase, counted in counts.items()}
     largest_phase = max(peaks, key=lambda phase: peaks[phase])
@@ -86,23 +91,26 @@ def estimate(config: Config, *, num_replicas: int = 1) -> Bytes:
     return Bytes(*by_purpose, sum(by_purpose))
 
 
-def phases(config: Config) -> list[str]:
-    """Return the names of a step's phases; each has one backward pass."""
-    return [phase for phase in TRAINED if config.rl.enabled or phase != "critics"]
+def footprint(config: Config) -> Footprint:
+    """Return what a run of RL-V2V-GAN holds: besides its networks, their targets and the average of its generators."""
+    phases = {name: Phase(TRAINED[name], run) for name, run in RUN.items() if config.rl.enabled or name != "critics"}
+    everything = tuple(name for names in TRAINED.values() for name in names)
+    return Footprint(lambda: build_nets(config), phases, (*everything, "g_x", "g_y"))
 
 
 def count(config: Config, phase: str, num_replicas: int = 1, mode: type[CountStorages] = CountFakes) -> Count:
     """Count forward and backward of a phase on fake tensors; `mode=CountStorages` computes it on real ones."""
-    ledger = Ledger()
+    held, ledger = METHODS[config.method].footprint(config), Ledger()
+    trained, prepare = held.phases[phase]
     with mode(ledger):
-        nets = build_nets(config)
+        nets = held.nets()
         for tensor in (*nets.parameters(), *nets.buffers()):
             ledger.add(tensor)
         weights, own = ledger.bytes, set(ledger.sizes)
         ledger.peak = weights
         for name, net in nets.named_children():
-            net.requires_grad_(name in TRAINED[phase])
-        run = RUN[phase](nets, config, num_replicas)
+            net.requires_grad_(name in trained)
+        run = prepare(nets, config, num_replicas)
         with saved_tensors_hooks(ledger.save, lambda tensor: tensor), autocast(config, torch.device("cpu")):
             loss = run()
         activations = ledger.saved_bytes(own)
@@ -111,9 +119,8 @@ def count(config: Config, phase: str, num_replicas: int = 1, mode: type[CountSto
 
 
 def random_videos(num: int, frames: int, config: Config) -> Tensor:
-    """Return noise (num,frames,3,size,size), or every frame a video of its own where the method wants that."""
-    shape = (num * frames, 1) if config.per_frame else (num, frames)
-    return torch.rand(*shape, 3, config.data.size, config.data.size) * 2 - 1
+    """Return noise (num,frames,3,size,size)."""
+    return torch.rand(num, frames, 3, config.data.size, config.data.size) * 2 - 1
 
 
 def some_clips(config: Config, num_replicas: int) -> Clips:

@@ -38,7 +38,7 @@ def warm_up(nets: Nets, dataset: Dataset, config: Config, world: World, stop: Ca
     steps = tqdm(range(config.optim.warmup_steps), desc="warm-up", unit="step", leave=False, disable=not world.first)
     with closing(make_loader(config, dataset, world, stills=False)) as loader, closing(optimizer_step.reducer):
         for _ in steps:
-            clips = Clips.of(next(loader), world.device, config.per_frame)
+            clips = Clips.of(next(loader), world.device)
             videos = torch.cat((clips.x, clips.yz))
             with autocast(config, world.device):
                 loss = l1_loss(nets.g_y(videos)[0], videos)

@@ -10,7 +10,7 @@ import numpy as np
 from rlv2v.config import Config
 from rlv2v.data.loader import evaluation_clips
 from rlv2v.method.translation import translate_clip
-from rlv2v.model import Translator
+from rlv2v.model import Generator
 
 MIN_SAMPLES, MAX_SAMPLES = 3, 8  # clips; a grid shows the least
 MAX_FRAMES = 64  # of more than the least clips together, so that a checkpoint takes little time
@@ -38,7 +38,7 @@ def pick_samples(config: Config) -> list[Sample]:
     return [Sample(clip, truths.get(name)) for name, clip in clips(names[0])]
 
 
-def translate_samples(g: Translator, config: Config, samples: list[Sample]) -> list[np.ndarray]:
+def translate_samples(g: Generator, config: Config, samples: list[Sample]) -> list[np.ndarray]:
     """Return the samples, translated."""
     g.eval()
     translated = [translate_clip(g, config, sample.source) for sample in samples]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from rlv2v.config import Config
 from rlv2v.method.clips import Gains
+
+if TYPE_CHECKING:  # the config reads the registry of methods, whose modules import this one
+    from rlv2v.config import Config
 
 START = 0.1  # share of the contrast and mask weights before the ramp
 RAMP = 0.2  # progress over which the ramp goes from 0 to 1
@@ -35,9 +37,14 @@ class Schedule:
         self.gap, self.whole_gap, self.floor, self.ramp = (torch.zeros((), device=device) for _ in TENSORS)
 
     @property
+    def length(self) -> tuple[str, float]:
+        """The length of the run: ("step", number) or ("s", seconds)."""
+        return self.config.length
+
+    @property
     def progress(self) -> float:
         """Share of the run that is done, 0..1."""
-        unit, length = self.config.length
+        unit, length = self.length
         done = self.step if unit == "step" else self.seconds
         return min(1.0, done / length) if length else 1.0
 

@@ -8,7 +8,7 @@ or (seed, step, replica), so a step is the same on any number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,21 +18,22 @@ from torch.nn.functional import normalize
 from torch.optim import AdamW
 
 from rlv2v.config import Config
+from rlv2v.data.index import Dataset
 from rlv2v.method.clips import Clips
 from rlv2v.method.collector import Agent, build_agents
 from rlv2v.method.objective import discriminator_losses, generator_losses
 from rlv2v.method.optim import BookTime, OptimizerStep, autocast, no_timing
+from rlv2v.method.pretrain import warm_up
 from rlv2v.method.rl import Transitions, actor_loss, critic_loss, critic_targets, frozen, polyak
 from rlv2v.method.schedule import Schedule
-from rlv2v.method.terms import domain_gap, gap_floor
+from rlv2v.method.terms import domain_gap
+from rlv2v.method.trainer import NUM_DIRECTIONS, Generators, Logs, measure_domains
 from rlv2v.model.build import build_nets
 from rlv2v.runtime.cuda_graphs import Graphs, Recorder
 from rlv2v.runtime.device import on_device
+from rlv2v.runtime.distributed import World
 
-MEASURE_EVERY = 10  # steps between two measurements of the distance between the domains
-NUM_DIRECTIONS = 4  # of colour space, in domain_gap
 GENERATORS, DISCRIMINATORS = ("g_x", "g_y", "p_x", "p_y"), ("d_x", "d_y")
-Logs = dict[str, Tensor]  # a number () each
 
 
 class Algorithm:
@@ -75,6 +76,18 @@ class Algorithm:
             "generators": optimizer_step(GENERATORS, optim.lr, optim.clip_grad, ""),
             "discriminators": optimizer_step(DISCRIMINATORS, optim.disc_lr, optim.clip_grad, "_d"),
         } | {f"critic_{domain}": optimizer_step((f"q_{domain}",), optim.disc_lr, 0.0, "_q") for domain in self.agents}
+
+    @property
+    def generators(self) -> Generators:
+        """The networks that translate: the average of their weights, or the last ones without an average."""
+        return self.average if self.config.optim.average else self.nets
+
+    def pretrain(self, dataset: Dataset, world: World, stop: Callable[[], bool]) -> bool:
+        """Pre-train (section 6.2), then start from it; return False if `stop` asked for the end."""
+        if not warm_up(self.nets, dataset, self.config, world, stop):
+            return False
+        self.start()
+        return True
 
     def start(self) -> None:
         """Set Q' = Q, pi' = pi, and the average, to the pre-trained networks (Algorithm 1, first lines)."""
@@ -123,11 +136,7 @@ class Algorithm:
         discriminator_logs = graphs("discriminators", self.discriminator_phase, clips, fakes, indices, phase_time)
         book_time("discriminators")
 
-        if schedule.step % MEASURE_EVERY == 0:
-            target = [clips.y] if clips.z is None else [clips.y, clips.z]
-            with torch.no_grad():
-                domain_distance = domain_gap(clips.x, clips.yz, directions)
-                schedule.measure(domain_distance, gap_floor(target, len(clips.x), directions))
+        measure_domains(schedule, clips.x, [clips.y] if clips.z is None else [clips.y, clips.z], directions)
         return logs | generator_logs | discriminator_logs
 
     def critic_phase(self, agent: Agent, batch: Transitions, book_time: BookTime) -> tuple[Logs, Tensor]:

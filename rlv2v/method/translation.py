@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import cv2
 import numpy as np
 import torch
@@ -11,40 +13,38 @@ from rlv2v.config import Config
 from rlv2v.data import to_model, to_uint8
 from rlv2v.data.video import fit
 from rlv2v.errors import UserError
-from rlv2v.model import Translator, limit_history
+from rlv2v.model import Generator
 from rlv2v.model.frames import State
 
 
 @torch.inference_mode()
-def translate_chunk(g: Translator, config: Config, frames: np.ndarray, state: State = None) -> tuple[np.ndarray, State]:
+def translate_chunk(g: Generator, config: Config, frames: np.ndarray, state: State = None) -> tuple[np.ndarray, State]:
     """Translate the next T frames of a video, uint8 (T,H,W,3) of any size; `state` None: the video starts here.
 
     Return frames of the same shape, and the state after them. Beyond the first `config.data.frames` frames the
-    normalisation forgets (`limit_history`), frame by frame, so the result is the same however a video is cut into
-    chunks. A `per_frame` model (the CycleGAN baseline) starts anew on every frame, and its state stays None.
+    generator may forget (`Generator.limit_state`), frame by frame, so the result is the same however a video is cut
+    into chunks.
 
     Raises:
         UserError: the output is NaN or infinite.
     """
     height, width = frames.shape[1:3]
-    x = to_model(torch.from_numpy(np.ascontiguousarray(frames)).to(next(g.parameters()).device))  # (T,3,H,W)
+    device = next(chain(g.parameters(), g.buffers())).device
+    x = to_model(torch.from_numpy(np.ascontiguousarray(frames)).to(device))  # (T,3,H,W)
     x = pad(x, (0, -width % g.multiple, 0, -height % g.multiple), mode="replicate")
-    if config.per_frame:
-        y = g(x[:, None])[0][:, 0]
-    else:
-        num_first = config.data.frames if state is None else 1
-        translated = []
-        for chunk in (x[:num_first], *x[num_first:, None]):
-            video, state = g(chunk[None], state)
-            state = limit_history(state, config.data.frames)
-            translated.append(video[0])
-        y = torch.cat(translated)
+    num_first = config.data.frames if state is None else 1
+    translated = []
+    for chunk in (x[:num_first], *x[num_first:, None]):
+        video, state = g(chunk[None], state)
+        state = g.limit_state(state, config.data.frames)
+        translated.append(video[0])
+    y = torch.cat(translated)
     if not torch.isfinite(y).all():
         raise UserError("translate: the model's output is not finite; its weights are damaged or its training diverged")
     return to_uint8(y[..., :height, :width]).cpu().numpy(), state
 
 
-def translate_clip(g: Translator, config: Config, frames: np.ndarray) -> np.ndarray:
+def translate_clip(g: Generator, config: Config, frames: np.ndarray) -> np.ndarray:
     """Translate a complete clip, uint8 (T,H,W,3) -> the same shape; see `translate_chunk`."""
     return translate_chunk(g, config, frames)[0]
 
@@ -52,11 +52,13 @@ def translate_clip(g: Translator, config: Config, frames: np.ndarray) -> np.ndar
 class Stream:
     """Translate a video frame by frame, with the recurrent state carried along and one frame in memory.
 
-    size: the short side in pixels that the model sees; None: what it was trained at; 0: the video's own.
+    size: the short side in pixels that the model sees; None: what it was trained at, or the video's own where the
+    generator takes any size; 0: the video's own.
     """
 
-    def __init__(self, g: Translator, config: Config, size: int | None = None) -> None:
-        self.g, self.config, self.size = g, config, config.data.size if size is None else size
+    def __init__(self, g: Generator, config: Config, size: int | None = None) -> None:
+        default = 0 if g.any_size else config.data.size
+        self.g, self.config, self.size = g, config, default if size is None else size
         self.state: State = None
 
     def __call__(self, frame: np.ndarray) -> np.ndarray:

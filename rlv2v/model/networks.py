@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, pixel_shuffle
 
 from rlv2v.model.activation_memory import in_chunks, set_memory
-from rlv2v.model.blocks import RPB, SLOPE, URB, xavier_linear
+from rlv2v.model.blocks import RPB, SLOPE, URB, limit_history, xavier_linear
 from rlv2v.model.conv_lstm import ConvLSTM
 from rlv2v.model.frames import RunMode, State, cat_channels, per_frame, space_to_depth
+from rlv2v.model.generator import Generator
 
 
 def no_autocast(y: Tensor) -> torch.autocast:
@@ -20,7 +21,7 @@ def no_autocast(y: Tensor) -> torch.autocast:
     return torch.autocast(y.device.type, enabled=False)
 
 
-class Translator(nn.Module):
+class Translator(Generator):
     """A generator G or predictor P: one RPB a width, as many URBs with skips, and a head; causal, video to video.
 
     Shapes: frames (B,T,3,H,W) in [-1,1] -> (B,T,3,H,W) in (-1,1); H and W are multiples of `multiple`.
@@ -80,6 +81,10 @@ class Translator(nn.Module):
         """Translate frames from a state; `mode` as in `rlv2v.model.blocks`."""
         y, _, state = self.forward_with_mask(x, state, **mode)
         return y, state
+
+    def limit_state(self, state: State, frames: int) -> State:
+        """Return the state such that the normalisation forgets what is older, see `limit_history`."""
+        return limit_history(state, frames)
 
     @in_chunks
     def forward_with_mask(

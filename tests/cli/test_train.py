@@ -127,7 +127,6 @@ def test_same_seed_same_run_other_seed_other_run(data: Path, trained: Path, tmp_
 @pytest.mark.parametrize(
     "changes",
     [
-        {"method": "cyclegan"},
         {"average": 0.0, "colours": 0.0, "contrast": 0.0, "mask_prior": 0.0, "cycle": 0.0, "identity": 0.0},
         *(
             pytest.param(changes, marks=pytest.mark.thorough)
@@ -142,10 +141,8 @@ def test_same_seed_same_run_other_seed_other_run(data: Path, trained: Path, tmp_
     ],
 )
 def test_every_switch_trains(data: Path, tmp_path: Path, changes: dict[str, object]) -> None:
-    method = str(changes.pop("method", "rlv2v"))
-    train(Config.of("tiny", method, data=data, out=tmp_path / "run", **changes))
+    train(tiny(data, tmp_path / "run", **changes))
     g, config = load_translator(tmp_path / "run")
-    assert config.per_frame == (method == "cyclegan")
     assert config.loss.term("mask_prior") or g.mask_gain == 0, "without a prior nothing is copied"
 
 
@@ -169,7 +166,7 @@ def test_sets_z_and_s_may_be_missing(data: Path, tmp_path: Path) -> None:
 
 def test_flags_go_on_top_of_preset_and_method() -> None:
     assert resolve({"preset": "tiny", "budget": 9.0}).steps is None
-    assert resolve({"preset": "paper", "method": "cyclegan"}).loss.l_v == 0.0
+    assert resolve({"preset": "paper", "method": "cyclegan"}).optim.lr == 2e-4
     config = resolve({"preset": "tiny", "data": {"size": 24}, "loss": {"cycle": 1.5}})
     assert (config.data.size, config.data.frames, config.loss.term("cycle"), config.steps) == (24, 4, 1.5, 4)
     assert Config().length == ("s", 300.0)

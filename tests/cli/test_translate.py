@@ -21,7 +21,6 @@ from rlv2v.runtime.device import pick_device
 from rlv2v.translate import Args, check_paths, main, side_by_side
 
 SETTINGS = Config.of(size=16, frames=4)
-PER_FRAME = Config.of(size=16, frames=4, method="cyclegan")
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +39,6 @@ def test_chunks_with_state_equal_one_pass(g):
     assert np.abs(chunks.astype(int) - at_once).max() <= 1  # uint8 rounding of a float difference of about 1e-6
     alone, _ = translate_chunk(g, SETTINGS, clip[4:])
     assert np.abs(alone.astype(int) - third).max() > 1, "the state must matter, or this test says nothing"
-
-
-def test_per_frame_model_translates_each_frame_alone(g):
-    clip = noise()
-    at_once = translate_clip(g, PER_FRAME, clip)
-    each = np.concatenate([translate_clip(g, PER_FRAME, clip[t : t + 1]) for t in range(len(clip))])
-    assert np.abs(at_once.astype(int) - each).max() <= 1
-    assert translate_chunk(g, PER_FRAME, clip)[1] is None
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (17, 23), (9, 31), (1, 1)])

@@ -1,8 +1,10 @@
-"""The preset `paper` and the baseline `cyclegan`: every setting that shapes the method, by value."""
+"""The preset `paper` and the image baselines: every setting that shapes the method, by value."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import pytest
 
 from rlv2v.config import FLAGS, Config
 
@@ -39,11 +41,19 @@ def test_every_setting_of_the_preset_paper() -> None:
     assert settings(Config.of("paper").check()) == PAPER | MACHINE
 
 
-def test_cyclegan_is_its_paper_on_single_frames() -> None:
-    """Eq. 3 and section 5.2 of Zhu et al. 2017; nothing of ours, and no state from frame to frame."""
-    ours, cyclegan = settings(Config.of("default")), settings(Config.of("default", method="cyclegan").check())
-    assert {flag: value for flag, value in cyclegan.items() if value != ours[flag]} == {
-        "method": "cyclegan", "l_v": 0.0, "l_tau": 0.0, "l_rc": 0.0, "cycle": 10.0, "identity": 5.0, "contrast": 0.0,
-        "mask_prior": 0.0, "colours": 0.0, "adversarial_end": 1.0, "rl": False,
-    }  # fmt: skip
-    assert Config.of("default", method="cyclegan").per_frame and not Config.of("default").per_frame
+IMAGES = {
+    # Zhu et al. 2017, section 4, 7.1, 7.2: Adam with beta1 0.5, one image a step; Bansal et al. 2018 take them over
+    "lr": 2e-4, "disc_lr": 2e-4, "betas": (0.5, 0.999), "weight_decay": 0.0, "clip_grad": 0.0, "average": 0.0,
+    "batch_x": 1, "batch_z": 1, "batch_s": 1, "widths": (16, 32, 64), "disc_widths": (32, 64, 128), "patch": 1,
+    # what they do not have
+    "rl": False, "warmup_steps": 0, "graphs": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["cyclegan", "recycle-gan"])
+def test_every_setting_of_the_image_baselines(method: str) -> None:
+    ours, theirs = settings(Config.of("default")), settings(Config.of("default", method).check())
+    changed = {flag: value for flag, value in theirs.items() if value != ours[flag]}
+    terms = {"cyclegan": {"cycle": 10.0, "identity": 5.0}, "recycle-gan": {"cycle": 0.0, "identity": 0.0}}[method]
+    assert changed == IMAGES | terms | {"method": method}
+    assert (theirs["l_tau"], theirs["l_rc"]) == (10.0, 10.0)

@@ -29,14 +29,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def config_of(data: Path, method: str = "rlv2v", **changes: object) -> Config:
-    return Config.of("tiny", method, data=data, replicas=1, **changes).check()
+def config_of(data: Path, **changes: object) -> Config:
+    return Config.of("tiny", data=data, replicas=1, **changes).check()
 
 
 def clips_of(config: Config) -> Clips:
     loader = make_loader(config, open_dataset(config.data.folder, frames=4), WORLD)
     try:
-        return Clips.of(next(loader), WORLD.device, config.per_frame)
+        return Clips.of(next(loader), WORLD.device)
     finally:
         loader.close()
 
@@ -75,12 +75,6 @@ def test_the_warm_up_makes_g_reconstruct_and_p_predict_in_both_domains(data: Pat
             assert all(torch.equal(mine[key], other[key]) for key in mine)
     reconstruction, prediction = (statistics.median(ratio) for ratio in zip(*ratios, strict=True))
     assert reconstruction < 0.3 and prediction < 0.75, ratios
-
-
-def test_the_warm_up_shows_cyclegan_single_frames_so_that_its_predictor_learns_nothing(data: Path) -> None:
-    cold, warm, _ = warmed_up(config_of(data, "cyclegan", warmup_steps=2))
-    assert not torch.equal(cold.g_y.last.w_x, warm.g_y.last.w_x)
-    assert torch.equal(cold.p_y.last.w_x, warm.p_y.last.w_x)
 
 
 def test_a_stop_ends_the_warm_up_after_its_step(data: Path) -> None:

@@ -1,22 +1,19 @@
-"""A step of Algorithm 1 as a whole: its start, its turns, and what the per-frame baseline may not see."""
+"""A step of Algorithm 1 as a whole: its start and its turns."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from method_cases import random_clips
 from torch import Tensor, nn
 
-import rlv2v.train
 from rlv2v.checkpoint.store import Checkpoints
 from rlv2v.config import Config
 from rlv2v.data.synth import Counts, write_dataset
-from rlv2v.method.clips import Clips
 from rlv2v.method.step import Algorithm
-from rlv2v.method.translation import translate_clip
+from rlv2v.train import train
 
 CPU = torch.device("cpu")
 TINY = {"replicas": 1, "size": 8, "widths": (4,), "disc_widths": (4, 4), "steps": 40}
@@ -76,36 +73,11 @@ def test_the_first_step_measures_the_distance_of_the_domains() -> None:
     torch.testing.assert_close(logs["distance"], logs["colours_y"] / algorithm.config.loss.term("colours"))
 
 
-# --- the per-frame baseline ---
-
-
-@pytest.mark.parametrize(("method", "independent"), [("cyclegan", True), ("rlv2v", False)])
-def test_a_frame_that_cyclegan_translates_does_not_depend_on_the_others(method: str, independent: bool) -> None:
-    algorithm = started(method=method)
-    frames = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
-    config, g = algorithm.config, algorithm.nets.g_y.eval()
-    alone = np.concatenate([translate_clip(g, config, frame[None]) for frame in frames])
-    assert np.array_equal(translate_clip(g, config, frames), alone) == independent
-
-
-@pytest.mark.parametrize(("method", "num_frames"), [("cyclegan", 1), ("rlv2v", 4)])
-def test_training_shows_cyclegan_single_frames(
-    tmp_path: Path, method: str, num_frames: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And at step 0, after the warm-up, both domains, the targets and the average hold the same networks."""
-    data, seen = tmp_path / "data", []
+def test_a_run_starts_from_the_same_networks_in_both_domains(tmp_path: Path) -> None:
+    """At step 0, after the warm-up, both domains, the targets and the average hold the same networks."""
+    data = tmp_path / "data"
     write_dataset(data, size=16, frames=4, counts=Counts(x=8, y=4, z=4, s=4, val=2, test=2))
-
-    class Watched(Algorithm):
-        def step(self, clips: Clips, *args: object) -> dict[str, Tensor]:
-            seen.append([v.shape[:2] for v in (clips.x, clips.y, clips.z)])
-            return super().step(clips, *args)
-
-    monkeypatch.setattr(rlv2v.train, "Algorithm", Watched)
-    config = Config.of("tiny", method, data=data, out=tmp_path / "run", steps=1, device="cpu", replicas=1)
-    rlv2v.train.train(config)
-    sizes = (config.data.batch_x, config.data.batch_y, config.data.batch_z)
-    assert seen == [[(size * 4 // num_frames, num_frames) for size in sizes]]
+    train(Config.of("tiny", data=data, out=tmp_path / "run", steps=1, device="cpu", replicas=1))
     state = Checkpoints(tmp_path / "run", keep=2, num_replicas=1).load(0, "state", CPU)
     nets = state["nets"]
     for key, value in nets.items():

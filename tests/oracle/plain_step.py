@@ -33,8 +33,9 @@ from rlv2v.method import losses
 from rlv2v.method.clips import Clips
 from rlv2v.method.collector import annealed
 from rlv2v.method.schedule import Schedule
-from rlv2v.method.step import DISCRIMINATORS, GENERATORS, MEASURE_EVERY, NUM_DIRECTIONS, Algorithm
+from rlv2v.method.step import DISCRIMINATORS, GENERATORS, Algorithm
 from rlv2v.method.terms import contrast_loss, domain_gap, gap_floor, mask_prior
+from rlv2v.method.trainer import MEASURE_EVERY, NUM_DIRECTIONS
 
 
 class Stored(NamedTuple):

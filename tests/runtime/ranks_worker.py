@@ -48,7 +48,7 @@ def main(data: Path, out: Path, preset: str) -> None:
         nets.double()
     algorithm.start()
     for _ in range(STEPS):
-        sets = [getattr(clips, name) for clips in [Clips.of(next(loader), world.device, False)] for name in "xyzs"]
+        sets = [getattr(clips, name) for clips in [Clips.of(next(loader), world.device)] for name in "xyzs"]
         logs = algorithm.step(Clips(*(s.double() for s in sets)))
         algorithm.advance(0.0, logs["distance"])
     loader.close()

@@ -5,9 +5,15 @@ To add one, write a module with a `METHOD` and list it here.
 
 from __future__ import annotations
 
+from rlv2v.method.baselines import colour_map, cyclegan, ours, recycle_gan
 from rlv2v.method.baselines.base import Method
-from rlv2v.method.baselines.cyclegan import METHOD as CYCLEGAN
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (Method("rlv2v", "RL-V2V-GAN, this project's method"), CYCLEGAN)
+    method.name: method
+    for method in (
+        ours.METHOD,
+        *colour_map.METHODS,
+        cyclegan.METHOD,
+        recycle_gan.METHOD,
+    )
 }
