@@ -28,7 +28,7 @@ from rlv2v.metrics import METRICS, Row, mean_metrics, scenes
 from rlv2v.metrics.base import ClipMeter, Need, Scene, Values, reduce_values
 from rlv2v.metrics.criterion import criterion
 from rlv2v.metrics.evaluation import open_references
-from rlv2v.model import Translator
+from rlv2v.model import Generator
 from rlv2v.runtime.log import read_metrics
 
 DIGITS = 6  # of the criterion: sums differ by rounding
@@ -57,7 +57,7 @@ class Selection:
             self.scenes = [list(remembered(sample)) for sample in self.samples]
             self.identity, self.identity_truth = self.rows([sample.source for sample in self.samples])
 
-    def measure(self, step: int, seconds: float, g: Translator) -> list[np.ndarray]:
+    def measure(self, step: int, seconds: float, g: Generator) -> list[np.ndarray]:
         """Translate the samples, write the checkpoint's line, and return the rows of a grid of samples."""
         translated = translate_samples(g, self.config, self.samples)
         with opencv_threads():
