@@ -42,7 +42,7 @@ COMMANDS = {
     "train": Command("learn a translator from unpaired videos", "--data mine --out runs/mine --size 64 --budget 1800"),
     "translate": Command("translate a video of any length", "runs/mine holiday.mp4 holiday-translated.mp4"),
     "evaluate": Command("measure a trained run on held-out clips", "runs/mine --data mine --json evaluation.json"),
-    "report": Command("make one HTML page of a run: videos, curves, metrics", "runs/mine"),
+    "report": Command("show runs side by side on one HTML page", "runs/mine runs/cyclegan"),
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -48,12 +48,18 @@ class VideoWriter:
     codec: `h264` plays everywhere (yuv420p, BT.709; odd sizes need yuv444p, which Chromium, VLC and mpv play).
     `vp9` (yuv420p, BT.601 limited range, even sizes only) is what DALI's CPU decoder and NVDEC read.
     `vp9-lossless` gives every RGB value back exactly, with PyAV and with DALI's CPU decoder. Key frames: every 12.
+    options: of libx264, on top of crf 16 and the preset fast.
     audio_from: a file whose first audio track is copied along, up to the end of the video; without one, silent.
     Raises `UserError` as `check_output` does, `ValueError` for frames of another size or dtype.
     """
 
     def __init__(
-        self, path: Path, fps: Fraction | float, codec: Codec = "h264", audio_from: Path | None = None
+        self,
+        path: Path,
+        fps: Fraction | float,
+        codec: Codec = "h264",
+        audio_from: Path | None = None,
+        options: Mapping[str, str] | None = None,
     ) -> None:
         check_output(path)
         if not 0 < fps <= 1000:
@@ -61,6 +67,7 @@ class VideoWriter:
         self.path, self.fps, self.codec = path, Fraction(fps).limit_denominator(1001 * 60), codec
         self.shape: tuple[int, ...] | None = None
         self.count = 0
+        self._options = options or {}
         self._files = ExitStack()
         self._audio = self._open_audio(audio_from) if audio_from is not None else None
         self._packets: Iterator[Any] = iter(())
@@ -87,7 +94,7 @@ class VideoWriter:
         stream.width, stream.height, context.gop_size = width, height, 12
         if self.codec == "h264":
             stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
-            stream.options = {"crf": "16", "preset": "fast"}
+            stream.options = {"crf": "16", "preset": "fast", **self._options}
             context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
             context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         elif self.codec == "vp9":
