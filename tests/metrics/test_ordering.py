@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from metric_cases import CANDIDATES, references, rows
+from metric_cases import CANDIDATES, night, references, rows, scene
 
-from rlv2v.metrics import METRICS, Row
+from rlv2v.metrics import METRICS, Row, clip_metrics
 
 WORSE = set(CANDIDATES) - {"truth"}
 UNSEEN: dict[str, set[str]] = {
@@ -62,3 +62,9 @@ def test_the_halves_of_the_target_set_are_nearer_than_another_domain(
     within = metric.reduce(first[name], second[name])
     assert within is not None
     assert all(within < value / 2 for c in ("identity", "wrong domain", "noisy") if (value := scores[c][name]))
+
+
+def test_equal_clips_give_equal_values() -> None:
+    x, y = scene(5), night(scene(5))
+    first, second = (clip_metrics(y.copy(), x.copy(), y.copy()) for _ in range(2))
+    assert first == second
