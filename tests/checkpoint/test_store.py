@@ -204,7 +204,7 @@ def test_everything_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch
     assert done == [
         f"{part}/state.pt",
         f"{part}/replica-00000.pt",
-        f"{part}/.manifest.json.{os.getpid()}",
+        f"{part}/.partial-{os.getpid()}-manifest.json",
         part,
         f"{part} is checkpoints/00000001",
         "checkpoints",
