@@ -19,7 +19,6 @@ from store_cases import assert_holds, flip_a_bit, hidden_files, one_rank, save, 
 
 from rlv2v.checkpoint.state_files import Copier
 from rlv2v.errors import UserError
-from rlv2v.files import PARTIAL
 
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
@@ -205,7 +204,7 @@ def test_everything_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch
     assert done == [
         f"{part}/state.pt",
         f"{part}/replica-00000.pt",
-        f"{part}/{PARTIAL}{os.getpid()}-manifest.json",
+        f"{part}/.partial-{os.getpid()}-manifest.json",
         part,
         f"{part} is checkpoints/00000001",
         "checkpoints",
