@@ -13,6 +13,7 @@ video's own size. Both directions are fitted, and training ends after `NUM_BATCH
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -126,7 +127,7 @@ class FitSchedule(Schedule):
         return "step", min(NUM_BATCHES, length) if unit == "step" else NUM_BATCHES
 
 
-class ColourTrainer:
+class ColourTrainer(ABC):
     """Fit a colour map in both directions; `rlv2v.method.trainer.Trainer` says what training calls.
 
     A step takes in a batch of clips: X is one domain, Y and Z, equally many of each, are the other.
@@ -141,21 +142,21 @@ class ColourTrainer:
         self.x, self.y = (self.statistics().to(device) for _ in range(2))
 
     @staticmethod
+    @abstractmethod
     def build(config: Config) -> Maps:
         """Return the maps of a run, which change nothing yet."""
-        raise NotImplementedError
 
+    @abstractmethod
     def statistics(self) -> nn.Module:
         """Return what is kept of a domain's clips: a module of buffers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take_in(self, x: Tensor, y: Tensor) -> None:
         """Take in the clips of a step, of all ranks: (B,T,3,H,W) of X, and (C,T,3,H,W) of Y and Z."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fit(self, steps: int) -> None:
         """Fit the maps to what was taken in in so many steps."""
-        raise NotImplementedError
 
     @property
     def generators(self) -> Generators:
@@ -196,7 +197,7 @@ class ColourTrainer:
         """Return nothing for each of this rank's replicas."""
         return {replica: {} for replica in self.replicas}
 
-    def flush(self) -> None:
+    def flush(self) -> None:  # noqa: B027
         """Do nothing: a step leaves nothing for later."""
 
 

@@ -6,6 +6,7 @@ eq. 9; Shrivastava et al. 2017, arXiv:1612.07828, section 2.3 (the pool).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -111,7 +112,7 @@ class Made(NamedTuple):
     fake_y: Tensor  # translations of x, (n,k,3,H,W)
 
 
-class ImageGan:
+class ImageGan(ABC):
     """Train an image baseline; `rlv2v.method.trainer.Trainer` says what training calls.
 
     A step shows each replica k neighbouring frames of each of its clips of X, and as many of the target domain: of its
@@ -146,9 +147,9 @@ class ImageGan:
         }
 
     @staticmethod
+    @abstractmethod
     def generator_losses(nets: Any, x: Tensor, y: Tensor, config: Config) -> tuple[dict[str, Tensor], Made]:
         """Return the weighted terms that the generators descend, by name; x, y are frames (n,k,3,H,W)."""
-        raise NotImplementedError
 
     @staticmethod
     def discriminator_losses(nets: Any, x: Tensor, y: Tensor, made_x: Tensor, made_y: Tensor) -> dict[str, Tensor]:
@@ -244,7 +245,7 @@ class ImageGan:
         """Return the pools of each of this rank's replicas, by name."""
         return dict(zip(self.replicas, self.pools, strict=True))
 
-    def flush(self) -> None:
+    def flush(self) -> None:  # noqa: B027
         """Do nothing: a step leaves nothing for later."""
 
     @classmethod
