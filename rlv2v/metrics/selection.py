@@ -130,9 +130,9 @@ class Selection:
 
 
 def remembered(sample: Sample) -> Iterator[Scene]:
-    """Yield the scenes of a sample, with the flow of the source taken once for all checkpoints."""
+    """Yield the scenes of a sample, with what they know of the frame before taken once for all checkpoints."""
     for scene in scenes(sample.source, sample.truth):
-        _ = scene.warping_error  # and with it the flow
+        _ = scene.warping_error, scene.true_change  # and with the first the flow
         yield scene
 
 

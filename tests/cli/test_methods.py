@@ -67,7 +67,7 @@ def test_a_run_that_lost_its_last_step_makes_it_again_to_the_bit(data: Path, tra
 def test_a_run_is_translated_and_evaluated(data: Path, trained: Path, tmp_path: Path, command: Command) -> None:
     lines = read_metrics(trained / "metrics.jsonl")
     assert lines[-1]["step"] == 4 and np.isfinite(lines[-1]["gap"])
-    source = next(iter(sorted((data / "testX").iterdir())))
+    source = sorted((data / "testX").glob("*.mp4"))[0]
     for direction in ("x2y", "y2x"):
         out = tmp_path / f"{direction}.mp4"
         code, _, err = command("translate", trained, source, out, "--direction", direction)

@@ -30,6 +30,7 @@ MACHINE = {
     "preset": "paper", "method": "rlv2v", "out": Path("runs/rlv2v"), "resume": False, "steps": None, "budget": None,
     "seed": 0, "data": Path("@synthetic"), "loader_threads": 1, "decode": "cpu", "device": "auto", "threads": 1,
     "precision": "fp32", "memory": "store", "graphs": True, "replicas": 0, "snapshot_seconds": 60.0, "keep": 2,
+    "patience": 0,
 }  # fmt: skip
 
 
