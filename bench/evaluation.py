@@ -66,10 +66,12 @@ def write_run(folder: Path) -> None:
 @contextmanager
 def busy_core() -> Iterator[None]:
     """Keep one core busy with arithmetic on large arrays, as a training would."""
-    work = "import numpy as np\\nx = np.ones((1024, 1024), np.float32)\\nwhile True: x = x @ x * 1e-3 + 1"
+    work = "import numpy as np\nx = np.ones((1024, 1024), np.float32)\nwhile True: x = x @ x * 1e-4"
     process = subprocess.Popen([sys.executable, "-c", work], env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
     try:
         yield
+        if process.poll() is not None:
+            raise RuntimeError(f"the process that keeps a core busy ended with exit code {process.returncode}")
     finally:
         process.kill()
         process.wait()
