@@ -123,15 +123,21 @@ def timing_rows(case: str, peers: dict[str, Peer], times: Times, batches: dict[s
 
 
 def memory_rows(capacity: int) -> list[Row]:
-    """Return the memory of a video buffer that was filled once, 512 windows a video, each one frame on.
+    """Return the memory of a video buffer that was filled once, 512 windows a video.
 
-    The action is the next frame of the video, or a frame of its own.
+    Each window is one frame on, with the next frame of the video as action or a frame of its own; or each starts where
+    the last one's action was, so that no two share a frame but that.
     """
-    rows, windows, starts = [], 512, np.arange(512)
-    for case, new_action in (("", False), (", a new action frame each", True)):
-        replay, following = PrioritizedReplay(capacity, FRAME, STATE), starts + STATE
-        for _ in range(capacity // windows):
-            clip = replay.put_clip(np.zeros((windows + STATE, *FRAME), np.uint8))
+    rows, windows = [], 512
+    for case, stride, new_action, size in (
+        ("overlapping states", 1, False, capacity),
+        ("overlapping states, a new action frame each", 1, True, capacity),
+        ("states apart", STATE, False, max(windows, capacity // 4)),
+    ):
+        replay, starts = PrioritizedReplay(size, FRAME, STATE), stride * np.arange(windows)
+        following = starts + STATE
+        for _ in range(size // windows):
+            clip = replay.put_clip(np.zeros((following[-1] + 1, *FRAME), np.uint8))
             replay.add(
                 state=(clip, starts, np.full(windows, STATE)),
                 action=np.zeros((windows, *FRAME), np.uint8) if new_action else (clip, following),
@@ -140,8 +146,8 @@ def memory_rows(capacity: int) -> list[Row]:
                 position=starts,
             )
             clip.release()
-        each = round(replay.bytes_used / capacity)
-        rows.append({"case": f"memory, overlapping states{case}", "backend": "rlv2v", "bytes_per_transition": each})
+        each = round(replay.bytes_used / size)
+        rows.append({"case": f"memory, {case}", "backend": "rlv2v", "bytes_per_transition": each})
     return rows
 
 

@@ -80,6 +80,23 @@ def test_two_threads_give_what_one_gives(channels: int, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
+@pytest.mark.parametrize("state", fast(list(cases.STATES), 0, 1))
+def test_groups_are_to_the_bit_as_many_calls(state: str, run: Run) -> None:
+    inputs = arguments(Shape(2, 3, 3, 5, 4, 6, 3, groups=3), run.dtype, state)
+    hs, cs = convlstm_cells(*inputs, **run.options)
+    ours = gradients("hs and cs", hs, cs, inputs, run.dtype)
+    dhs, dcs = cases.loss_weights(hs.shape, run.dtype)
+    for n in range(3):
+        alone = [None if a is None else a.detach()[n].clone().requires_grad_() for a in inputs]
+        alone_hs, alone_cs = convlstm_cells(*alone, **run.options)
+        assert torch.equal(hs[n], alone_hs)
+        assert torch.equal(cs[n], alone_cs)
+        wanted = torch.autograd.grad((alone_hs, alone_cs), cases.present(alone), (dhs[n], dcs[n]))
+        for name, want in zip(ours, wanted, strict=True):
+            assert torch.equal(ours[name][n], want), name
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
 def test_chunks_with_the_state_carried_over_are_one_sequence(run: Run) -> None:
     shape = Shape(2, 6, 3, 5, 7, 6, 3)
     inputs, (right_hs, right_cs, right) = arguments(shape, run.dtype), cases.answer(shape, run.dtype)
