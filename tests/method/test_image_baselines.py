@@ -185,7 +185,7 @@ def test_a_step_moves_every_network_and_a_frame_is_translated_by_itself(method: 
 
 @pytest.mark.parametrize(("method", "sets"), [("cyclegan", "yzs"), ("recycle-gan", "yz")])
 def test_what_a_step_shows(method: str, sets: str) -> None:
-    """Neighbouring frames; targets from all sets that have as many; the same for two replicas on one rank or two."""
+    """Neighbouring frames from anywhere in a clip, targets of all sets that have as many; for two replicas or ranks."""
     config = config_of(method, replicas=2, batch_x=1)
     whole: ImageGan = METHODS[method].trainer(config, CPU, 0, 1)  # type: ignore[assignment]
 
@@ -194,19 +194,20 @@ def test_what_a_step_shows(method: str, sets: str) -> None:
         return frames[..., None, None, None].expand(-1, -1, 3, 8, 8)
 
     clips = Clips(numbered(0, 2), numbered(100, 2), numbered(200, 2), numbered(300, 4, 1))
-    seen = set()
+    seen, starts = set(), set()
     for step in range(60):
         rngs = [np.random.default_rng([0, step, 1 + replica]) for replica in range(2)]
         x, y = (frames[:, :, 0, 0, 0] for frames in whole.pick(clips, rngs))
         assert x.shape == y.shape == (2, whole.frames)
         assert (x.diff(dim=1) == 1).all() and (y.diff(dim=1) == 1).all()
         seen |= {"yzs"[int(value) // 100 - 1] for value in y[:, 0]}
+        starts |= {int(value) % 10 for value in x[:, 0]}
         for replica in range(2):  # as a rank of its own would draw
             rows = slice(replica, replica + 1), slice(2 * replica, 2 * replica + 2)
             share = Clips(clips.x[rows[0]], clips.y[rows[0]], clips.z[rows[0]], clips.s[rows[1]])  # type: ignore[index]
             own = whole.pick(share, [np.random.default_rng([0, step, 1 + replica])])
             assert torch.equal(own[0][:, :, 0, 0, 0], x[rows[0]]) and torch.equal(own[1][:, :, 0, 0, 0], y[rows[0]])
-    assert seen == set(sets)
+    assert seen == set(sets) and starts == set(range(4 - whole.frames + 1))
 
 
 @pytest.mark.parametrize(
