@@ -1,4 +1,4 @@
-// The fused gates and the memory pool in rlv2v._native: addresses are integers, 0 for null, which the core checks.
+// The fused gates and the memory pool in rlv2v._native.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,6 +7,7 @@
 #include <string>
 #include <utility>
 
+#include "address.h"
 #include "convlstm/gates.h"
 #include "memory_pool.h"
 
@@ -14,15 +15,8 @@ namespace py = pybind11;
 
 namespace {
 
-using Address = std::uintptr_t;
-
-struct Pointer {
-  template <class T>
-  operator T*() const {
-    return reinterpret_cast<T*>(address);
-  }
-  Address address;
-};
+using rlv2v::Address;
+using rlv2v::Pointer;
 
 void forward(int dtype, std::int64_t rows, std::int64_t length, Address a, Address a_h, Address c_prev, Address h,
              Address c, Address gates, int num_threads) {
@@ -71,13 +65,6 @@ void bind_gates(py::module_& m) {
   m.def("gates_backward", &backward, ReleaseGil());
   py::class_<Block>(m, "Block", py::buffer_protocol()).def(py::init<std::size_t>()).def_buffer(&Block::buffer);
   m.def("pool_bytes", [] { return std::make_pair(pool().used_bytes(), pool().idle_bytes()); });
-  m.def("gates_isa", [] { return gates_kernels().name; });
-  m.def("gates_isas", [] {
-    py::list names;
-    for (const GatesKernels* set : available_gates()) names.append(set->name);
-    return names;
-  });
-  m.def("gates_set_isa", [](const std::string& name) { choose_gates(name.c_str()); });
 }
 
 }  // namespace rlv2v

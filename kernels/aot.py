@@ -30,10 +30,12 @@ from torch import Tensor
 from rlv2v import _native
 from rlv2v.kernels.driver import BackwardOperands
 from rlv2v.kernels.layout import empty_frames, gates_dtype
+from rlv2v.kernels.triton import slices
 from rlv2v.kernels.triton.recurrence import DTYPES, TritonRecurrence, interpreted
 from rlv2v.kernels.triton.tiles import KIB, SHARED_LIMIT, Tile
 
 CHANNELS = (3, 16, 32, 64, 256)  # masked without vectors; one of each row of the tile table, the last with two sums
+BINS = (6, 8)  # of a bilateral grid
 WIDTHS = (4, 64)  # of square frames: a step of few programs and one of many
 # (state, keep gates, dcs, activated): training, training with a state, and with gates computed anew.
 CALLS = ((False, True, False, True), (True, True, True, True), (True, False, True, False))
@@ -57,6 +59,10 @@ class LaunchedKernel:
     def case(self) -> str:
         """C, k, tile, and what sets this kernel apart from the others of its name."""
         constants, options = dict(self.constants), dict(self.options)
+        if "BINS" in constants:
+            return f"bins {constants['BINS']}, {constants['BLOCK']} pixels" + ", backward" * bool(
+                constants.get("BACKWARD")
+            )
         tile = "x".join(str(constants[name]) for name in ("BM", "BC", "BK") if name in constants)
         missing = [f"no {name}" for name, value in self.constants if value is None]
         flags = [name.lower() for name, value in self.constants if value is True and name != "ACTIVATED"]
@@ -66,7 +72,7 @@ class LaunchedKernel:
 
     @property
     def dtype(self) -> str:
-        return next(kind for name, kind in self.signature if name in ("weight", "dhs", "a")).removeprefix("*")
+        return next(kind for name, kind in self.signature if name in ("weight", "dhs", "a", "frames")).removeprefix("*")
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,12 @@ def launched_kernels(
     backend = TritonRecurrence(record, (arch // 10, arch % 10), tile)
     for c, k, dtype, width, call in product(channels, sizes, dtypes, WIDTHS, CALLS):
         run_without_storage(backend, c, k, dtype, width, *call)
+    for bins, dtype in product(BINS, dtypes):
+        grid, guide, frames = (
+            torch.empty(1, *shape, dtype=dtype, device="meta") for shape in ((12, bins, 4, 4), (64, 64), (3, 64, 64))
+        )
+        slices.forward(grid, guide, frames, record)
+        slices.backward(grid, guide, frames, frames, [True] * 3, record)
     return list(launched)
 
 
@@ -140,9 +152,9 @@ def compile_kernel(launched: LaunchedKernel) -> Row:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from rlv2v.kernels.triton import kernels
+    from rlv2v.kernels.triton import kernels, slice_kernels
 
-    kernel = getattr(kernels, launched.kernel)
+    kernel = getattr(kernels if hasattr(kernels, launched.kernel) else slice_kernels, launched.kernel)
     signature = dict(launched.signature)
     pointers = [index for index, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
     attributes = {(index,): [["tt.divisibility", 16]] for index in pointers}

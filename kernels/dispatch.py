@@ -35,7 +35,7 @@ class Backend(NamedTuple):
 
 def cpu_is_fast(problem: Problem) -> bool:
     """Return whether the CPU backend beats eager: not with portable gates in 16 bits, converted one by one."""
-    return problem.device.type == "cpu" and (problem.dtype.itemsize == 4 or _native.gates_isa() != "portable")
+    return problem.device.type == "cpu" and (problem.dtype.itemsize == 4 or _native.isa() != "portable")
 
 
 # "auto" takes the first line that wants the problem and can run it; bench/convlstm.py measures what the lines claim.

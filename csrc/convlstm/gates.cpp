@@ -1,11 +1,11 @@
 #include "convlstm/gates.h"
 
 #include <algorithm>
-#include <atomic>
-#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
+
+#include "isa.h"
 
 namespace rlv2v {
 
@@ -19,11 +19,16 @@ extern const GatesKernels kGatesAvx512Bf16;
 namespace {
 
 constexpr std::size_t kMinPerThread = 32768;  // elements of a state, some 50 us of work; chosen, not measured
+constexpr const GatesKernels* kKernels[kNumIsas] = {
+    &kGatesPortable,
+#ifdef RLV2V_X86
+    &kGatesAvx2,
+    &kGatesAvx512,
+    &kGatesAvx512Bf16,
+#endif
+};
 
-std::atomic<const GatesKernels*>& chosen() {
-  static std::atomic<const GatesKernels*> kernels{available_gates().back()};
-  return kernels;
-}
+const GatesKernels& kernels() { return *kKernels[static_cast<std::size_t>(isa())]; }
 
 [[noreturn]] void refuse(const std::string& name, const std::string& expected, const std::string& got) {
   throw std::invalid_argument("gates: " + name + " must be " + expected + ", got " + got);
@@ -72,46 +77,13 @@ void split(void (*kernel)(const Step&, const GatesBlock&), const Step& step) {
 
 }  // namespace
 
-const std::vector<const GatesKernels*>& available_gates() {
-  static const std::vector<const GatesKernels*> all = [] {
-    std::vector<const GatesKernels*> sets{&kGatesPortable};
-#ifdef RLV2V_X86
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-      sets.push_back(&kGatesAvx2);
-    }
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
-      sets.push_back(&kGatesAvx512);
-      if (__builtin_cpu_supports("avx512bf16")) sets.push_back(&kGatesAvx512Bf16);
-    }
-#endif
-    return sets;
-  }();
-  return all;
-}
-
-const GatesKernels& gates_kernels() { return *chosen().load(std::memory_order_relaxed); }
-
-void choose_gates(const char* name) {
-  std::string names;
-  for (const GatesKernels* set : available_gates()) {
-    if (std::strcmp(set->name, name) == 0) {
-      chosen().store(set, std::memory_order_relaxed);
-      return;
-    }
-    names += (names.empty() ? "" : ", ") + std::string(set->name);
-  }
-  refuse("instruction set", "one of " + names, name);
-}
-
 void gates_forward(const GatesForward& step) {
   check_sizes(step);
   if (step.rows == 0 || step.length == 0) return;
   require(step.a, "a");
   require(step.h, "h");
   require(step.c, "c");
-  split(gates_kernels().forward[static_cast<int>(step.type)], step);
+  split(kernels().forward[static_cast<int>(step.type)], step);
 }
 
 void gates_backward(const GatesBackward& step) {
@@ -120,7 +92,7 @@ void gates_backward(const GatesBackward& step) {
   require(step.gates, "gates");
   require(step.c, "c");
   require(step.da, "da");
-  split(gates_kernels().backward[static_cast<int>(step.type)], step);
+  split(kernels().backward[static_cast<int>(step.type)], step);
 }
 
 }  // namespace rlv2v

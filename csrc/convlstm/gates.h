@@ -12,7 +12,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
 
 namespace rlv2v {
 
@@ -60,15 +59,8 @@ struct GatesBlock {
 
 // The functions of one instruction set, by GatesType.
 struct GatesKernels {
-  const char* name;
   void (*forward[3])(const GatesForward& step, const GatesBlock& block);
   void (*backward[3])(const GatesBackward& step, const GatesBlock& block);
 };
-
-// The sets that this CPU can run, the plainest first. The last is used until another is chosen by name; steps that are
-// running end with the set they began with. choose_gates throws std::invalid_argument for an unknown name.
-const std::vector<const GatesKernels*>& available_gates();
-const GatesKernels& gates_kernels();
-void choose_gates(const char* name);
 
 }  // namespace rlv2v

@@ -1,5 +1,5 @@
-// The kernels of gates.h. The build compiles this file once for each instruction set, with its flags and the names
-// RLV2V_KERNELS and RLV2V_ISA. Products and sums may be fused where the set can. Everything else is in an unnamed
+// The kernels of gates.h. The build compiles this file once for each instruction set, with its flags and the name
+// RLV2V_KERNELS. Products and sums may be fused where the set can. Everything else is in an unnamed
 // namespace: code of one set must not be linked into another.
 //
 //   2^f - 1 = f q(f) for f in [-1/2, 1/2], q a minimax polynomial;  s = 2^n, made in the exponent's bits
@@ -10,7 +10,7 @@
 #include <type_traits>
 
 #include "convlstm/gates.h"
-#include "convlstm/gates_vector.h"
+#include "vector.h"
 
 namespace rlv2v {
 namespace {
@@ -257,8 +257,7 @@ void backward(const GatesBackward& step, const GatesBlock& block) {
 }  // namespace
 
 extern const GatesKernels RLV2V_KERNELS;
-const GatesKernels RLV2V_KERNELS{RLV2V_ISA,
-                                 {forward<float>, forward<Bf16>, forward<Half>},
+const GatesKernels RLV2V_KERNELS{{forward<float>, forward<Bf16>, forward<Half>},
                                  {backward<float>, backward<Bf16>, backward<Half>}};
 
 }  // namespace rlv2v

@@ -10,6 +10,7 @@
 #include "check.h"
 #include "convlstm/gates.h"
 #include "formats.h"
+#include "isa.h"
 
 namespace {
 
@@ -308,16 +309,16 @@ void refusals() {
   void (*const bad_backs[])(Back&) = {[](Back& step) { step.gates = nullptr; }, [](Back& step) { step.c = nullptr; },
                                       [](Back& step) { step.da = nullptr; }, [](Back& step) { step.length = -1; }};
   for (const auto spoil : bad_backs) CHECK(refused(&rlv2v::gates_backward, backward.step(), spoil));
-  CHECK(throws<std::invalid_argument>([] { rlv2v::choose_gates("none"); }));
+  CHECK(throws<std::invalid_argument>([] { rlv2v::choose_isa("none"); }));
   rlv2v::gates_forward({GatesType::kF32, 0, 5, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 1});
 }
 
 }  // namespace
 
 int main() {
-  for (const rlv2v::GatesKernels* set : rlv2v::available_gates()) {
-    rlv2v::choose_gates(set->name);
-    CHECK(&rlv2v::gates_kernels() == set);
+  for (const rlv2v::Isa set : rlv2v::available_isas()) {
+    rlv2v::choose_isa(rlv2v::isa_name(set));
+    CHECK(rlv2v::isa() == set);
     shapes_and_nulls();
     extremes();
     maths();

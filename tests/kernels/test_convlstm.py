@@ -34,18 +34,18 @@ def test_a_layer_of_real_size_keeps_the_limits(run: Run) -> None:
     cases.check_call(REAL_SIZE, "state", run)
 
 
-@pytest.fixture(params=_native.gates_isas())
+@pytest.fixture(params=_native.isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    usual = _native.gates_isa()
-    _native.gates_set_isa(request.param)
+    usual = _native.isa()
+    _native.set_isa(request.param)
     yield request.param
-    _native.gates_set_isa(usual)
+    _native.set_isa(usual)
 
 
 @pytest.mark.parametrize("run", CPU_RUNS, ids=str)
 @pytest.mark.parametrize("shape", fast(cases.SHAPES, 0, 6), ids=str)
 def test_every_instruction_set_keeps_the_limits(shape: Shape, run: Run, isa: str) -> None:
-    assert _native.gates_isa() == isa
+    assert _native.isa() == isa
     for state in ("state", "zero"):
         cases.check_call(shape, state, run)
 

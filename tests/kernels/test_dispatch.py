@@ -159,11 +159,11 @@ def test_a_gpu_backend_that_is_wrong_is_not_used_and_named_once(
 
 @pytest.mark.parametrize(("dtype", "backend"), [(torch.float32, "cpu"), (torch.bfloat16, "eager")], ids=str)
 def test_portable_gates_are_not_selected_where_they_are_slower(dtype: torch.dtype, backend: str) -> None:
-    usual = _native.gates_isa()
+    usual = _native.isa()
     dispatch.select.cache_clear()
-    _native.gates_set_isa("portable")
+    _native.set_isa("portable")
     try:
         assert dispatch.select(problem(dtype)._replace(device=CPU)).backend == backend
     finally:
-        _native.gates_set_isa(usual)
+        _native.set_isa(usual)
         dispatch.select.cache_clear()
