@@ -6,14 +6,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from rlv2v.cli import Device, RunFolder, run_command
 from rlv2v.errors import UserError
 from rlv2v.files import write_atomically
 from rlv2v.metrics import table
 from rlv2v.metrics.evaluation import Split, evaluate_run
 from rlv2v.metrics.learned import Name, load_networks
+from rlv2v.runtime.device import set_threads
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,7 @@ def main(args: Args) -> None:
     """Evaluate, print the table, write the JSON."""
     if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
         raise UserError(f"--json {args.json}: expected a file name in a folder that exists")
-    if args.threads < 0:
-        raise UserError(f"--threads: expected 0 or more, got {args.threads}")
-    torch.set_num_threads(args.threads or torch.get_num_threads())
+    set_threads(args.threads)
     paths: dict[Name, Path | None] = {"fid": args.fid, "fvd": args.fvd, "lpips": args.lpips}
     networks = load_networks({name: path for name, path in paths.items() if path})
     result = evaluate_run(args.run, args.data, args.split, best=args.best, device=args.device, networks=networks)

@@ -13,6 +13,7 @@ from rlv2v.errors import UserError
 from rlv2v.files import write_atomically
 from rlv2v.metrics.evaluation import Split
 from rlv2v.report_page import open_runs, render_page
+from rlv2v.runtime.device import set_threads
 
 Runs = Annotated[
     tuple[Path, ...],
@@ -35,6 +36,8 @@ class Args:
     out: Path | None = None
     """File to write, in a folder that exists; default: report/index.html in the first run."""
     device: Device = "auto"
+    threads: int = 1
+    """CPU threads; 0: as many as torch finds."""
 
 
 def main(args: Args) -> None:
@@ -45,6 +48,7 @@ def main(args: Args) -> None:
         raise UserError(f"--clips: expected 0 or more, got {args.clips}")
     if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
         raise UserError(f"--out {args.out}: expected a file name in a folder that exists")
+    set_threads(args.threads)
     runs = open_runs(args.runs)
     own = runs[0].config.data.folder
     data = args.data or (own if any((own / f"{args.split}{letter}").is_dir() for letter in "XA") else None)

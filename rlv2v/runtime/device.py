@@ -27,6 +27,17 @@ def pick_device(name: str) -> torch.device:
         ) from None
 
 
+def set_threads(num: int) -> None:
+    """Let torch use so many CPU threads; 0: as many as it finds.
+
+    Raises:
+        UserError: a negative number.
+    """
+    if num < 0:
+        raise UserError(f"--threads: expected 0 or more, got {num}")
+    torch.set_num_threads(num or torch.get_num_threads())
+
+
 def grow_segments() -> None:
     """Let torch's allocator on GPUs grow and shrink its segments, unless the environment configures it.
 

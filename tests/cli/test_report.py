@@ -302,6 +302,7 @@ def test_mistakes_are_refused_by_name(tiny_run: Path, tmp_path: Path) -> None:
         (Args((tmp_path / "absent",)), "expected a run folder with config.json"),
         (Args((tmp_path,)), "config.json: expected a config of this version of rlv2v"),
         (Args((tiny_run,), clips=-1), "--clips"),
+        (Args((tiny_run,), threads=-1), "--threads: expected 0 or more, got -1"),
         (Args((tiny_run, tiny_run)), "expected each run once"),
         (Args((tiny_run,), out=tmp_path), "--out"),
         (Args((tiny_run,), out=tmp_path / "absent" / "page.html"), "--out"),
