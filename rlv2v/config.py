@@ -61,8 +61,11 @@ class ModelConfig:
     """Channels after each RPB of D and Q."""
     patch: int = 2
     """Addition: space-to-depth factor in front of every network; the ConvLSTMs run on frames this much smaller."""
-    head: Literal["convlstm", "mask"] = "mask"
-    """convlstm is the paper's; mask is an addition, a full-resolution head that can copy its input by a soft mask."""
+    head: Literal["convlstm", "mask", "grid"] = "mask"
+    """Of G. convlstm is the paper's. Additions: mask, a full-resolution head that can copy its input by a soft mask;
+    grid, a bilateral grid of colour transforms, which translates frames of any size at their own."""
+    bins: int = 6
+    """Bins of the guide of head grid, 1 to 8."""
     norm: Literal["clip", "batch"] = "clip"
     """Sequence-wise normalisation of G and P: over each clip, or over the mini-batch as in the paper."""
     disc_norm: Literal["clip", "batch", "none"] = "none"
@@ -215,6 +218,7 @@ def rules() -> Iterator[tuple[Iterable[str], str, Callable[[Any], bool]]]:
     yield ["size"], "at least 8 pixels", lambda value: value >= 8
     yield ["frames"], "at least 2", lambda value: value >= 2
     yield ["patch"], "1, 2 or 4", lambda value: value in (1, 2, 4)
+    yield ["bins"], "1 to 8", lambda value: 1 <= value <= 8
     yield ["widths", "disc_widths"], "positive numbers", lambda value: min(value, default=0) > 0
     counts = ("rl_every", "replay_capacity", "loader_threads", "keep")
     yield [*BATCH, *counts], "at least 1", lambda value: value >= 1
@@ -315,7 +319,7 @@ class Config:
         min_frames = METHODS[self.method].min_frames
         need(self.data.frames >= min_frames, "frames", f"at least {min_frames} with --method {self.method}")
         need(self.steps is None or self.budget is None, "steps", "--steps or --budget, not both")
-        need(self.model.patch == 1 or self.model.head == "mask", "patch", "1 with --head convlstm")
+        need(self.model.patch == 1 or self.model.head != "convlstm", "patch", "1 with --head convlstm")
         multiple = self.model.multiple
         need(self.data.size % multiple == 0, "size", f"a multiple of {multiple} (patch * 2 ** number of widths)")
         return self

@@ -14,6 +14,7 @@ from rlv2v.data.index import Dataset
 from rlv2v.method.clips import Clips, make_loader
 from rlv2v.method.losses import l_tau
 from rlv2v.method.optim import OptimizerStep, autocast
+from rlv2v.model import Translator
 from rlv2v.model.build import Nets
 from rlv2v.runtime.distributed import StepControl, World
 
@@ -30,9 +31,11 @@ def warm_up(nets: Nets, dataset: Dataset, config: Config, world: World, stop: Ca
     if not config.optim.warmup_steps:
         world.broadcast_parameters(nets)
         return True
-    weights = [*nets.g_y.parameters(), *nets.p_y.parameters()]
+    g = nets.g_y if isinstance(nets.g_y, Translator) else None  # a grid is the identity from the start
+    weights = [*(g.parameters() if g else ()), *nets.p_y.parameters()]
     optimizer_step = OptimizerStep(torch.optim.Adam(weights, config.optim.warmup_lr, fused=True), 0.0, config)
-    nets.g_y.mask_gain.zero_()
+    if g:
+        g.mask_gain.zero_()
     nets.p_y.mask_gain.zero_()
     stopped = False
     steps = tqdm(range(config.optim.warmup_steps), desc="warm-up", unit="step", leave=False, disable=not world.first)
@@ -41,9 +44,10 @@ def warm_up(nets: Nets, dataset: Dataset, config: Config, world: World, stop: Ca
             clips = Clips.of(next(loader), world.device)
             videos = torch.cat((clips.x, clips.yz))
             with autocast(config, world.device):
-                loss = l1_loss(nets.g_y(videos)[0], videos)
+                losses = [l1_loss(g(videos)[0], videos)] if g else []
                 if videos.shape[1] > 1:
-                    loss = loss + l_tau(videos, nets.p_y(videos)[0], "l1")
+                    losses.append(l_tau(videos, nets.p_y(videos)[0], "l1"))
+                loss = torch.stack(losses).sum()
             optimizer_step(loss)
             if stopped := world.all_agree(StepControl(stop(), 0.0, False)).stop:
                 break

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from rlv2v.method.losses import Frames, Logits
 from rlv2v.model import Discriminator
 from rlv2v.model.build import Nets
 from rlv2v.model.frames import map_state
+from rlv2v.model.generator import Details
 
 
 class Rollout(NamedTuple):
@@ -18,7 +18,7 @@ class Rollout(NamedTuple):
 
     video: Frames  # a
     fake: Frames  # G_B(a): frame t is G_B(a[1:t])_t
-    mask: Tensor | None  # the copy mask of G_B, (B,T,1,H,W)
+    details: Details  # what G_B decided beside it
     same: Frames | None  # G_A(a), for the identity loss
     cycle: Frames | None  # G_A(G_B(a))
     predicted: Frames | None  # P_A(a): frame t is P_A(a[1:t]), the guess of a[t+1]
@@ -35,8 +35,8 @@ def rollouts(
     at the same stage. `same`, `back` and `predict` leave out what no loss asks for.
     """
     n, m = len(x), len(yz)
-    to_y, mask_y, _ = nets.g_y.forward_with_mask(torch.cat((x, yz)) if same else x)
-    to_x, mask_x, _ = nets.g_x.forward_with_mask(torch.cat((yz, x)) if same else yz)
+    to_y, details_y, _ = nets.g_y.forward_with_details(torch.cat((x, yz)) if same else x)
+    to_x, details_x, _ = nets.g_x.forward_with_details(torch.cat((yz, x)) if same else yz)
     fake_y, fake_x = to_y[:n], to_x[:m]
     cycle_x = cycle_yz = predicted_x = predicted_yz = recycled_x = recycled_yz = None
     if back:
@@ -48,10 +48,9 @@ def rollouts(
         recycled_x, _ = nets.g_x(guess_y[:, :-1], map_state(lambda s: s[:, :-1], states_x), one_step_from_each=True)
         recycled_yz, _ = nets.g_y(guess_x[:, :-1], map_state(lambda s: s[:, :-1], states_y), one_step_from_each=True)
     same_yz, same_x = (to_y[n:], to_x[m:]) if same else (None, None)
-    mask_y, mask_x = (None if mask is None else mask[:num] for mask, num in ((mask_y, n), (mask_x, m)))
     return (
-        Rollout(x, fake_y, mask_y, same_x, cycle_x, predicted_x, recycled_x),
-        Rollout(yz, fake_x, mask_x, same_yz, cycle_yz, predicted_yz, recycled_yz),
+        Rollout(x, fake_y, details_y.first(n), same_x, cycle_x, predicted_x, recycled_x),
+        Rollout(yz, fake_x, details_x.first(m), same_yz, cycle_yz, predicted_yz, recycled_yz),
     )
 
 

@@ -149,8 +149,26 @@ def contrast_terms(inputs: TermInputs) -> Values:
 def mask_terms(inputs: TermInputs) -> Values:
     """Yield `mask_prior` of both directions, where the generators have a copy mask."""
     for domain, rollout in (("x", inputs.x), ("y", inputs.y)):
-        if rollout.mask is not None:
-            yield domain, mask_prior(rollout.mask)
+        if rollout.details.mask is not None:
+            yield domain, mask_prior(rollout.details.mask)
+
+
+def roughness(whole: Tensor, local: Tensor) -> Tensor:
+    """Return how much a bilateral grid varies: what a capacity that is free would make of the content of a clip.
+
+    Mean squares of the differences of neighbouring cells of `local` (B,T,12,bins,h,w), down and to the right; 0.3 of
+    those of neighbouring bins, of `local` and of `whole`; 0.05 of the mean square of `local`.
+    """
+    space = [local.diff(dim=dim).square().mean() for dim in (4, 5) if local.shape[dim] > 1]
+    bins = [part.diff(dim=3).square().mean() for part in (whole, local) if part.shape[3] > 1]
+    return torch.stack([*space, *(0.3 * value for value in bins), 0.05 * local.square().mean()]).sum()
+
+
+def smoothness_terms(inputs: TermInputs) -> Values:
+    """Yield `roughness` of both directions, where the generators have a grid."""
+    for domain, rollout in (("x", inputs.x), ("y", inputs.y)):
+        if rollout.details.whole is not None and rollout.details.local is not None:
+            yield domain, roughness(rollout.details.whole, rollout.details.local)
 
 
 def colour_terms(inputs: TermInputs) -> Values:
@@ -170,5 +188,6 @@ TERMS: dict[str, Term] = {
         Term("contrast", "local-contrast loss, doubled for G_X", 40.0, contrast_terms, ramped=True),
         Term("mask_prior", MASK_PRIOR, 2.0, mask_terms, ramped=True),
         Term("colours", COLOURS, 3.0, colour_terms),
+        Term("smoothness", "deviations of a grid head from one transform of all pixels", 30.0, smoothness_terms),
     )
 }

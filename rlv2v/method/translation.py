@@ -11,10 +11,13 @@ from torch.nn.functional import pad
 
 from rlv2v.config import Config
 from rlv2v.data import to_model, to_uint8
-from rlv2v.data.video import fit
+from rlv2v.data.video import fit, resize
 from rlv2v.errors import UserError
-from rlv2v.model import Generator
+from rlv2v.kernels.bilateral import slice_apply_frame
+from rlv2v.model import Generator, GridTranslator
 from rlv2v.model.frames import State
+
+NOT_FINITE = "translate: the model's output is not finite; its weights are damaged or its training diverged"
 
 
 @torch.inference_mode()
@@ -40,7 +43,7 @@ def translate_chunk(g: Generator, config: Config, frames: np.ndarray, state: Sta
         translated.append(video[0])
     y = torch.cat(translated)
     if not torch.isfinite(y).all():
-        raise UserError("translate: the model's output is not finite; its weights are damaged or its training diverged")
+        raise UserError(NOT_FINITE)
     return to_uint8(y[..., :height, :width]).cpu().numpy(), state
 
 
@@ -64,6 +67,8 @@ class Stream:
     def __call__(self, frame: np.ndarray) -> np.ndarray:
         """Return the translation of the next frame, uint8 (H,W,3) as the frame."""
         height, width = frame.shape[:2]
+        if isinstance(self.g, GridTranslator):
+            return self.transform(self.g, frame)
         clip = fit(frame[None], self.size or min(height, width))
         translated, self.state = translate_chunk(self.g, self.config, clip, self.state)
         output: np.ndarray = translated[0]
@@ -71,3 +76,24 @@ class Stream:
             method = cv2.INTER_AREA if len(output) > height else cv2.INTER_CUBIC
             output = cv2.resize(output, (width, height), interpolation=method)
         return output
+
+    @torch.inference_mode()
+    def transform(self, g: GridTranslator, frame: np.ndarray) -> np.ndarray:
+        """Translate a frame at its own size, by the grid that the generator reads off the frame made small.
+
+        The small frame's sides are the nearest multiples of `g.multiple`, so that the grid ends where the frame does.
+        """
+        height, width = frame.shape[:2]
+        scale = (self.size or min(height, width)) / min(height, width)
+        rows, columns = (max(1, round(side * scale / g.multiple)) * g.multiple for side in (height, width))
+        small = frame if (rows, columns) == (height, width) else resize(frame, columns, rows)
+        device = g.guide.weight.device
+        grids, self.state = g.decide(to_model(torch.from_numpy(small.copy()).to(device))[None, None], self.state)
+        self.state = g.limit_state(self.state, self.config.data.frames)
+        grid = grids.grid
+        if not torch.isfinite(grid).all():
+            raise UserError(NOT_FINITE)
+        whole = torch.from_numpy(frame.copy())
+        if device.type == "cpu":
+            return slice_apply_frame(whole, grid[0, 0], g.guide.curve).numpy()
+        return to_uint8(g.transform(grids, to_model(whole.to(device))[None, None]))[0, 0].cpu().numpy()

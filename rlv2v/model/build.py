@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from rlv2v.model.grid import GridTranslator
 from rlv2v.model.networks import Discriminator, Translator
 
 if TYPE_CHECKING:  # the config reads the registries of `rlv2v.method`, which imports this package
@@ -15,8 +16,8 @@ if TYPE_CHECKING:  # the config reads the registries of `rlv2v.method`, which im
 class Nets(nn.Module):
     """The eight networks, by the paper's names: generators, predictors, discriminators and critics."""
 
-    g_x: Translator
-    g_y: Translator
+    g_x: Translator | GridTranslator
+    g_y: Translator | GridTranslator
     p_x: Translator
     p_y: Translator
     d_x: Discriminator
@@ -34,13 +35,19 @@ def build_nets(config: Config, *, discriminators: bool = True) -> Nets:
     critic_norm = "clip" if model.disc_norm == "batch" else model.disc_norm
 
     def translator() -> Translator:
-        return Translator(model.widths, head=model.head, norm=model.norm, **shared)
+        head = "mask" if model.head == "grid" else model.head
+        return Translator(model.widths, head=head, norm=model.norm, **shared)
+
+    def generator() -> Translator | GridTranslator:
+        if model.head == "grid":
+            return GridTranslator(model.widths, bins=model.bins, norm=model.norm, **shared)
+        return translator()
 
     def discriminator(heads: int, norm: str, positive: bool = False) -> Discriminator:
         return Discriminator(model.disc_widths, heads=heads, norm=norm, positive=positive, **shared)
 
     nets = Nets()
-    nets.g_x, nets.g_y = translator(), translator()
+    nets.g_x, nets.g_y = generator(), generator()
     if discriminators:
         nets.p_x, nets.p_y = translator(), translator()
         nets.d_x, nets.d_y = discriminator(1, model.disc_norm), discriminator(2, model.disc_norm)

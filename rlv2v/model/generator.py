@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from rlv2v.model.frames import State
+
+
+class Details(NamedTuple):
+    """What loss terms may look at beside a translation; None where a generator has no such thing."""
+
+    mask: Tensor | None = None
+    """The copy mask (B,T,1,H,W) of `Translator`."""
+    whole: Tensor | None = None
+    """The part of the grid that is the same everywhere, (B,T,12,bins,1,1), of `GridTranslator`."""
+    local: Tensor | None = None
+    """Deviations from it, (B,T,12,bins,h,w)."""
+
+    def first(self, num: int) -> Details:
+        """Return those of the first `num` clips."""
+        return Details(*(None if part is None else part[:num] for part in self))
 
 
 class Generator(nn.Module, ABC):

@@ -13,7 +13,7 @@ from rlv2v.model.activation_memory import in_chunks, set_memory
 from rlv2v.model.blocks import RPB, SLOPE, URB, limit_history, xavier_linear
 from rlv2v.model.conv_lstm import ConvLSTM
 from rlv2v.model.frames import RunMode, State, cat_channels, per_frame, space_to_depth
-from rlv2v.model.generator import Generator
+from rlv2v.model.generator import Details, Generator
 
 
 def no_autocast(y: Tensor) -> torch.autocast:
@@ -81,6 +81,13 @@ class Translator(Generator):
         """Translate frames from a state; `mode` as in `rlv2v.model.blocks`."""
         y, _, state = self.forward_with_mask(x, state, **mode)
         return y, state
+
+    def forward_with_details(
+        self, x: Tensor, state: State = None, **mode: Unpack[RunMode]
+    ) -> tuple[Tensor, Details, State]:
+        """Translate frames as `forward` does, and also return what loss terms may look at."""
+        y, mask, state = self.forward_with_mask(x, state, **mode)
+        return y, Details(mask), state
 
     def limit_state(self, state: State, frames: int) -> State:
         """Return the state such that the normalisation forgets what is older, see `limit_history`."""

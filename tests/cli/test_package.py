@@ -34,4 +34,11 @@ def test_only_the_bindings_know_python() -> None:
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"}]
     assert len(sources) > 5
     knows = {path.name for path in sources if re.search(r"pybind11|Python\.h|torch/", path.read_text())}
-    assert knows == {"arrays.h", "batch_ring.h", "bind_gates.cpp", "bind_persistent.cpp", "bindings.cpp"}
+    assert knows == {
+        "arrays.h",
+        "batch_ring.h",
+        "bind_gates.cpp",
+        "bind_persistent.cpp",
+        "bind_slice.cpp",
+        "bindings.cpp",
+    }

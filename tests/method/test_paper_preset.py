@@ -12,12 +12,12 @@ PAPER = {
     # section 6.1: nothing is augmented
     "size": 32, "frames": 8, "augment": "none", "batch_x": 2, "batch_y": 1, "batch_z": 2, "batch_s": 4,
     # section 3.2, 3.4, table 1: ConvLSTM head, no patches, statistics over the mini-batch, ReLU at the end of Q
-    "widths": (8, 16, 24), "disc_widths": (8, 16, 24, 32, 32), "patch": 1, "head": "convlstm",
+    "widths": (8, 16, 24), "disc_widths": (8, 16, 24, 32, 32), "patch": 1, "head": "convlstm", "bins": 6,
     "norm": "batch", "disc_norm": "batch", "chrono": False, "q_positive": True,
     # eq. 1-10 with log D and squared distances, on every frame; no added term
     "gan": "log", "l_adv": 1.0, "l_v": 2.0, "l_tau": 10.0, "l_rc": 10.0, "distance": "l2", "disc_frames": 0,
     "ramp_at": 0.3, "adversarial_end": 1.0,
-    "cycle": 0.0, "identity": 0.0, "contrast": 0.0, "mask_prior": 0.0, "colours": 0.0,
+    "cycle": 0.0, "identity": 0.0, "contrast": 0.0, "mask_prior": 0.0, "colours": 0.0, "smoothness": 0.0,
     # section 3.4, 6.2: L2 penalty 0.001, pre-training; no clipping, no average of the weights
     "lr": 2e-3, "disc_lr": 2e-3, "betas": (0.5, 0.99), "weight_decay": 1e-3, "clip_grad": 0.0, "average": 0.0,
     "warmup_steps": 80, "warmup_lr": 3e-3,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from rlv2v.config import Config
-from rlv2v.model import ConvLSTM, Discriminator, SequenceNorm, Translator, limit_history
+from rlv2v.model import ConvLSTM, Discriminator, GridTranslator, SequenceNorm, Translator, limit_history
 from rlv2v.model.build import build_nets
 from rlv2v.model.norm import Moments
 
@@ -39,6 +39,10 @@ def discriminator(norm: str = "clip", training: bool = True, **kwargs: int) -> D
     return lively(Discriminator((4, 6), norm=norm, **kwargs).double()).train(training)
 
 
+def grid_translator(norm: str = "clip", training: bool = True) -> GridTranslator:
+    return lively(GridTranslator((4, 6), patch=2, norm=norm, hidden=3, bins=4).double()).train(training)
+
+
 def lively(net: nn.Module) -> nn.Module:
     """Move every weight away from values that would hide a fault (zero biases, unit gains, no running statistics)."""
     with torch.no_grad():
@@ -54,9 +58,9 @@ FAST = [
     (translator, ("convlstm", 1, "clip", True)),
     *((translator, ("mask", 2, "batch", mode)) for mode in (True, False)),
 ]
-FAST += [(discriminator, (norm, True)) for norm in ("none", "batch", "clip")]
+FAST += [(discriminator, (norm, True)) for norm in ("none", "batch", "clip")] + [(grid_translator, ("clip", True))]
 ALL = [(translator, (*head, *mode)) for head in HEADS for mode in MODES]
-ALL += [(discriminator, mode) for mode in (("none", True), *MODES)]
+ALL += [(discriminator, mode) for mode in (("none", True), *MODES)] + [(grid_translator, mode) for mode in MODES]
 EVERY_NET = [net if net in FAST else pytest.param(*net, marks=pytest.mark.thorough) for net in ALL]
 
 
@@ -127,7 +131,13 @@ def test_chunks_with_state_are_one_run(build, args, cuts) -> None:
 
 @pytest.mark.parametrize(
     ("build", "args"),
-    [(translator, ("convlstm", 1)), (translator, ("mask", 2)), (discriminator, ()), (discriminator, ("none",))],
+    [
+        (translator, ("convlstm", 1)),
+        (translator, ("mask", 2)),
+        (grid_translator, ()),
+        (discriminator, ()),
+        (discriminator, ("none",)),
+    ],
 )
 def test_one_clip_is_the_same_in_training_and_in_use(build, args) -> None:
     """With statistics of the clip or none; `batch` uses running statistics, a known fault of the method."""

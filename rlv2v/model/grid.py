@@ -1,0 +1,153 @@
+"""A generator that looks at small frames and decides what happens to the colours of frames of any size.
+
+    encoder -> ConvLSTM -> grid (12 x bins x h x w) = identity + global part + local deviations;  G(x) = A x + b
+with A, b read off the grid at each pixel by its place and its guide (`rlv2v.kernels.bilateral`). Edges stay where they
+are, whatever the network does, and at the first step it is the identity.
+Source: Gharbi et al. 2017, arXiv:1707.02880 (HDRNet), on the blocks of RL-V2V-GAN, section 3.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d
+
+from rlv2v.kernels.bilateral import slice_apply
+from rlv2v.model.activation_memory import in_chunks, set_memory
+from rlv2v.model.blocks import RPB, limit_history
+from rlv2v.model.conv_lstm import ConvLSTM
+from rlv2v.model.frames import RunMode, State, batch_major, cat_channels, frame_major, per_frame, space_to_depth
+from rlv2v.model.generator import Details, Generator
+
+LUMA = (0.299, 0.587, 0.114)  # BT.601
+LOCAL = 0.3  # step of the local deviations beside that of the global part
+
+
+class Grids(NamedTuple):
+    """What a `GridTranslator` decides for each frame: the parts of its grid, beside the identity."""
+
+    whole: Tensor
+    """The same at every place, (B,T,12,bins,1,1)."""
+    local: Tensor
+    """Deviations from it, (B,T,12,bins,h,w)."""
+
+    @property
+    def grid(self) -> Tensor:
+        """The coefficients (B,T,12,bins,h,w)."""
+        eye = torch.eye(3, 4, dtype=self.local.dtype, device=self.local.device).reshape(12, 1, 1, 1)
+        return eye + self.whole + self.local
+
+
+class Guide(nn.Module):
+    """Make the guide of a pixel of its colour: its luma in [0,1] and what a network of two layers adds, 0 at first."""
+
+    luma: Tensor
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(width, 3)), nn.Parameter(torch.zeros(width))
+        self.factor = nn.Parameter(torch.zeros(width))
+        nn.init.xavier_uniform_(self.weight)
+        self.register_buffer("luma", torch.tensor([*LUMA, 1.0, 0.0]) / 2)
+
+    @property
+    def curve(self) -> Tensor:
+        """The same as an argument of `slice_apply_frame`, (1+J,5)."""
+        return torch.cat((self.luma[None], torch.cat((self.weight, self.bias[:, None], self.factor[:, None]), 1)))
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Return the guide (N,H,W) of frames (N,3,H,W)."""
+        hidden = conv2d(frames, self.weight[..., None, None], self.bias).relu()
+        luma = torch.einsum("nchw,c->nhw", frames, self.luma[:3]) + self.luma[3]
+        return luma + torch.einsum("njhw,j->nhw", hidden, self.factor)
+
+
+class GridTranslator(Generator):
+    """A generator G that reads a bilateral grid off small frames and applies it; causal, video to video.
+
+    Shapes: frames (B,T,3,H,W) in [-1,1] -> (B,T,3,H,W), not bounded; H and W are multiples of `multiple`.
+
+    Args:
+        widths: channels after each RPB; a cell of the grid is patch * 2^len(widths) pixels wide.
+        patch: space-to-depth factor before the first RPB.
+        norm: "clip" or "batch", see `SequenceNorm`.
+        horizon: clip length for which the ConvLSTMs' biases are initialised (0: biases 0), see `ConvLSTM`.
+        bins: of the guide.
+        hidden: channels of the last ConvLSTM.
+        memory: what a training run stores for its backward pass, see `rlv2v.model.activation_memory`.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        *,
+        patch: int = 1,
+        norm: str = "clip",
+        horizon: int = 0,
+        bins: int = 6,
+        hidden: int = 16,
+        memory: str = "store",
+    ) -> None:
+        super().__init__()
+        self.patch, self.multiple, self.bins = patch, patch * 2 ** len(widths), bins
+        ins = [3 * patch**2, *widths[:-1]]
+        self.encoder = nn.ModuleList(RPB(c_in, c_out, norm, horizon) for c_in, c_out in zip(ins, widths, strict=True))
+        self.last = ConvLSTM(widths[-1] + 2, hidden, horizon=horizon)
+        self.to_whole, self.to_local = nn.Linear(hidden, 12 * bins), nn.Conv2d(hidden, 12 * bins, 1)
+        for values in (*self.to_whole.parameters(), *self.to_local.parameters()):
+            nn.init.zeros_(values)
+        self.guide = Guide()
+        set_memory(self, memory)
+
+    def forward(self, x: Tensor, state: State = None, **mode: Unpack[RunMode]) -> tuple[Tensor, State]:
+        """Translate frames from a state; `mode` as in `rlv2v.model.blocks`."""
+        grids, state = self.decide(x, state, **mode)
+        return self.transform(grids, x), state
+
+    def forward_with_details(
+        self, x: Tensor, state: State = None, **mode: Unpack[RunMode]
+    ) -> tuple[Tensor, Details, State]:
+        grids, state = self.decide(x, state, **mode)
+        return self.transform(grids, x), Details(whole=grids.whole, local=grids.local), state
+
+    def limit_state(self, state: State, frames: int) -> State:
+        """Return the state such that the normalisation forgets what is older, see `limit_history`."""
+        return limit_history(state, frames)
+
+    def decide(self, x: Tensor, state: State = None, **mode: Unpack[RunMode]) -> tuple[Grids, State]:
+        """Return the grids of frames, from a state."""
+        whole, local, state = self._decide(x, state, **mode)
+        return Grids(whole, local), state
+
+    @in_chunks
+    def _decide(self, x: Tensor, state: State = None, **mode: Unpack[RunMode]) -> tuple[Tensor, Tensor, State]:
+        old_states = iter(state or (None,) * (len(self.encoder) + 1))
+        new_states = []
+        y = space_to_depth(x, self.patch)
+        for block in self.encoder:
+            y, _, block_state = block(y, next(old_states), **mode)
+            new_states.append(block_state)
+        y, last_state = self.last(cat_channels(y, places(y)), next(old_states), **mode)
+        with torch.autocast(y.device.type, enabled=False):  # the colours of a frame in full precision
+            y = y.to(x.dtype)
+            whole = self.to_whole(y.mean((3, 4)))[..., None, None]
+            local = LOCAL * per_frame(self.to_local, y)
+        shape = (12, self.bins)
+        return whole.unflatten(2, shape), local.unflatten(2, shape), (*new_states, last_state)
+
+    def transform(self, grids: Grids, frames: Tensor) -> Tensor:
+        """Return frames (B,T,3,H,W) of any size as the grids transform them."""
+        with torch.autocast(frames.device.type, enabled=False):
+            flat = frame_major(frames)
+            y = slice_apply(frame_major(grids.grid), self.guide(flat), flat)
+        return batch_major(y, frames)
+
+
+def places(y: Tensor) -> Tensor:
+    """Return the places of the pixels of y (B,T,C,h,w): two channels from -1 to 1, down and to the right."""
+    rows, columns = ((2 * torch.arange(size, device=y.device) + 1) / size - 1 for size in y.shape[-2:])
+    both = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).to(y.dtype)
+    return both.expand(*y.shape[:2], -1, -1, -1)

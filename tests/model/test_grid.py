@@ -1,0 +1,110 @@
+"""The grid generator: the identity at first, its guide, and frames larger than those that it looks at."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rlv2v.config import Config
+from rlv2v.data import to_model, to_uint8
+from rlv2v.errors import UserError
+from rlv2v.kernels.bilateral import slice_apply_frame
+from rlv2v.method.terms import roughness
+from rlv2v.method.translation import Stream, translate_chunk
+from rlv2v.model import GridTranslator
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def video(*shape: int) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def random_net() -> GridTranslator:
+    torch.manual_seed(1)
+    net = GridTranslator((4, 6), patch=2, hidden=5)
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    return net
+
+
+def test_at_first_it_is_the_identity_and_everything_that_decides_learns() -> None:
+    torch.manual_seed(1)
+    net, x = GridTranslator((4, 6), patch=2), video(2, 3, 3, 16, 24)
+    y, _ = net(x)
+    torch.testing.assert_close(y, x, rtol=0, atol=1e-5)
+    (y * torch.randn_like(y)).sum().backward()
+    for layer in (net.to_whole, net.to_local):
+        assert layer.weight.grad is not None and layer.weight.grad.abs().sum() > 0
+
+
+def test_a_large_frame_is_transformed_by_what_the_small_one_decides() -> None:
+    """Of a plane of one colour, each size shows the same; and the same size is `forward`."""
+    net = random_net()
+    x = video(1, 4, 3, 1, 1).expand(-1, -1, -1, 16, 24)
+    grids, _ = net.decide(x)
+    same = net.transform(grids, x)
+    torch.testing.assert_close(same, net(x)[0], rtol=0, atol=0)
+    large = net.transform(grids, x[..., :1, :1].expand(-1, -1, -1, 48, 72))
+    torch.testing.assert_close(large[..., 1::3, 1::3], same, rtol=0, atol=1e-5)
+
+
+def test_frames_of_bytes_become_the_same() -> None:
+    net = random_net()
+    frames = torch.randint(0, 256, (3, 16, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    x = to_model(frames)[None]
+    with torch.no_grad():
+        grids, _ = net.decide(x)
+        floats = to_uint8(net.transform(grids, x)[0])
+        for frame, grid, want in zip(frames, grids.grid[0], floats, strict=True):
+            off = (slice_apply_frame(frame, grid, net.guide.curve).int() - want.int()).abs()
+            assert off.max() <= 1 and (off > 0).float().mean() < 0.02
+
+
+def test_the_guide_is_luma_and_a_network_of_the_pixel() -> None:
+    net, x = random_net(), video(2, 3, 5, 6)
+    luma = (0.299 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2] + 1) / 2
+    want = luma.clone()
+    for weight, bias, factor in zip(net.guide.weight, net.guide.bias, net.guide.factor, strict=True):
+        want += factor * ((x * weight[:, None, None]).sum(1) + bias).clamp(min=0)
+    torch.testing.assert_close(net.guide(x), want)
+
+
+@pytest.mark.parametrize("size", [(16, 24), (33, 50), (7, 5), (90, 160)])
+def test_a_stream_has_the_video_s_own_size_and_looks_at_small_frames(size: tuple[int, int]) -> None:
+    """Where the frames have the size that is looked at, it is what training sees."""
+    net, config = random_net().eval(), Config.of("tiny", head="grid", size=16, frames=4)
+    video = np.random.default_rng(0).integers(0, 256, (6, *size, 3), dtype=np.uint8)
+    stream = Stream(net, config)
+    translated = np.stack([stream(frame) for frame in video])
+    assert translated.shape == video.shape and translated.dtype == np.uint8
+    again = Stream(net, config)
+    again(video[0])
+    assert not np.array_equal(again(video[2]), Stream(net, config)(video[2])), "it remembers the first frame"
+    if size == (16, 24):
+        together = translate_chunk(net, config, video)[0]
+        assert np.abs(together.astype(int) - translated).max() <= 1
+
+
+def test_a_grid_that_is_not_finite_is_refused() -> None:
+    net = random_net().eval()
+    net.to_whole.bias.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="translate: the model's output is not finite"):
+        Stream(net, Config.of("tiny", head="grid"))(np.zeros((20, 30, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("part", "shape", "dim"), [("local", (1, 2, 12, 3, 4, 5), 3), ("whole", (1, 2, 12, 3, 1, 1), 3)]
+)
+def test_roughness_is_of_what_varies(part: str, shape: tuple[int, ...], dim: int) -> None:
+    whole, local = torch.zeros(1, 2, 12, 3, 1, 1), torch.zeros(1, 2, 12, 3, 4, 5)
+    assert roughness(whole + 7.0, local) == 0
+    ramp = torch.arange(float(shape[dim])).reshape(-1, 1, 1).expand(shape)
+    parts = {"whole": whole, "local": local} | {part: ramp}
+    want = 0.3 + (0.05 * float(ramp.square().mean()) if part == "local" else 0.0)
+    torch.testing.assert_close(roughness(**parts), torch.tensor(want))
+    rows = torch.arange(4.0)[:, None].expand(1, 2, 12, 3, 4, 5)
+    torch.testing.assert_close(roughness(whole, 2 * rows), 4 * (1 + 0.05 * rows.square().mean()))
