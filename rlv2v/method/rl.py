@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlv2v.model import Discriminator, Translator
+from rlv2v.model import Discriminator, GridTranslator, Translator
 from rlv2v.model.build import Nets
 from rlv2v.model.frames import attributes_set, map_state
 
@@ -23,9 +23,9 @@ class Policies(NamedTuple):
     """The networks that choose the next frame in a domain A, with B the other domain: P_A, G_B, P_B, G_A."""
 
     p_a: Translator
-    g_b: Translator
+    g_b: Translator | GridTranslator
     p_b: Translator
-    g_a: Translator
+    g_a: Translator | GridTranslator
 
     @classmethod
     def of(cls, nets: Nets, domain: str) -> Policies:

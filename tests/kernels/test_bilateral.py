@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -120,14 +119,6 @@ def test_the_reference_in_float64_is_the_definition() -> None:
     assert torch.autograd.gradgradcheck(
         lambda *a: slice_apply(*a, backend="reference"), arguments(Shape(1, 2, 2, 1, 2, 3), torch.float64)
     )
-
-
-@pytest.fixture(params=_native.isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    usual = _native.isa()
-    _native.set_isa(request.param)
-    yield request.param
-    _native.set_isa(usual)
 
 
 def test_every_instruction_set_gives_the_same(isa: str) -> None:

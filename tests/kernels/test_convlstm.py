@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import convlstm_cases as cases
 import pytest
 import torch
@@ -32,14 +30,6 @@ def test_values_and_gradients_are_those_of_the_textbook(shape: Shape, state: str
 @pytest.mark.parametrize("run", fast(RUNS, 1, 4, 7, 9, 13), ids=str)
 def test_a_layer_of_real_size_keeps_the_limits(run: Run) -> None:
     cases.check_call(REAL_SIZE, "state", run)
-
-
-@pytest.fixture(params=_native.isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    usual = _native.isa()
-    _native.set_isa(request.param)
-    yield request.param
-    _native.set_isa(usual)
 
 
 @pytest.mark.parametrize("run", CPU_RUNS, ids=str)
