@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from harness import Bench, Contender, Row, TimedArgs, compare
 from oracle.losses_ref import discriminator_losses_ref, generator_losses_ref
@@ -23,6 +24,7 @@ from rlv2v.errors import UserError
 from rlv2v.method.clips import Clips, Gains
 from rlv2v.method.memory import some_clips
 from rlv2v.method.objective import discriminator_losses, generator_losses
+from rlv2v.method.patches import draw
 from rlv2v.model.build import Nets, build_nets
 
 TOLERANCE = {"value": 1e-6, "gradient": 5e-6}
@@ -44,7 +46,8 @@ class Args(TimedArgs):
 
 def both_sides(nets: Nets, clips: Clips, config: Config, *, literal: bool) -> tuple[Tensor, list[Tensor]]:
     """Return the value of each side, and the gradient of every weight that the side moves."""
-    steps = torch.arange(config.data.frames)
+    steps, replicas = torch.arange(config.data.frames), range(1)
+    draws = draw(np.random.default_rng(0), 1, replicas, torch.device("cpu"))
     values, gradients = list[Tensor](), list[Tensor]()
 
     def side(terms: dict[str, Tensor], names: tuple[str, ...]) -> None:
@@ -56,7 +59,7 @@ def both_sides(nets: Nets, clips: Clips, config: Config, *, literal: bool) -> tu
         side(generator_losses_ref(nets, clips, config, steps.tolist()), GENERATORS)
         side(discriminator_losses_ref(nets, clips, config, steps.tolist()), DISCRIMINATORS)
     else:
-        terms, out, back = generator_losses(nets, clips, config, Gains(1.0, 1.0), steps, torch.empty(3, 0))
+        terms, out, back = generator_losses(nets, clips, config, Gains(1.0, 1.0), steps, draws)
         side(terms, GENERATORS)
         side(discriminator_losses(nets, clips, out.fake.detach(), back.fake.detach(), config, steps), DISCRIMINATORS)
     return torch.stack(values).detach(), gradients
@@ -71,7 +74,7 @@ def differences(fast: tuple[Tensor, list[Tensor]], literal: tuple[Tensor, list[T
 
 def case_rows(frames: int, args: Args) -> list[Row]:
     """Check and time the two forms at one clip length."""
-    config = Config.of("default", size=args.size, frames=frames, **PAPER_TERMS)
+    config = Config.of("paint", size=args.size, frames=frames, **PAPER_TERMS)
     torch.manual_seed(0)
     nets, clips = build_nets(config), some_clips(config, 1)
     difference = differences(*(both_sides(nets, clips, config, literal=literal) for literal in (False, True)))

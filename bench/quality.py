@@ -35,7 +35,8 @@ from rlv2v.metrics.evaluation import Split
 
 OURS = {
     "default": ("--preset", "default"),
-    "no-rl": ("--preset", "default", "--no-rl"),
+    "rl": ("--preset", "default", "--rl", "--l-tau", "10", "--l-rc", "10"),
+    "paint": ("--preset", "paint"),
     "paper": ("--preset", "paper"),
     "bf16": ("--preset", "default", "--precision", "bf16"),
     "tiny": ("--preset", "tiny"),
@@ -57,7 +58,7 @@ class Args(SharedArgs):
     reading: Reading = "ours"
     """Of the synthetic set; paper: what the paper's words say."""
     methods: tuple[str, ...] = ("default", "cyclegan")
-    """What to train: default, no-rl, paper, bf16, tiny, or a baseline's name."""
+    """What to train: default, rl (with P and the policy gradient), paint, paper, bf16, tiny, or a baseline's name."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run for each method and seed; the synthetic sets are drawn by it too."""
     few: tuple[int, ...] = ()

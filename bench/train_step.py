@@ -37,7 +37,7 @@ from rlv2v.config import Config
 from rlv2v.data import to_model
 from rlv2v.data.synth import clip_of
 from rlv2v.errors import UserError
-from rlv2v.method.clips import Clips
+from rlv2v.method.clips import Clips, pool_size
 from rlv2v.method.collector import Agent, ReplayRows
 from rlv2v.method.rl import Transitions
 from rlv2v.method.step import Algorithm
@@ -53,7 +53,7 @@ Draws = list[int]
 Steps = Callable[[Sequence[Draws | None]], list[tuple[float, Draws]]]
 STRETCH = 3
 """Rounds of one form until the other's turn."""
-COMPARABLE: dict[str, dict[str, Any]] = {"default": {}, "paper": {"norm": "clip", "disc_norm": "clip"}}
+COMPARABLE: dict[str, dict[str, Any]] = {"default": {}, "paint": {}, "paper": {"norm": "clip", "disc_norm": "clip"}}
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,18 @@ class Pair:
 
     def clips(self, step: int) -> Clips:
         """Return the synthetic set's clips of a step, each seen once, as a loader yields them."""
-        data = self.config.data
+        data, pool = self.config.data, pool_size(self.config)
 
-        def clips(name: str, num: int) -> Tensor:
-            indices = range(step * num, (step + 1) * num)
+        def clips(name: str, num: int, first: int = 0) -> Tensor:
+            indices = range(first + step * num, first + (step + 1) * num)
             made = [clip_of(name, k, seed=self.config.seed, frames=data.frames, size=data.size)[0] for k in indices]
             return to_model(torch.from_numpy(np.stack(made))).to(self.device, self.dtype)
 
-        return Clips(*(clips(f"train{name.upper()}", getattr(data, f"batch_{name}")) for name in "xyzs"))
+        own = Clips(*(clips(f"train{name.upper()}", getattr(data, f"batch_{name}")) for name in "xyzs"))
+        if not pool:
+            return own
+        pool_x, *pool_yz = (clips(f"train{name}", pool, 10**6) for name in "XYZ")  # beyond what the other terms see
+        return own._replace(pool_x=pool_x, pool_yz=torch.cat(pool_yz))
 
     def step(self) -> tuple[dict[str, float], dict[str, float]]:
         """Take one step of each; return what ours and the twin logged."""

@@ -45,6 +45,8 @@ class DataConfig:
     """Clips of Z in a step, per replica."""
     batch_s: int = 4
     """Stills of S in a step, per replica."""
+    batch_pool: int = 6
+    """More clips of each set in a step, per replica, at which `patches` alone looks."""
     loader_threads: int = 1
     """Threads that read and decode the next batches; their number does not change what is drawn."""
     decode: Literal["cpu", "gpu"] = "cpu"
@@ -61,17 +63,19 @@ class ModelConfig:
     """Channels after each RPB of D and Q."""
     patch: int = 2
     """Addition: space-to-depth factor in front of every network; the ConvLSTMs run on frames this much smaller."""
-    head: Literal["convlstm", "mask", "grid"] = "mask"
-    """Of G. convlstm is the paper's. Additions: mask, a full-resolution head that can copy its input by a soft mask;
-    grid, a bilateral grid of colour transforms, which translates frames of any size at their own."""
+    head: Literal["convlstm", "letter", "mask", "grid"] = "grid"
+    """Of G. convlstm is the paper's, as logits; letter is it without them. Additions: mask, a full-resolution head that
+    can copy its input by a soft mask; grid, a bilateral grid of colour transforms, which translates frames of any size
+    at their own."""
     bins: int = 6
     """Bins of the guide of head grid, 1 to 8."""
     norm: Literal["clip", "batch"] = "clip"
     """Sequence-wise normalisation of G and P: over each clip, or over the mini-batch as in the paper."""
     disc_norm: Literal["clip", "batch", "none"] = "none"
     """The same for D and Q; none lets them see the level of a colour, which normalisation removes."""
-    chrono: bool = True
-    """Addition: start with ConvLSTM biases that remember over all times up to T; off: they start at zero."""
+    chrono: bool = False
+    """Addition: start with ConvLSTM biases that remember over all times up to T, a clock for clips that are aligned in
+    time; off: they start at zero."""
     q_positive: bool = False
     """End the critics in a ReLU, as in the paper; it clips negative values to zero."""
 
@@ -87,13 +91,13 @@ class EquationConfig:
 
     gan: Literal["log", "nonsaturating", "hinge"] = "hinge"
     """Form of the adversarial loss; log is the paper's."""
-    l_adv: float = 1.0
+    l_adv: float = 0.3
     """Weight of L_g, eq. 1 and 2."""
-    l_v: float = 2.0
+    l_v: float = 0.6
     """Weight of L_v, eq. 7."""
-    l_tau: float = 10.0
+    l_tau: float = 0.0
     """Weight of L_tau, eq. 3 and 4."""
-    l_rc: float = 10.0
+    l_rc: float = 0.0
     """Weight of L_rc, eq. 5 and 6."""
     distance: Literal["l1", "l2"] = "l1"
     """Norm of the recurrent and recycle losses; l2 is the paper's."""
@@ -102,7 +106,7 @@ class EquationConfig:
     ramp_at: float = 0.3
     """Contrast and mask terms rise once the translations' distance to the target is below this share of the distance
     between the domains."""
-    adversarial_end: float = 0.3
+    adversarial_end: float = 1.0
     """Share of the adversarial terms that is left after that ramp; 1: they stay as they are."""
 
     def term(self, name: str) -> float:
@@ -126,7 +130,7 @@ else:  # eq. 10 and a weight for each term of the registry
 class OptimConfig:
     """Set the optimisers, the pre-training and the moving average."""
 
-    lr: float = 2e-3
+    lr: float = 5e-3
     """Learning rate of G and P."""
     disc_lr: float = 2e-3
     """Learning rate of D and Q."""
@@ -138,7 +142,7 @@ class OptimConfig:
     """Largest norm of the gradient of G and P together, and of D; 0: no limit."""
     average: float = 0.98
     """Addition: decay of the weights' moving average, which is what translates; 0: the last weights do."""
-    warmup_steps: int = 80
+    warmup_steps: int = 0
     """Steps of pre-training as auto-encoder and predictor (section 6.2); both domains start from its weights."""
     warmup_lr: float = 3e-3
     """Learning rate of the pre-training."""
@@ -148,8 +152,8 @@ class OptimConfig:
 class RLConfig:
     """Set the policy gradient (section 3.3)."""
 
-    enabled: bool = True
-    """Train with the policy gradient; --no-rl leaves critics, replay and reward out."""
+    enabled: bool = False
+    """Train with the policy gradient: critics, replay, reward."""
     weight: float = 0.3
     """Weight of the actor's loss, which is added to L."""
     transitions: int = 2
@@ -232,6 +236,7 @@ def rules() -> Iterator[tuple[Iterable[str], str, Callable[[Any], bool]]]:
         "clip_grad",
         "snapshot_seconds",
         "patience",
+        "batch_pool",
     )
     yield [*weights, *others], "a number >= 0", lambda value: value >= 0
     yield ["lr", "disc_lr", "warmup_lr"], "a number > 0", lambda value: value > 0
@@ -246,8 +251,9 @@ class Config:
     """Hold the settings of a run; `Config.of("tiny", size=16)` names them as the flags do."""
 
     preset: str = "default"
-    """Where every other flag starts: default (with the additions), paper (nothing beyond it), tiny (seconds, for
-    tests), workstation (128x128, T=16, bf16, one replica per rank on cards of 8 GB)."""
+    """Where every other flag starts: default (a generator that transforms colours), paint (one that paints, for flat
+    scenes), paper (nothing beyond it), paper-letter (its most literal form), tiny (seconds, for tests), workstation
+    (128x128, T=16, bf16, one replica per rank on cards of 8 GB)."""
     method: str = "rlv2v"
     """What is trained."""
     out: Path = Path("runs/rlv2v")
@@ -319,7 +325,7 @@ class Config:
         min_frames = METHODS[self.method].min_frames
         need(self.data.frames >= min_frames, "frames", f"at least {min_frames} with --method {self.method}")
         need(self.steps is None or self.budget is None, "steps", "--steps or --budget, not both")
-        need(self.model.patch == 1 or self.model.head != "convlstm", "patch", "1 with --head convlstm")
+        need(self.model.patch == 1 or self.model.head in ("mask", "grid"), "patch", f"1 with --head {self.model.head}")
         multiple = self.model.multiple
         need(self.data.size % multiple == 0, "size", f"a multiple of {multiple} (patch * 2 ** number of widths)")
         return self

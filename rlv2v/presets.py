@@ -6,49 +6,70 @@ from typing import Any
 
 from rlv2v.method.terms import TERMS
 
+EQUATIONS: dict[str, Any] = {
+    "lr": 2e-3,
+    "l_adv": 1.0,
+    "l_v": 2.0,
+    "l_tau": 10.0,
+    "l_rc": 10.0,
+    "warmup_steps": 80,
+    "rl": True,
+}
+"""All of the paper's losses, its pre-training and its policy gradient."""
+
+PAPER: dict[str, Any] = {
+    **EQUATIONS,
+    "widths": (8, 16, 24),
+    "patch": 1,
+    "head": "convlstm",
+    "norm": "batch",
+    "disc_norm": "batch",
+    "gan": "log",
+    "rl_every": 1,
+    "distance": "l2",
+    "disc_frames": 0,
+    **{name: term.paper for name, term in TERMS.items()},
+    "clip_grad": 0.0,
+    "average": 0.0,
+    "augment": "none",
+    "reward": "paper",
+}
+
+PAINT: dict[str, Any] = {
+    **EQUATIONS,
+    "head": "mask",
+    "chrono": True,
+    **{name: term.paint for name, term in TERMS.items()},
+    "adversarial_end": 0.3,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "paper": {
-        "widths": (8, 16, 24),
-        "patch": 1,
-        "head": "convlstm",
-        "norm": "batch",
-        "disc_norm": "batch",
-        "q_positive": True,
-        "chrono": False,
-        "gan": "log",
-        "rl_every": 1,
-        "distance": "l2",
-        "disc_frames": 0,
-        **{name: term.paper for name, term in TERMS.items()},
-        "adversarial_end": 1.0,
-        "clip_grad": 0.0,
-        "average": 0.0,
-        "augment": "none",
-        "reward": "paper",
-    },
+    "paint": PAINT,
+    "paper": PAPER,
+    "paper-letter": {**PAPER, "head": "letter", "q_positive": True},
     "tiny": {
         "widths": (4, 8),
         "disc_widths": (4, 8, 8),
         "size": 16,
         "frames": 4,
+        **EQUATIONS,
         "warmup_steps": 2,
         "steps": 4,
         "transitions": 2,
         "replay_capacity": 32,
     },
-    # rlv2v.method.memory counts 7.1 GB, its reserve included. Widths are multiples of 32, to fill the tensor cores.
+    # rlv2v.method.memory counts 6.9 GB, its reserve included. Widths are multiples of 32, to fill the tensor cores.
     "workstation": {
         "size": 128,
         "frames": 16,
         "precision": "bf16",
-        "graphs": False,  # its recordings would need 0.8 GB more
         "widths": (32, 64, 128),
         "disc_widths": (32, 64, 128, 128, 128),
-        "batch_x": 1,
-        "batch_y": 1,
-        "batch_z": 1,
-        "batch_s": 2,
+        "batch_x": 4,
+        "batch_y": 2,
+        "batch_z": 4,
+        "batch_s": 4,
         "transitions": 1,
         "replay_capacity": 256,
         "loader_threads": 4,

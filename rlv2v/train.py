@@ -25,7 +25,7 @@ from rlv2v.data.index import open_dataset
 from rlv2v.errors import UserError
 from rlv2v.flags import DESCRIPTION, flags_type, resolve
 from rlv2v.method.baselines import METHODS
-from rlv2v.method.clips import Clips, make_loader
+from rlv2v.method.clips import Clips, make_loader, pool_size
 from rlv2v.method.memory import advise
 from rlv2v.method.trainer import Trainer
 from rlv2v.metrics.selection import Selection
@@ -130,7 +130,7 @@ def run(config: Config, world: World, interrupted: Interrupt) -> None:
         control = world.all_agree(StepControl(False, schedule.seconds, False))
         while schedule.progress < 1.0 and not control.stop and not is_stale:
             timer.mark("host")
-            clips = Clips.of(next(loader), device)
+            clips = Clips.of(next(loader), device, pool=pool_size(config), replicas=len(trainer.replicas))
             timer.mark("data")
             logs = trainer.step(clips, timer.mark)
             seconds = time.monotonic() - start
@@ -141,11 +141,11 @@ def run(config: Config, world: World, interrupted: Interrupt) -> None:
             guard.record(schedule.step, logs)
             timer.step()
             is_logged = schedule.step % LOG_EVERY == 0 or schedule.step == 1 or schedule.progress >= 1.0
-            values = guard.read(everything=is_logged)
+            guard.read(everything=is_logged)
             timer.mark("host")
             if run_log:
                 if is_logged:
-                    run_log.write(schedule.step, schedule.seconds, values | timer.read())
+                    run_log.write(schedule.step, schedule.seconds, guard.summary() | timer.read())
                 run_log.advance(schedule.step, schedule.seconds)
             store.check()
             if control.save:

@@ -24,6 +24,8 @@ class Clips(NamedTuple):
     y: Tensor  # (B,T,3,H,W)
     z: Tensor | None  # (B,T,3,H,W)
     s: Tensor | None  # stills, (B,1,3,H,W)
+    pool_x: Tensor | None = None  # more clips, at which statistics alone look, (B',T,3,H,W); None: no more
+    pool_yz: Tensor | None = None
 
     @property
     def yz(self) -> Tensor:
@@ -31,15 +33,23 @@ class Clips(NamedTuple):
         return self.y if self.z is None else torch.cat((self.y, self.z))
 
     @classmethod
-    def of(cls, batch: Batch, device: torch.device) -> Clips:
-        """Move a loader's batch to the device."""
+    def of(cls, batch: Batch, device: torch.device, *, pool: int = 0, replicas: int = 1) -> Clips:
+        """Move a loader's batch to the device; the last `pool` clips of each replica and set are for statistics."""
 
-        def move(frames: Tensor | None) -> Tensor | None:
-            return None if frames is None else to_model(on_device(frames, device))
+        def shares(frames: Tensor | None) -> list[Tensor]:
+            return [] if frames is None else [to_model(on_device(frames, device)).unflatten(0, (replicas, -1))]
 
-        x, y, z = move(batch.x), move(batch.y), move(batch.z)
-        assert x is not None and y is not None
-        return cls(x, y, z, None if batch.s is None else to_model(on_device(batch.s, device)[:, None]))
+        def first(sets: list[Tensor]) -> Tensor | None:
+            return sets[0][:, : sets[0].shape[1] - pool].flatten(0, 1) if sets else None
+
+        def rest(sets: list[Tensor]) -> Tensor | None:
+            return torch.cat([share[:, share.shape[1] - pool :] for share in sets], 1).flatten(0, 1) if pool else None
+
+        x, y, z = shares(batch.x), shares(batch.y), shares(batch.z)
+        own_x, own_y = first(x), first(y)
+        assert own_x is not None and own_y is not None
+        stills = None if batch.s is None else to_model(on_device(batch.s, device)[:, None])
+        return cls(own_x, own_y, first(z), stills, rest(x), rest(y + z))
 
 
 class Gains(NamedTuple):
@@ -49,10 +59,21 @@ class Gains(NamedTuple):
     content: float | Tensor
 
 
+def pool_size(config: Config) -> int:
+    """Return the clips of each set of videos that a replica takes for statistics alone."""
+    return config.data.batch_pool if config.loss.term("patches") else 0
+
+
 def batch_sizes(config: Config, num_replicas: int, *, has_z: bool) -> dict[str, int]:
     """Return the clips of each set in a step of `num_replicas` replicas: twice as many of Y where there is no Z."""
     data = config.data
-    sizes = {"x": data.batch_x, "y": data.batch_y * (1 if has_z else 2), "z": data.batch_z, "s": data.batch_s}
+    pool = pool_size(config)
+    sizes = {
+        "x": data.batch_x + pool,
+        "y": data.batch_y * (1 if has_z else 2) + pool,
+        "z": data.batch_z + pool,
+        "s": data.batch_s,
+    }
     return {name: num_replicas * size for name, size in sizes.items()}
 
 

@@ -17,7 +17,7 @@ from rlv2v.method.rewards import REWARDS, RewardInputs
 from rlv2v.method.rl import Policies, Transitions
 from rlv2v.model import Discriminator
 from rlv2v.model.build import Nets
-from rlv2v.model.norm import local_stats
+from rlv2v.model.norm import stats_over
 from rlv2v.replay import PrioritizedReplay, ReplayBatch
 from rlv2v.runtime.device import HostCopy, KeepAlive, on_device
 
@@ -26,6 +26,17 @@ class ReplayRows(NamedTuple):
     """Which transitions of M came out of the replay buffers: for each replica its rows of M, and their ids there."""
 
     drawn: tuple[tuple[slice, Tensor], ...]
+
+
+class InPlay(NamedTuple):
+    """A clip that an agent plays on."""
+
+    video: Tensor
+    """(T,3,H,W)."""
+    frames: Tensor
+    """Of all sets, (N,3,H,W): random actions are drawn from them."""
+    num_heads: int | None = None
+    """Of D, that its reward counts: one for a clip of Y, which is no example of the style; None: all."""
 
 
 class Agent:
@@ -57,8 +68,7 @@ class Agent:
         self.q_target: Discriminator = getattr(targets, f"q_{domain}")
         self.policies, self.policies_target = Policies.of(nets, domain), Policies.of(targets, domain)
         self.pending: list[Callable[[], object]] = []
-        # Ranks that normalise over the clips of all ranks need states of one shape.
-        self.crops = crops and "batch" not in (config.model.norm, config.model.disc_norm)
+        self.crops = crops
 
     def flush(self) -> None:
         """Let the buffers take in what is on its way to them."""
@@ -68,24 +78,25 @@ class Agent:
 
     @torch.no_grad()
     def collect(
-        self, videos: Sequence[Tensor], rngs: Sequence[np.random.Generator], progress: float
+        self, videos: Sequence[InPlay], rngs: Sequence[np.random.Generator], progress: float
     ) -> tuple[Transitions, ReplayRows]:
         """Return M, and where its stored transitions are in the buffers.
 
         M has m transitions for each replica, each a stored one with probability eta1, else a new one of its video.
-        videos: (T,3,H,W), one a replica.  rngs: one a replica.  progress: share of the run that is done.
+        videos, rngs: one a replica.  progress: share of the run that is done.
         """
         self.flush()
         num, eta1, eta2 = self.config.rl.transitions, self.config.rl.eta1, self.config.rl.eta2
         batches: list[Transitions] = []
         drawn: list[tuple[slice, Tensor]] = []
         longest = 1
-        for replica, (replay, video, rng) in enumerate(zip(self.replays, videos, rngs, strict=True)):
+        for replica, (replay, play, rng) in enumerate(zip(self.replays, videos, rngs, strict=True)):
+            video = play.video
             num_stored = int((rng.random(num) < annealed(*eta1, progress)).sum()) if len(replay) else 0
             if num_stored < num:
                 lengths = rng.integers(1, len(video), num - num_stored)  # p uniform in 1..T-1
                 longest = max(longest, int(lengths.max()))
-                new = self.act(video, lengths, rng, annealed(*eta2, progress))
+                new = self.act(play, lengths, rng, annealed(*eta2, progress))
                 batches.append(new)
                 copies = HostCopy(to_uint8(video), to_uint8(new.actions), new.rewards)
                 self.pending.append(partial(store, replay, copies, lengths.tolist()))
@@ -99,24 +110,39 @@ class Agent:
             batch = batch._replace(states=batch.states[:, :longest])
         return batch, ReplayRows(tuple(drawn))
 
-    def act(self, video: Tensor, prefixes: np.ndarray, rng: np.random.Generator, eta2: float) -> Transitions:
+    def act(self, play: InPlay, prefixes: np.ndarray, rng: np.random.Generator, eta2: float) -> Transitions:
         """Return new transitions, one for each prefix length p in `prefixes` (n,).
 
-        The action is the critic's choice of a1 and a2 with probability eta2, else a random frame of the video.
+        The action is the critic's choice of a1 and a2 with probability eta2, else a random frame of the data.
         """
+        video = play.video
         num, length, device = len(prefixes), len(video), video.device
         lengths = on_device(prefixes, device)
         states = video[None, : length - 1].expand(num, -1, -1, -1, -1)
-        with local_stats(*self.policies, self.d):
+        with stats_over("rank", self.d):
             first, second = rl.candidates(self.policies, states, lengths)
             q_first, q_second = rl.q_values(self.q, states, lengths, first, second)
             chosen = torch.where((q_first >= q_second)[:, None, None, None], first, second)
-            random_frames = video[on_device(rng.integers(0, length, num), device)]
+            random_frames = play.frames[on_device(rng.integers(0, len(play.frames), num), device)]
             is_greedy = on_device(rng.random(num) < eta2, device)
             actions = torch.where(is_greedy[:, None, None, None], chosen, random_frames)
             true_frames, terminals = video[lengths], lengths == length - 1
-            video_logits = rl.last_of(self.d(rl.append(states, lengths, actions))[0], lengths + 1)
-            inputs = RewardInputs(self.d, states, lengths, actions, true_frames, terminals, first, second, video_logits)
+            # [s, a], continued by the clip's own frames; D that normalises over a mini-batch judges beside real ones
+            is_action = (torch.arange(length, device=device) == lengths[:, None])[..., None, None, None]
+            real = video[None][: int(self.config.model.disc_norm == "batch")]
+            videos = torch.cat((torch.where(is_action, actions[:, None], video), real))
+            video_logits = rl.last_of(self.d(videos)[0][:num], lengths + 1)
+            inputs = RewardInputs(
+                self.d,
+                play.num_heads,
+                actions,
+                true_frames,
+                terminals,
+                first,
+                second,
+                video_logits[:, : play.num_heads],
+                real.flatten(0, 1),
+            )
             rewards = REWARDS[self.config.rl.reward].compute(inputs, self.config)
         return Transitions(states, lengths, actions, rewards, true_frames, terminals, torch.ones_like(rewards))
 

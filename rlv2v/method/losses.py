@@ -106,17 +106,19 @@ def l_rc(video: Frames, recycled: Frames, distance: str = "l2") -> Tensor:
     return DISTANCES[distance](recycled, video[:, 1:])
 
 
-def l_v_x(score: Score, *, video: Logits = None, fake_y: Logits = None) -> Tensor:
-    """Return eq. 8, the video loss of the source domain; `fake_y` is of y and z.
+def l_v_x(score: Score, *, video: Logits = None, fakes_y: Logits = None) -> Tensor:
+    """Return eq. 8, the video loss of the source domain; `fakes_y` are of every prefix of G_X(y) and G_X(z).
 
-    log D_X(x[1:T]) + log(1 - D_X(G_X(y[1:T]))) + log(1 - D_X(G_X(z[1:T])))
+        log D_X(x[1:T]) + log(1 - D_X(G_X(y[1:T]))) + log(1 - D_X(G_X(z[1:T])))
+    Reading 15: what is generated counts at every t, as a mean over t.
     """
-    return total((score.real, video), (score.fake, fake_y))
+    return total((score.real, video), (score.fake, fakes_y))
 
 
-def l_v_y(score: Score, *, video_y: Logits = None, video_z: Logits = None, fake: Logits = None) -> Tensor:
-    """Return eq. 9, the video loss of the target domain. Reading 1: z is real for D_Y0 too.
+def l_v_y(score: Score, *, video_y: Logits = None, video_z: Logits = None, fakes: Logits = None) -> Tensor:
+    """Return eq. 9, the video loss of the target domain; `fakes` are of every prefix of G_Y(x).
 
-    log D_Y0(y[1:T]) + log D_Y1(z[1:T]) + log(1 - D_Y0(G_Y(x[1:T]))) + log(1 - D_Y1(G_Y(x[1:T])))
+        log D_Y0(y[1:T]) + log D_Y1(z[1:T]) + log(1 - D_Y0(G_Y(x[1:T]))) + log(1 - D_Y1(G_Y(x[1:T])))
+    Reading 1: z is real for D_Y0 too. Reading 15: what is generated counts at every t, as a mean over t.
     """
-    return total((score.real, head(video_y, 0)), (score.real, video_z), (score.fake, fake))
+    return total((score.real, head(video_y, 0)), (score.real, video_z), (score.fake, fakes))

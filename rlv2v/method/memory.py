@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -21,8 +22,9 @@ from rlv2v.method.baselines import METHODS
 from rlv2v.method.clips import Clips, Gains
 from rlv2v.method.objective import discriminator_losses, generator_losses
 from rlv2v.method.optim import autocast
+from rlv2v.method.patches import draw
 from rlv2v.method.step import DISCRIMINATORS, GENERATORS
-from rlv2v.method.trainer import NUM_DIRECTIONS, Footprint, Phase
+from rlv2v.method.trainer import Footprint, Phase
 from rlv2v.model.activation_memory import MEMORY
 from rlv2v.model.build import Nets, build_nets
 from rlv2v.runtime import distributed as dist
@@ -148,10 +150,11 @@ def generators(nets: Nets, config: Config, num_replicas: int) -> Callable[[], Te
     """Return what computes the loss of the generators' phase, on inputs that are made now."""
     clips = some_clips(config, num_replicas)
     batch = some_transitions(config, num_replicas) if config.rl.enabled else None
-    frames, directions = single_frames(config, clips), torch.rand(3, NUM_DIRECTIONS)
+    frames, replicas = single_frames(config, clips), range(num_replicas)
+    draws = draw(np.random.default_rng(0), num_replicas, replicas, torch.device("cpu"))
 
     def run() -> Tensor:
-        terms, _, _ = generator_losses(nets, clips, config, Gains(1.0, 1.0), frames, directions)
+        terms, _, _ = generator_losses(nets, clips, config, Gains(1.0, 1.0), frames, draws)
         if batch is not None:
             terms["actor"] = ddpg.actor_loss(nets.q_x, ddpg.Policies.of(nets, "x"), batch.states, batch.lengths)
         return torch.stack(list(terms.values())).sum()

@@ -7,6 +7,7 @@ from torch import Tensor
 from rlv2v.config import Config
 from rlv2v.method import losses
 from rlv2v.method.clips import Clips, Gains
+from rlv2v.method.patches import Draws
 from rlv2v.method.rollout import Rollout, discriminate, rollouts
 from rlv2v.method.terms import TERMS, TermInputs
 from rlv2v.model import Discriminator
@@ -31,31 +32,37 @@ def score_fakes(d: Discriminator, fake: Tensor, real: tuple[Tensor | None, ...],
 
 
 def generator_losses(
-    nets: Nets, clips: Clips, config: Config, gains: Gains, indices: Tensor, directions: Tensor
+    nets: Nets, clips: Clips, config: Config, gains: Gains, indices: Tensor, draws: Draws
 ) -> tuple[dict[str, Tensor], Rollout, Rollout]:
     """Return the weighted terms of eq. 10 that G and P descend, by name, and the two rollouts that they came from.
 
-    indices (n,): the frames that D sees one by one. directions (3,K): of `domain_gap`. A term of weight 0 is not
-    computed.
+    indices (n,): the frames that D sees one by one. draws: of the added terms. A term of weight 0 is not computed.
     """
     weights = config.loss
     added = [(term, weights.term(name)) for name, term in TERMS.items() if weights.term(name)]
     needs = {part for term, _ in added for part in term.needs}
     predict = weights.l_tau > 0 or weights.l_rc > 0
     of_x, of_yz = rollouts(
-        nets, clips.x, clips.yz, same="same" in needs, back=predict or "back" in needs, predict=predict
+        nets,
+        clips.x,
+        clips.yz,
+        pool=clips.pool_x,
+        same="same" in needs,
+        back=predict or "back" in needs,
+        predict=predict,
     )
     score = losses.generator_score(weights.gan)
     terms: dict[str, Tensor] = {}
 
     # eq. 1, 2: frames, and eq. 8, 9: videos; real samples do not depend on G
     real_y, real_x = ((clips.y, clips.z), (clips.x,)) if config.model.disc_norm == "batch" else ((), ())
-    l_adv, l_v = gains.adversarial * weights.l_adv, gains.adversarial * weights.l_v
+    l_adv, l_v = weights.l_adv, weights.l_v
     terms["g_y"] = l_adv * losses.l_g_y(score, fakes=score_fakes(nets.d_y, of_x.fake, real_y, indices))
     terms["g_x"] = l_adv * losses.l_g_x(score, fakes_y=score_fakes(nets.d_x, of_yz.fake, real_x, indices))
     if weights.l_v:
-        terms["v_y"] = l_v * losses.l_v_y(score, fake=score_fakes(nets.d_y, of_x.fake, real_y, None)[:, -1])
-        terms["v_x"] = l_v * losses.l_v_x(score, fake_y=score_fakes(nets.d_x, of_yz.fake, real_x, None)[:, -1])
+        terms["v_y"] = l_v * losses.l_v_y(score, fakes=score_fakes(nets.d_y, of_x.fake, real_y, None))
+        terms["v_x"] = l_v * losses.l_v_x(score, fakes_y=score_fakes(nets.d_x, of_yz.fake, real_x, None))
+    terms = {name: gains.adversarial * value for name, value in terms.items()}
 
     for name, rollout in (("x", of_x), ("y", of_yz)):
         if weights.l_tau:  # eq. 3, 4
@@ -65,7 +72,7 @@ def generator_losses(
             assert rollout.recycled is not None
             terms[f"rc_{name}"] = weights.l_rc * losses.l_rc(rollout.video, rollout.recycled, weights.distance)
 
-    inputs = TermInputs(nets, clips, of_x, of_yz, directions)
+    inputs = TermInputs(nets, clips, of_x, of_yz, draws)
     for term, weight in added:
         gain = gains.content if term.ramped else 1.0
         for suffix, value in term.compute(inputs):
@@ -88,11 +95,11 @@ def discriminator_losses(
     def last(logits: Tensor | None) -> Tensor | None:
         return None if logits is None else logits[:, -1]
 
-    y, z, video_fake_y = discriminate(nets.d_y, clips.y, clips.z, fake_y)
+    y, z, prefixes_fake_y = discriminate(nets.d_y, clips.y, clips.z, fake_y)
     frames_y, frames_z, stills, fakes_y = discriminate(
         nets.d_y, frames(clips.y), frames(clips.z), clips.s, frames(fake_y)
     )
-    x, video_fake_x = discriminate(nets.d_x, clips.x, fake_x)
+    x, prefixes_fake_x = discriminate(nets.d_x, clips.x, fake_x)
     frames_x, fakes_x = discriminate(nets.d_x, frames(clips.x), frames(fake_x))
     l_g_y = losses.l_g_y(
         score, frames_y=frames_y, frames_z=frames_z, stills=stills, prefixes_y=y, prefixes_z=z, fakes=fakes_y
@@ -100,7 +107,7 @@ def discriminator_losses(
     l_g_x = losses.l_g_x(score, frames=frames_x, prefixes=x, fakes_y=fakes_x)
     terms = {"d_g_y": -config.loss.l_adv * l_g_y, "d_g_x": -config.loss.l_adv * l_g_x}
     if config.loss.l_v:
-        l_v_y = losses.l_v_y(score, video_y=last(y), video_z=last(z), fake=last(video_fake_y))
-        l_v_x = losses.l_v_x(score, video=last(x), fake_y=last(video_fake_x))
+        l_v_y = losses.l_v_y(score, video_y=last(y), video_z=last(z), fakes=prefixes_fake_y)
+        l_v_x = losses.l_v_x(score, video=last(x), fakes_y=prefixes_fake_x)
         terms |= {"d_v_y": -config.loss.l_v * l_v_y, "d_v_x": -config.loss.l_v * l_v_x}
     return terms

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from rlv2v.config import Config
 from rlv2v.data.index import Dataset
-from rlv2v.method.clips import Clips, make_loader
+from rlv2v.method.clips import Clips, make_loader, pool_size
 from rlv2v.method.losses import l_tau
 from rlv2v.method.optim import OptimizerStep, autocast
 from rlv2v.model import Translator
@@ -38,10 +38,11 @@ def warm_up(nets: Nets, dataset: Dataset, config: Config, world: World, stop: Ca
         g.mask_gain.zero_()
     nets.p_y.mask_gain.zero_()
     stopped = False
+    pool, share = pool_size(config), config.runtime.replicas // world.size
     steps = tqdm(range(config.optim.warmup_steps), desc="warm-up", unit="step", leave=False, disable=not world.first)
     with closing(make_loader(config, dataset, world, stills=False)) as loader, closing(optimizer_step.reducer):
         for _ in steps:
-            clips = Clips.of(next(loader), world.device)
+            clips = Clips.of(next(loader), world.device, pool=pool, replicas=share)
             videos = torch.cat((clips.x, clips.yz))
             with autocast(config, world.device):
                 losses = [l1_loss(g(videos)[0], videos)] if g else []

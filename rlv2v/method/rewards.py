@@ -18,18 +18,21 @@ class RewardInputs(NamedTuple):
     """What a reward may look at: n transitions of one clip, the domain's D, and the candidates of Algorithm 1."""
 
     d: Discriminator
-    states: Tensor  # (n,L,3,H,W); frames after `lengths` are padding
-    lengths: Tensor  # (n,) long, 1 <= p <= L
+    num_heads: int | None  # of D that count; None: all
     actions: Tensor  # (n,3,H,W)
     true_frames: Tensor  # (n,3,H,W)
     terminals: Tensor  # (n,) bool: [s, a] is the complete video
     first: Tensor  # (n,3,H,W), the candidate a1
     second: Tensor  # (n,3,H,W), the candidate a2
-    video_logits: Tensor  # (n,heads), D([s, a])
+    video_logits: Tensor  # (n,heads), D([s, a]) of the heads that count
+    real: Tensor  # (m,3,H,W), real frames that D sees in the same mini-batch; none where it normalises over no batch
 
     def frame_logits(self, frames: Tensor) -> Tensor:
-        """Return D's logits (n,heads) of single frames (n,3,H,W)."""
-        return self.d(frames[:, None])[0][:, 0]
+        """Return D's logits (n,heads) of single frames (n,3,H,W).
+
+        Statistics of generated frames alone would take away the very level by which D knows them.
+        """
+        return self.d(torch.cat((frames, self.real))[:, None])[0][: len(frames), 0, : self.num_heads]
 
 
 def transition_reward(inputs: RewardInputs, config: Config) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rlv2v.model import Discriminator, GridTranslator, Translator
 from rlv2v.model.build import Nets
 from rlv2v.model.frames import attributes_set, map_state
+from rlv2v.model.norm import stats_over
 
 DOMAINS = ("x", "y")
 
@@ -61,13 +62,15 @@ def append(states: Tensor, lengths: Tensor, actions: Tensor) -> Tensor:
 def candidates(policies: Policies, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Return the two candidates of Algorithm 1, (n,3,H,W) each: a1 = P(s) and a2 = G'(P(G(s)))_last.
 
-    For a2 the state is translated to the other domain, continued there by a predicted frame, and translated back.
+    For a2 the state is translated to the other domain, continued there by a predicted frame, and translated back. Each
+    state is normalised by its own frames: neither the other states nor what pads them may change what is proposed.
     """
-    a1 = last_of(policies.p_a(states)[0], lengths)
-    translated, _ = policies.g_b(states)
-    predicted = last_of(policies.p_b(translated)[0], lengths)
-    _, back_states = policies.g_a(translated, all_states=True)
-    a2, _ = policies.g_a(predicted[:, None], map_state(lambda s: last_of(s, lengths), back_states))
+    with stats_over("clip", *policies):
+        a1 = last_of(policies.p_a(states)[0], lengths)
+        translated, _ = policies.g_b(states)
+        predicted = last_of(policies.p_b(translated)[0], lengths)
+        _, back_states = policies.g_a(translated, all_states=True)
+        a2, _ = policies.g_a(predicted[:, None], map_state(lambda s: last_of(s, lengths), back_states))
     return a1, a2[:, 0]
 
 

@@ -14,20 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 from torch.optim import AdamW
 
 from rlv2v.config import Config
 from rlv2v.data.index import Dataset
 from rlv2v.method.clips import Clips
-from rlv2v.method.collector import Agent, build_agents
+from rlv2v.method.collector import Agent, InPlay, build_agents
 from rlv2v.method.objective import discriminator_losses, generator_losses
 from rlv2v.method.optim import BookTime, OptimizerStep, autocast, no_timing
+from rlv2v.method.patches import Draws, draw
 from rlv2v.method.pretrain import warm_up
 from rlv2v.method.rl import Transitions, actor_loss, critic_loss, critic_targets, frozen, polyak
 from rlv2v.method.schedule import Schedule
 from rlv2v.method.terms import domain_gap
-from rlv2v.method.trainer import NUM_DIRECTIONS, Generators, Logs, measure_domains
+from rlv2v.method.trainer import Generators, Logs, measure_domains
 from rlv2v.model import Translator
 from rlv2v.model.build import build_nets
 from rlv2v.runtime.cuda_graphs import Graphs, Recorder
@@ -76,7 +76,10 @@ class Algorithm:
         self.optimizer_steps = {
             "generators": optimizer_step(GENERATORS, optim.lr, optim.clip_grad, ""),
             "discriminators": optimizer_step(DISCRIMINATORS, optim.disc_lr, optim.clip_grad, "_d"),
-        } | {f"critic_{domain}": optimizer_step((f"q_{domain}",), optim.disc_lr, 0.0, "_q") for domain in self.agents}
+        } | {
+            f"critic_{domain}": optimizer_step((f"q_{domain}",), optim.disc_lr, 0.0, f"_q_{domain}")
+            for domain in self.agents
+        }
 
     @property
     def generators(self) -> Generators:
@@ -107,8 +110,7 @@ class Algorithm:
         length = clips.x.shape[1]
         num_frames = min(config.loss.disc_frames or length, length)
         indices = on_device(np.sort(rng.permutation(length)[:num_frames]), self.device)
-        directions = on_device(rng.standard_normal((3, NUM_DIRECTIONS)).astype(np.float32), self.device)
-        directions = normalize(directions, dim=0)
+        draws = draw(rng, config.runtime.replicas, self.replicas, self.device)
         for optimizer_step in self.optimizer_steps.values():
             optimizer_step.set_rate(schedule.lr_factor)
         logs: Logs = {}
@@ -130,14 +132,14 @@ class Algorithm:
 
         # actor: climb J = mean Q(s, pi(s)); G and P also descend L (reading 6); target networks follow
         name = f"generators_{agent.domain}" if agent else "generators"
-        generator_logs, fakes = graphs(name, self.generator_phase, agent, batch, clips, indices, directions, phase_time)
+        generator_logs, fakes = graphs(name, self.generator_phase, agent, batch, clips, indices, draws, phase_time)
         book_time("generators")
 
         # D ascends L - L_v on frames and prefixes, and L_v on complete clips         (Algorithm 1, last lines)
         discriminator_logs = graphs("discriminators", self.discriminator_phase, clips, fakes, indices, phase_time)
         book_time("discriminators")
 
-        measure_domains(schedule, clips.x, [clips.y] if clips.z is None else [clips.y, clips.z], directions)
+        measure_domains(schedule, clips.x, [clips.y] if clips.z is None else [clips.y, clips.z], draws.colours)
         return logs | generator_logs | discriminator_logs
 
     def critic_phase(self, agent: Agent, batch: Transitions, book_time: BookTime) -> tuple[Logs, Tensor]:
@@ -146,7 +148,7 @@ class Algorithm:
             targets = critic_targets(agent.q_target, agent.policies_target, batch, self.config.rl.gamma)
             loss, errors = critic_loss(agent.q, batch, targets)
         optimizer_step = self.optimizer_steps[f"critic_{agent.domain}"]
-        return optimizer_step(loss, "critics", book_time) | {"reward": batch.rewards.mean()}, errors
+        return optimizer_step(loss, "critics", book_time) | {f"reward_{agent.domain}": batch.rewards.mean()}, errors
 
     def generator_phase(
         self,
@@ -154,7 +156,7 @@ class Algorithm:
         batch: Transitions | None,
         clips: Clips,
         indices: Tensor,
-        directions: Tensor,
+        draws: Draws,
         book_time: BookTime,
     ) -> tuple[Logs, tuple[Tensor, Tensor]]:
         """Take the step of G and P, then move the targets; return the logs, G_Y(x), and G_X of y and z."""
@@ -163,10 +165,10 @@ class Algorithm:
             if isinstance(g, Translator):
                 g.mask_gain.copy_(ramp if config.loss.term("mask_prior") else torch.zeros_like(ramp))
         with frozen(nets.d_x, nets.d_y, nets.q_x, nets.q_y), autocast(config, self.device):
-            terms, of_x, of_yz = generator_losses(nets, clips, config, self.schedule.gains, indices, directions)
+            terms, of_x, of_yz = generator_losses(nets, clips, config, self.schedule.gains, indices, draws)
             if agent and batch:
                 loss_a = actor_loss(agent.q, agent.policies, batch.states, batch.lengths)
-                terms["actor"] = config.rl.weight * loss_a
+                terms[f"actor_{agent.domain}"] = config.rl.weight * loss_a
         loss = torch.stack(list(terms.values())).sum()
         logs = terms | self.optimizer_steps["generators"](loss, "generators", book_time)
 
@@ -180,7 +182,7 @@ class Algorithm:
             logs["distance"] = terms["colours_y"] / config.loss.term("colours")
         else:
             with torch.no_grad():
-                logs["distance"] = domain_gap(of_x.fake, clips.yz, directions)
+                logs["distance"] = domain_gap(of_x.fake, clips.yz, draws.colours)
         return logs, (of_x.fake, of_yz.fake)
 
     def discriminator_phase(
@@ -197,13 +199,18 @@ class Algorithm:
         self.schedule.advance(seconds, distance)
         return {"gap": self.schedule.remaining_gap, "ramp": self.schedule.ramp.clone()}
 
-    def pick_videos(self, clips: Clips, domain: str, rngs: list[np.random.Generator]) -> list[Tensor]:
-        """Return the clip v (T,3,H,W) of a domain for each replica, drawn from the replica's share of the batch."""
-        sets = [s for s in ((clips.x,) if domain == "x" else (clips.y, clips.z)) if s is not None]
+    def pick_videos(self, clips: Clips, domain: str, rngs: list[np.random.Generator]) -> list[InPlay]:
+        """Return the clip v of a domain for each replica, drawn from the replica's share of the batch."""
+        sets = {name: getattr(clips, name) for name in "xyz"}
+        shares = {name: s.unflatten(0, (len(rngs), -1)) for name, s in sets.items() if s is not None}
         videos = []
         for replica, rng in enumerate(rngs):
-            share = [video for s in sets for video in s.unflatten(0, (len(rngs), -1))[replica]]
-            videos.append(share[int(rng.integers(len(share)))])
+            own = [
+                (name, video) for name in shares if (name == "x") == (domain == "x") for video in shares[name][replica]
+            ]
+            name, video = own[int(rng.integers(len(own)))]
+            frames = torch.cat([share[replica].flatten(0, 1) for share in shares.values()])
+            videos.append(InPlay(video, frames, 1 if name == "y" else None))
         return videos
 
     @property

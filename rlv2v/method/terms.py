@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d, avg_pool2d, l1_loss
 
+from rlv2v.method.patches import Draws, patch_gap
 from rlv2v.runtime.distributed import gather, num_ranks
 
 if TYPE_CHECKING:  # `rlv2v.config` reads the registry, and these modules read the config
@@ -33,7 +34,7 @@ class TermInputs(NamedTuple):
     clips: Clips
     x: Rollout  # X -> Y -> X
     y: Rollout  # Y and Z -> X -> Y
-    directions: Tensor  # of `domain_gap`, (3,K)
+    draws: Draws
 
 
 class Term(NamedTuple):
@@ -47,6 +48,7 @@ class Term(NamedTuple):
     default: float  # weight in the preset `default`
     compute: Callable[[TermInputs], Values]
     paper: float = 0.0  # weight in the preset `paper`
+    paint: float = 0.0  # weight in the preset `paint`
     needs: frozenset[Literal["same", "back"]] = frozenset()  # optional parts of a rollout that it looks at
     ramped: bool = False  # whether the schedule's content gain scales it
 
@@ -131,10 +133,16 @@ def cycle_loss(inputs: TermInputs) -> Values:
 
 
 def identity_loss(inputs: TermInputs) -> Values:
-    """Yield |G_X(x) - x|, |G_Y(y) - y| over y and z, and |G_Y(s) - s| on stills (Zhu et al. 2017, section 5.2)."""
-    for domain, rollout in (("x", inputs.x), ("y", inputs.y)):
-        assert rollout.same is not None
-        yield domain, l1_loss(rollout.same, rollout.video)
+    """Yield |G_X(x) - x|, |G_Y(z) - z| and |G_Y(s) - s| (Zhu et al. 2017, section 5.2).
+
+    Z and S have X's style: what x looks like in the target domain stays as it is. Y says nothing of that, and where its
+    clips change along time as X's have to, G would have to tell the two apart.
+    """
+    assert inputs.x.same is not None and inputs.y.same is not None
+    yield "x", l1_loss(inputs.x.same, inputs.x.video)
+    if inputs.clips.z is not None:
+        num = len(inputs.clips.y)
+        yield "z", l1_loss(inputs.y.same[num:], inputs.y.video[num:])
     stills = inputs.clips.s
     if stills is not None:
         yield "s", l1_loss(inputs.nets.g_y(stills)[0], stills)
@@ -173,21 +181,32 @@ def smoothness_terms(inputs: TermInputs) -> Values:
 
 def colour_terms(inputs: TermInputs) -> Values:
     """Yield `domain_gap` between translated and target clips, in both directions."""
-    yield "y", domain_gap(inputs.x.fake, inputs.clips.yz, inputs.directions)
-    yield "x", domain_gap(inputs.y.fake, inputs.clips.x, inputs.directions)
+    yield "y", domain_gap(inputs.x.fake, inputs.clips.yz, inputs.draws.colours)
+    yield "x", domain_gap(inputs.y.fake, inputs.clips.x, inputs.draws.colours)
 
 
-IDENTITY = "|G_Y(y) - y|, |G_Y(z) - z|, |G_Y(s) - s|, |G_X(x) - x|"
+def patch_terms(inputs: TermInputs) -> Values:
+    """Yield the distance of the patches of translated clips to those of the domain, in both directions."""
+    clips, draws = inputs.clips, inputs.draws
+    yield "y", patch_gap((inputs.x.fake, inputs.x.pool), (clips.y, clips.z, clips.pool_yz), draws)
+    num = len(clips.y)  # each set has its clips in the order of the replicas
+    fakes = (inputs.y.fake[:num], inputs.y.fake[num:] if clips.z is not None else None)
+    yield "x", patch_gap(fakes, (clips.x, clips.pool_x), draws)
+
+
+IDENTITY = "|G_Y(z) - z|, |G_Y(s) - s|, |G_X(x) - x|"
 MASK_PRIOR = "prior of the copy mask; 0: the mask stays shut and nothing is copied"
 COLOURS = "distance between the colours of translated and target clips, by frame index"
+PATCHES = "distance of the patches of translated clips to those of the target domain"
 TERMS: dict[str, Term] = {
     term.name: term
     for term in (
-        Term("cycle", "|G_X(G_Y(x)) - x| and its mirror", 2.0, cycle_loss, needs=frozenset({"back"})),
-        Term("identity", IDENTITY, 4.0, identity_loss, needs=frozenset({"same"})),
-        Term("contrast", "local-contrast loss, doubled for G_X", 40.0, contrast_terms, ramped=True),
-        Term("mask_prior", MASK_PRIOR, 2.0, mask_terms, ramped=True),
-        Term("colours", COLOURS, 3.0, colour_terms),
-        Term("smoothness", "deviations of a grid head from one transform of all pixels", 30.0, smoothness_terms),
+        Term("cycle", "|G_X(G_Y(x)) - x| and its mirror", 1.0, cycle_loss, paint=2.0, needs=frozenset({"back"})),
+        Term("identity", IDENTITY, 4.0, identity_loss, paint=4.0, needs=frozenset({"same"})),
+        Term("contrast", "local-contrast loss, doubled for G_X", 0.0, contrast_terms, paint=40.0, ramped=True),
+        Term("mask_prior", MASK_PRIOR, 0.0, mask_terms, paint=2.0, ramped=True),
+        Term("colours", COLOURS, 0.0, colour_terms, paint=3.0),
+        Term("patches", PATCHES, 10.0, patch_terms),
+        Term("smoothness", "deviations of a grid head from one transform of all pixels", 300.0, smoothness_terms),
     )
 }

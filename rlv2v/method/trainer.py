@@ -20,7 +20,6 @@ if TYPE_CHECKING:  # the config reads the registry of methods, whose modules imp
     from rlv2v.runtime.distributed import World
 
 MEASURE_EVERY = 10  # steps between two measurements of the distance between the domains
-NUM_DIRECTIONS = 4  # of colour space, in domain_gap
 Logs = dict[str, Tensor]  # a number () each
 
 

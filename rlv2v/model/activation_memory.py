@@ -4,7 +4,7 @@
     recompute  everything but the gates of the ConvLSTMs, which are computed again
     frames     the state after every few frames; the backward pass runs the frames between again (Chen et al. 2016,
                arXiv:1604.06174, applied along time)
-Outputs, gradients and running averages are the same, to rounding. Without gradients there is no difference.
+Outputs and gradients are the same, to rounding. Without gradients there is no difference.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from rlv2v.model.blocks import RPB, URB
 from rlv2v.model.conv_lstm import ConvLSTM
 from rlv2v.model.frames import RunMode, State, attributes_set, frame_major, map_state
 from rlv2v.model.norm import SequenceNorm
@@ -81,9 +80,6 @@ def run_in_chunks(
     *videos, states = tree_map(cat_time, *outputs)
     if one_step_from_each:
         return *videos, None
-    blocks = [m for m in net.modules() if isinstance(m, (RPB, URB))]
-    for block, (_, moments) in zip(blocks, state, strict=False):
-        block.norm.update_running_stats(moments)
     return *videos, states if all_states else state
 
 
@@ -99,13 +95,10 @@ def cat_time(*chunks: Tensor | None) -> Tensor | None:
 def forward_attributes(net: nn.Module) -> list[tuple[Any, str, Any]]:
     """Return the attributes that a run of `net` depends on, with the values for a run of a chunk.
 
-    The backward pass runs a chunk again. By then a frozen critic may be trainable and `local_stats` may be over. And
-    the running averages may not move with every run: that is done once, after the last chunk.
+    The backward pass runs a chunk again. By then a frozen critic may be trainable and `stats_over` may be over.
     """
     attributes: list[tuple[Any, str, Any]] = [
         (weight, "requires_grad", weight.requires_grad) for weight in net.parameters()
     ]
-    for norm in net.modules():
-        if isinstance(norm, SequenceNorm):
-            attributes += [(norm, "uses_local_stats", norm.uses_local_stats), (norm, "tracks_running_stats", False)]
-    return attributes
+    norms = (norm for norm in net.modules() if isinstance(norm, SequenceNorm))
+    return attributes + [(norm, "scope", norm.scope) for norm in norms]

@@ -19,10 +19,20 @@ from rlv2v.kernels.bilateral import slice_apply
 from rlv2v.model.activation_memory import in_chunks, set_memory
 from rlv2v.model.blocks import RPB, limit_history
 from rlv2v.model.conv_lstm import ConvLSTM
-from rlv2v.model.frames import RunMode, State, batch_major, cat_channels, frame_major, per_frame, space_to_depth
+from rlv2v.model.frames import (
+    RunMode,
+    State,
+    batch_major,
+    cat_channels,
+    frame_major,
+    map_state,
+    per_frame,
+    space_to_depth,
+)
 from rlv2v.model.generator import Details, Generator
 
 LUMA = (0.299, 0.587, 0.114)  # BT.601
+BURN_IN = 2  # frames
 LOCAL = 0.3  # step of the local deviations beside that of the global part
 
 
@@ -115,12 +125,21 @@ class GridTranslator(Generator):
 
     def limit_state(self, state: State, frames: int) -> State:
         """Return the state such that the normalisation forgets what is older, see `limit_history`."""
-        return limit_history(state, frames)
+        return limit_history(state, frames + BURN_IN)
 
     def decide(self, x: Tensor, state: State = None, **mode: Unpack[RunMode]) -> tuple[Grids, State]:
-        """Return the grids of frames, from a state."""
+        """Return the grids of frames, from a state.
+
+        Where a video starts, its first frame comes `BURN_IN` times more before it, unseen: the recurrence has settled
+        when the first frame is translated.
+        """
+        burn_in = BURN_IN if state is None else 0
+        if burn_in:
+            x = torch.cat((x[:, :1].expand(-1, burn_in, -1, -1, -1), x), 1)
         whole, local, state = self._decide(x, state, **mode)
-        return Grids(whole, local), state
+        if mode.get("all_states"):
+            state = map_state(lambda s: s[:, burn_in:], state)
+        return Grids(whole[:, burn_in:], local[:, burn_in:]), state
 
     @in_chunks
     def _decide(self, x: Tensor, state: State = None, **mode: Unpack[RunMode]) -> tuple[Tensor, Tensor, State]:

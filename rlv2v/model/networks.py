@@ -15,6 +15,9 @@ from rlv2v.model.conv_lstm import ConvLSTM
 from rlv2v.model.frames import RunMode, State, cat_channels, per_frame, space_to_depth
 from rlv2v.model.generator import Details, Generator
 
+HEADS = ("convlstm", "letter", "mask")
+LOGIT_GAIN = 4.0  # of the head's logits, which a ConvLSTM keeps within -1 and 1
+
 
 def no_autocast(y: Tensor) -> torch.autocast:
     """Return a context without autocast: a network's output is float32, and so are the last layers that make it."""
@@ -29,7 +32,8 @@ class Translator(Generator):
     Args:
         widths: channels after each RPB; the URBs mirror them.
         patch: space-to-depth factor before the first RPB (1: none, as in the paper).
-        head: "convlstm", a ConvLSTM of 3 channels as in the paper, or "mask", an addition:
+        head: "convlstm", three logits per pixel as in the paper, `y = tanh(4 h)` of a ConvLSTM of 3 channels; "letter",
+            h itself, which is under 0.77 in the first frame and cannot show the data; or "mask", an addition:
             `y = m x + (1 - m) tanh(rgb)`. Two convolutions over [pixel-shuffled ConvLSTM output, input frame x] give
             rgb and m / `mask_gain`. The buffer `mask_gain` in [0,1] limits the copying. The warm-up sets it to 0,
             because a copy would satisfy an auto-encoder at once.
@@ -53,11 +57,11 @@ class Translator(Generator):
         memory: str = "store",
     ) -> None:
         super().__init__()
-        if head not in ("convlstm", "mask"):
-            raise ValueError(f"Translator: head must be 'convlstm' or 'mask', got {head!r}")
-        if patch != 1 and head == "convlstm":
-            raise ValueError(f"Translator: patch must be 1 with head='convlstm', got {patch}")
-        self.patch, self.multiple = patch, patch * 2 ** len(widths)
+        if head not in HEADS:
+            raise ValueError(f"Translator: head must be one of {list(HEADS)}, got {head!r}")
+        if patch != 1 and head != "mask":
+            raise ValueError(f"Translator: patch must be 1 with head={head!r}, got {patch}")
+        self.head, self.patch, self.multiple = head, patch, patch * 2 ** len(widths)
         ins = [3 * patch**2, *widths[:-1]]
         self.encoder = nn.ModuleList(RPB(c_in, c_out, norm, horizon) for c_in, c_out in zip(ins, widths, strict=True))
         skips, outs = widths[::-1], [*widths[-2::-1], widths[0]]
@@ -66,7 +70,7 @@ class Translator(Generator):
             for c_in, c_skip, c_out in zip([widths[-1], *outs], skips, outs, strict=False)
         )
         self.register_buffer("mask_gain", torch.ones(()))
-        if head == "convlstm":
+        if head != "mask":
             self.last = ConvLSTM(widths[0], 3, horizon=horizon)
             self.fuse = self.to_rgbm = None
         else:
@@ -110,7 +114,10 @@ class Translator(Generator):
             new_states.append(block_state)
         y, last_state = self.last(y, next(old_states), **mode)
         state = (*new_states, last_state)
-        return (y.to(x.dtype), None, state) if self.to_rgbm is None else (*self.blend(x, y), state)
+        if self.head == "mask":
+            return *self.blend(x, y), state
+        y = y.to(x.dtype)
+        return y if self.head == "letter" else (LOGIT_GAIN * y).tanh(), None, state
 
     def blend(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mask head's `m x + (1 - m) tanh(rgb)`, and m."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from rlv2v.model.frames import RunMode, State, attributes_set
 from rlv2v.runtime.distributed import mean as mean_over_ranks
+
+Scope = Literal["ranks", "rank", "clip"]
 
 
 class Moments(NamedTuple):
@@ -48,38 +50,30 @@ class SequenceNorm(nn.Module):
     """Sequence-wise normalisation, made causal: (x - mean) / sqrt(var + eps) * weight + bias.
 
     Mean and variance of a channel run over all pixels of all frames *so far*. `kind="clip"` takes them over one clip.
-    `kind="batch"` takes them over all clips of the mini-batch, on all ranks, as the paper does (section 3.4); in eval
-    mode a running average of whole clips' statistics takes their place. `kind="none"` returns x as it is. Statistics
-    are those of `FrameMoments`, whatever the dtype of x.
+    `kind="batch"` takes them over all clips of the mini-batch, on all ranks, as the paper does (section 3.4), but for
+    `stats_over`; in eval mode over each clip, so that a translation is what the clip's own frames make of it.
+    `kind="none"` returns x as it is. Statistics are those of `FrameMoments`, whatever the dtype of x.
     """
 
-    running_mean: Tensor
-    running_square: Tensor
+    scope: Scope
 
-    def __init__(self, channels: int, kind: str = "clip", eps: float = 1e-3, momentum: float = 0.1) -> None:
+    def __init__(self, channels: int, kind: str = "clip", eps: float = 1e-3) -> None:
         super().__init__()
         if kind not in ("clip", "batch", "none"):
             raise ValueError(f"SequenceNorm: kind must be 'clip', 'batch' or 'none', got {kind!r}")
-        self.kind, self.eps, self.momentum = kind, eps, momentum
-        self.uses_local_stats, self.tracks_running_stats = False, True
+        self.kind, self.eps, self.scope = kind, eps, "ranks"
         if kind == "none":
             return
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
-        if kind == "batch":
-            self.register_buffer("running_mean", torch.zeros(channels))
-            self.register_buffer("running_square", torch.ones(channels))
 
     def forward(self, x: Tensor, state: Moments | None = None, **mode: Unpack[RunMode]) -> tuple[Tensor, State]:
         if self.kind == "none":
             return x, None
-        if self.kind == "batch" and not self.training:
-            mean, square = self.running_mean.expand(x.shape[:3]), self.running_square.expand(x.shape[:3])
-            return self.apply_moments(x, mean, square), None
         frame_mean, frame_square = FrameMoments.apply(x)  # (B,T,C)
-        if self.kind == "batch":
+        if self.kind == "batch" and self.training and self.scope != "clip":
             moments = torch.stack((frame_mean.mean(0), frame_square.mean(0)))
-            moments = moments if self.uses_local_stats else mean_over_ranks(moments)
+            moments = mean_over_ranks(moments) if self.scope == "ranks" else moments
             frame_mean, frame_square = (m.expand_as(frame_mean) for m in moments)
         if mode.get("one_step_from_each"):
             assert state is not None
@@ -95,15 +89,7 @@ class SequenceNorm(nn.Module):
         mean = (mean_sum + frame_mean.cumsum(1)) / count[..., None]
         square = (square_sum + frame_square.cumsum(1)) / count[..., None]
         y, last = self.apply_moments(x, mean, square), Moments(count[:, -1], mean[:, -1], square[:, -1])
-        if self.tracks_running_stats:
-            self.update_running_stats(last)
         return y, Moments(count, mean, square) if mode.get("all_states") else last
-
-    def update_running_stats(self, moments: Moments | None) -> None:
-        """Move the running averages of `kind="batch"` towards the moments of whole clips."""
-        if self.kind == "batch" and moments is not None and not self.uses_local_stats:
-            for running, moment in ((self.running_mean, moments.mean), (self.running_square, moments.square)):
-                running.lerp_(moment[0].detach().to(running.dtype), self.momentum)
 
     def apply_moments(self, x: Tensor, mean: Tensor, square: Tensor) -> Tensor:
         """Normalise x (B,T,C,H,W) by a mean and a mean square (B,T,C)."""
@@ -113,10 +99,11 @@ class SequenceNorm(nn.Module):
         return torch.addcmul(shift, x, scale).to(x.dtype)
 
 
-def local_stats(*nets: nn.Module) -> AbstractContextManager[None]:
-    """Return a context in which `kind="batch"` normalises over this rank's clips and tracks no running averages.
+def stats_over(scope: Scope, *nets: nn.Module) -> AbstractContextManager[None]:
+    """Return a context in which `kind="batch"` normalises over this rank's clips, or over each clip.
 
-    This is for runs that not every rank makes, or not over as many clips.
+    "rank" is for runs that not every rank makes, or not over as many clips; "clip" for clips that have nothing to do
+    with each other, such as states of the policy gradient, which end in padding.
     """
     norms = (m for net in nets for m in net.modules() if isinstance(m, SequenceNorm))
-    return attributes_set((norm, "uses_local_stats", True) for norm in norms)
+    return attributes_set((norm, "scope", scope) for norm in norms)

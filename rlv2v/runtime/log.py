@@ -56,7 +56,7 @@ class RunLog:
         self.file.write(json.dumps({"step": step, "seconds": round(seconds, 3), **values}) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
-        shown |= {name: f"{values[name]:.3g}" for name in ("loss", "loss_d", "loss_q") if name in values}
+        shown |= {name: f"{values[name]:.3g}" for name in ("loss", "loss_d") if name in values}
         self.bar.set_postfix(shown | self.shown)
 
     def write_checkpoint(self, step: int, values: Mapping[str, float]) -> None:

@@ -31,6 +31,8 @@ class NanGuard:
     def __init__(self, device: torch.device, lag: int | None = None) -> None:
         self._lag = (LAG if device.type == "cuda" else 0) if lag is None else lag
         self._pending: deque[tuple[int, tuple[str, ...], HostCopy]] = deque()
+        self._seen: dict[str, list[float]] = {}
+        self._num_seen = 0
 
     def record(self, step: int, values: Mapping[str, Tensor]) -> None:
         """Take the values () of a step."""
@@ -48,7 +50,16 @@ class NanGuard:
             step, names, copy = self._pending.popleft()
             newest = dict(zip(names, copy.read()[0].tolist(), strict=True))
             check_values(newest, step)
+            self._num_seen += 1
+            for name, value in newest.items():
+                self._seen.setdefault(name, []).append(value)
         return newest
+
+    def summary(self) -> dict[str, float]:
+        """Return what was read since the last summary: the newest of a value, or the mean of one that steps miss."""
+        seen, self._seen = self._seen, {}
+        num, self._num_seen = self._num_seen, 0
+        return {name: values[-1] if len(values) == num else sum(values) / len(values) for name, values in seen.items()}
 
 
 def check_values(values: Mapping[str, float], step: int) -> None:

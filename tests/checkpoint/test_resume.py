@@ -75,7 +75,7 @@ def test_a_checkpoint_of_another_set_up_is_refused_by_part(tmp_path: Path) -> No
     with pytest.raises(UserError, match="checkpoint 1: lacks 'targets'"):
         restore(store, algorithm_of(), Cursor(0), World(CPU))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="checkpoint 1: 'nets' does not fit this run"):
-        restore(store, algorithm_of(chrono=False, norm="batch"), SimpleNamespace(), World(CPU))  # type: ignore[arg-type]
+        restore(store, algorithm_of(head="mask"), SimpleNamespace(), World(CPU))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_the_flags_of_training_are_grouped_by_section(command: Command) -> None:
     text = " ".join(cli.unboxed(out).split())
     for words in (
         "--frames INT Clip length T in frames. (default: 8)",
-        "--cycle FLOAT Added term: weight of |G_X(G_Y(x)) - x| and its mirror. (default: 2.0)",
+        "--cycle FLOAT Added term: weight of |G_X(G_Y(x)) - x| and its mirror. (default: 1.0)",
         "transition: log D(a) - c ||a - a_true||, for each transition.",
     ):
         assert words in text
@@ -76,7 +76,8 @@ def test_the_flags_of_training_are_grouped_by_section(command: Command) -> None:
         ("train --lr 1 quux", "unexpected argument 'quux'"),
         (
             "train --preset tinny",
-            "--preset: expected default, paper, tiny, workstation, got 'tinny'; did you mean tiny?",
+            "--preset: expected default, paint, paper, paper-letter, tiny, workstation, got 'tinny'; "
+            "did you mean tiny?",
         ),
         (
             "train --method cylegan",

@@ -44,7 +44,9 @@ def contents(run: Path) -> list[Any]:
     state = store.load(STEPS)
     state["schedule"].pop("seconds")
     logged = [value for line in read_metrics(run / "metrics.jsonl") for value in line.items()]
-    logged = [(name, value) for name, value in logged if not name.startswith(("seconds", "frames_per_", "time_"))]
+    # what not every step has is a mean since the last line or the resume
+    other = ("seconds", "frames_per_", "time_", "loss_q", "grad_q", "reward", "actor")
+    logged = [(name, value) for name, value in logged if not name.startswith(other)]
     return tree_leaves([state, store.load(STEPS, replica_name(0)), logged])
 
 

@@ -23,6 +23,7 @@ from rlv2v.config import Config
 from rlv2v.errors import UserError
 from rlv2v.files import lock_folder
 from rlv2v.flags import resolve
+from rlv2v.model import Translator
 from rlv2v.runtime.log import RunLog, read_metrics
 from rlv2v.train import train
 
@@ -62,7 +63,7 @@ def test_a_run_logs_what_it_does_and_translates_both_ways(data: Path, trained: P
     run = trained
     lines = read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 4]
-    names = {"loss", "loss_d", "loss_q", "g_y", "v_x", "tau_x", "rc_y", "cycle_x", "contrast_y", "colours_y", "gap"}
+    names = {"loss", "loss_d", "g_y", "v_x", "tau_x", "rc_y", "cycle_x", "patches_y", "smoothness_x", "gap"}
     assert names <= {name for line in lines for name in line}
     assert Config.from_json((run / "config.json").read_text(), "config") == tiny(
         data, run, replicas=1, snapshot_seconds=0.0
@@ -90,11 +91,11 @@ def test_the_best_is_that_of_the_criterion_whatever_the_truth_says(
 ) -> None:
     run, scores = tmp_path / "run", iter([3.0, 1.0, 2.0, 2.5, 2.5, 1.5, 1.5])  # the last checkpoint is measured twice
     monkeypatch.setattr("rlv2v.metrics.selection.criterion", lambda own, identity: next(scores))
-    train(tiny(data, run, steps=3, snapshot_seconds=0.0, lr=0.02))
+    train(tiny(data, run, steps=3, snapshot_seconds=0.0, lr=0.1))
     best = (run / "best.safetensors").read_bytes()
     by_truth = min(read_metrics(run / "selection.jsonl"), key=lambda line: line["truth"]["l1"])  # type: ignore[index]
     assert store_of(run).best == (1, 1.0) and by_truth["step"] != 1
-    train(tiny(data, run, steps=4, snapshot_seconds=0.0, lr=0.02, resume=True))
+    train(tiny(data, run, steps=4, snapshot_seconds=0.0, lr=0.1, resume=True))
     assert store_of(run).best == (1, 1.0) and (run / "best.safetensors").read_bytes() == best
     g, _ = load_translator(run, best=True)
     average = store_of(run).load(1)["average"]
@@ -127,14 +128,15 @@ def test_same_seed_same_run_other_seed_other_run(data: Path, trained: Path, tmp_
 @pytest.mark.parametrize(
     "changes",
     [
-        {"average": 0.0, "colours": 0.0, "contrast": 0.0, "mask_prior": 0.0, "cycle": 0.0, "identity": 0.0},
+        {"average": 0.0, "patches": 0.0, "smoothness": 0.0, "cycle": 0.0, "identity": 0.0},
+        {"head": "mask", "contrast": 1.0, "colours": 1.0},
         *(
             pytest.param(changes, marks=pytest.mark.thorough)
             for changes in (
                 {"rl": False},
                 {"reward": "paper", "rl_every": 1},
                 {"l_v": 0.0, "l_tau": 0.0, "l_rc": 0.0},
-                {"gan": "nonsaturating", "disc_norm": "clip", "chrono": False},
+                {"gan": "nonsaturating", "disc_norm": "batch", "norm": "batch", "chrono": True},
                 {"augment": "dihedral", "disc_frames": 0},
             )
         ),
@@ -143,7 +145,8 @@ def test_same_seed_same_run_other_seed_other_run(data: Path, trained: Path, tmp_
 def test_every_switch_trains(data: Path, tmp_path: Path, changes: dict[str, object]) -> None:
     train(tiny(data, tmp_path / "run", **changes))
     g, config = load_translator(tmp_path / "run")
-    assert config.loss.term("mask_prior") or g.mask_gain == 0, "without a prior nothing is copied"
+    if isinstance(g, Translator):
+        assert config.loss.term("mask_prior") or g.mask_gain == 0, "without a prior nothing is copied"
 
 
 def test_the_paper_preset_trains(data: Path, tmp_path: Path) -> None:
@@ -152,7 +155,7 @@ def test_the_paper_preset_trains(data: Path, tmp_path: Path) -> None:
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
     additions = ("cycle", "identity", "contrast", "mask", "colours")
     assert not [name for name in last if name.startswith(additions)]
-    assert {"g_x", "g_y", "v_x", "v_y", "tau_x", "tau_y", "rc_x", "rc_y", "actor", "loss_q"} <= last.keys()
+    assert {"g_x", "g_y", "v_x", "v_y", "tau_x", "tau_y", "rc_x", "rc_y", "actor_x", "loss_q_x"} <= last.keys()
 
 
 def test_sets_z_and_s_may_be_missing(data: Path, tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rlv2v.config import Config
 from rlv2v.method.clips import Clips
+from rlv2v.method.patches import Draws, draw
 from rlv2v.model.build import Nets, build_nets
 
 T, SIZE = 4, 8
@@ -24,6 +26,11 @@ def random_clips(
     rng = torch.Generator().manual_seed(3)
     videos = {name: torch.rand(*n, 3, height, width, generator=rng, dtype=dtype) * 2 - 1 for name, n in SETS.items()}
     return Clips(**{name: videos[name] if name in sets else None for name in SETS})
+
+
+def random_draws() -> Draws:
+    """Return the draws of a step, the same in every call."""
+    return draw(np.random.default_rng(5), 1, range(1), torch.device("cpu"))
 
 
 def random_nets(config: Config, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Nets:

@@ -13,7 +13,7 @@ from torch import Tensor
 from rlv2v.config import Config
 from rlv2v.data import to_model, to_uint8
 from rlv2v.method import rl
-from rlv2v.method.collector import Agent, ReplayRows, build_agents
+from rlv2v.method.collector import Agent, InPlay, ReplayRows, build_agents
 from rlv2v.method.rl import Transitions
 from rlv2v.replay import PrioritizedReplay
 
@@ -54,6 +54,11 @@ def num_stored(rows: ReplayRows) -> int:
     return sum(len(ids) for _, ids in rows.drawn)
 
 
+def play(seed: int = 0) -> InPlay:
+    video = clip(seed)
+    return InPlay(video, video)
+
+
 def clip(seed: int = 0) -> Tensor:
     frames = np.random.default_rng(seed).integers(0, 256, (T, SIZE, SIZE, 3), dtype=np.uint8)
     return to_model(torch.from_numpy(frames))
@@ -76,7 +81,7 @@ def test_m_mixes_new_and_stored_transitions_and_the_buffer_returns_what_it_took(
     known: set[tuple] = set()
     total = 0
     for number in range(4):
-        batch, rows = agent.collect([clip(number)], [rng], 0.0)
+        batch, rows = agent.collect([play(number)], [rng], 0.0)
         num_new = 8 - num_stored(rows)
         assert (num_new == 8) if number == 0 else (0 < num_new < 8)
         assert all(len(field) == 8 for field in batch) and torch.isfinite(batch.rewards).all()
@@ -90,7 +95,7 @@ def test_m_mixes_new_and_stored_transitions_and_the_buffer_returns_what_it_took(
 
 def test_new_transitions_are_prefixes_of_their_clip_of_lengths_uniform_over_one_to_t_minus_one() -> None:
     agent, video = agent_of(eta1=(0.0, 0.0), transitions=400, replay_capacity=400), clip()
-    batch, rows = agent.collect([video], [np.random.default_rng(1)], 0.0)
+    batch, rows = agent.collect([InPlay(video, video)], [np.random.default_rng(1)], 0.0)
     counts = torch.bincount(batch.lengths, minlength=T)
     assert not num_stored(rows) and counts[0] == 0 and counts[1:].min() > 70 and len(counts) == T
     for i, p in enumerate(batch.lengths.tolist()):
@@ -101,9 +106,9 @@ def test_new_transitions_are_prefixes_of_their_clip_of_lengths_uniform_over_one_
 def test_eta1_and_eta2_follow_the_progress_of_the_run() -> None:
     agent, rng = agent_of(eta1=(0.0, 1.0), eta2=(0.0, 1.0)), np.random.default_rng(1)
     frames = {frame.numpy().tobytes() for frame in clip()}
-    first, rows = agent.collect([clip()], [rng], 0.0)
+    first, rows = agent.collect([play()], [rng], 0.0)
     assert num_stored(rows) == 0 and all(a.numpy().tobytes() in frames for a in first.actions)
-    _, rows = agent.collect([clip()], [rng], 1.0)
+    _, rows = agent.collect([play()], [rng], 1.0)
     assert num_stored(rows) == 8
 
 
@@ -113,10 +118,10 @@ def test_eta2_says_how_often_the_critic_chooses() -> None:
     frames = {f.numpy().tobytes() for f in video}
     with torch.no_grad():
         for eta2, share in ((1.0, 0.0), (0.0, 1.0), (0.75, 0.25)):
-            actions = agent.act(video, rng.integers(1, T, 200), rng, eta2).actions
+            actions = agent.act(InPlay(video, video), rng.integers(1, T, 200), rng, eta2).actions
             random = np.mean([a.numpy().tobytes() in frames for a in actions])
             assert random == pytest.approx(share, abs=0.1 if 0 < share < 1 else 0)
-        batch = agent.act(video, rng.integers(1, T, 30), rng, 1.0)
+        batch = agent.act(InPlay(video, video), rng.integers(1, T, 30), rng, 1.0)
         proposals = rl.candidates(agent.policies, batch.states, batch.lengths)
         values = [rl.q_value(agent.q, batch.states, batch.lengths, a) for a in proposals]
         chosen = rl.q_value(agent.q, batch.states, batch.lengths, batch.actions)
@@ -130,7 +135,7 @@ def test_rewards_are_those_of_each_transition_alone(reward: str, domain: str) ->
     weights = agent.config.loss
     with torch.no_grad():
         rng = np.random.default_rng(3)
-        batch = agent.act(video, rng.integers(1, T, 12), rng, 0.5)
+        batch = agent.act(InPlay(video, video), rng.integers(1, T, 12), rng, 0.5)
         assert batch.terminals.any() and not batch.terminals.all()
         a1, a2 = rl.candidates(agent.policies, batch.states, batch.lengths)
         for i, p in enumerate(batch.lengths.tolist()):
@@ -152,8 +157,8 @@ def test_rewards_are_those_of_each_transition_alone(reward: str, domain: str) ->
 def test_prioritised_replay_takes_the_errors_of_each_replica() -> None:
     agent = agent_of(replay_alpha=0.6, eta1=(0.5, 0.5), num_replicas=2)
     rngs = [np.random.default_rng(seed) for seed in range(2)]
-    agent.collect([clip(), clip(1)], rngs, 0.0)
-    batch, rows = agent.collect([clip(2), clip(3)], rngs, 0.0)
+    agent.collect([play(), play(1)], rngs, 0.0)
+    batch, rows = agent.collect([play(2), play(3)], rngs, 0.0)
     assert len(batch.lengths) == 16 and len(rows.drawn) == 2
     agent.flush()
     old_states = [replay.state_dict() for replay in agent.replays]
@@ -176,7 +181,7 @@ def test_an_early_flush_changes_no_draw() -> None:
     for early in (False, True):
         agent, rng = agent_of(replay_alpha=0.6, eta1=(0.5, 0.5)), np.random.default_rng(5)
         for number in range(4):
-            batch, rows = agent.collect([clip(number)], [rng], 0.0)
+            batch, rows = agent.collect([play(number)], [rng], 0.0)
             agent.prioritise(rows, torch.linspace(-1.0, 1.0, 8))
             if early:
                 agent.flush()
@@ -190,7 +195,7 @@ def test_padding_that_all_states_share_is_cut_off_and_changes_nothing(seed: int)
     for crops in (True, False):
         agent, rng = agent_of(eta1=(0.5, 0.5), transitions=2, crops=crops), np.random.default_rng(seed)
         for number in range(3):
-            batch, _ = agent.collect([clip(number)], [rng], 0.0)
+            batch, _ = agent.collect([play(number)], [rng], 0.0)
         batches.append(batch)
         losses.append(torch.stack((critic_loss(agent, batch), actor_loss(agent, batch))))
     cropped, padded = batches
@@ -205,7 +210,7 @@ def test_two_replicas_in_one_rank_are_two_ranks_of_one() -> None:
         agent.replays = agent.replays[number : number + 1]
     together, alone = ([np.random.default_rng(seed) for seed in range(2)] for _ in range(2))
     for number in range(3):
-        videos = [clip(2 * number), clip(2 * number + 1)]
+        videos = [play(2 * number), play(2 * number + 1)]
         batch, _ = both.collect(videos, together, 0.0)
         halves = [each[r].collect(videos[r : r + 1], alone[r : r + 1], 0.0)[0] for r in range(2)]
         for field, *parts in zip(batch, *halves, strict=True):
@@ -214,7 +219,7 @@ def test_two_replicas_in_one_rank_are_two_ranks_of_one() -> None:
 
 def test_the_actor_moves_every_policy_and_not_the_critic() -> None:
     agent = agent_of()
-    batch, _ = agent.collect([clip()], [np.random.default_rng(0)], 0.0)
+    batch, _ = agent.collect([play()], [np.random.default_rng(0)], 0.0)
     with rl.frozen(agent.q):
         loss = actor_loss(agent, batch)
     loss.backward()

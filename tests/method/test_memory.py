@@ -93,7 +93,7 @@ def test_the_ledger_follows_what_is_alive(mode: type[CountStorages]) -> None:
 
 
 def test_an_estimate_is_made_of_the_largest_phase_and_grows_with_graphs_and_replicas() -> None:
-    config = TINY.replace(rl=False)
+    config = TINY.replace(rl=False, head="mask", patches=0.0)
     plain, recorded = estimate(config), estimate(config.replace(graphs=True))
     counts = [count(config, phase) for phase in PHASES[:2]]
     assert plain.activations == max(counts, key=lambda counted: counted.peak).activations
@@ -170,7 +170,7 @@ def test_the_workstation_fits_its_card() -> None:
     config = Config.of("workstation").check()
     assert (config.data.size, config.data.frames, config.runtime.precision) == (128, 16, "bf16")
     assert all(width % 16 == 0 for width in (*config.model.widths, *config.model.disc_widths))
-    assert 5.5 * GB <= estimate(config).reserved <= 7.5 * GB
+    assert 3.5 * GB <= estimate(config).reserved <= 7.5 * GB
 
 
 @pytest.mark.parametrize(

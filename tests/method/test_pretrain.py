@@ -64,7 +64,7 @@ def errors(nets: Nets, clips: Clips) -> tuple[float, float]:
 def test_the_warm_up_makes_g_reconstruct_and_p_predict_in_both_domains(data: Path) -> None:
     ratios = []
     for seed in range(3):
-        config = config_of(data, warmup_steps=15, warmup_lr=1e-2, seed=seed)
+        config = config_of(data, warmup_steps=15, warmup_lr=1e-2, seed=seed, head="mask")
         cold, warm, done = warmed_up(config)
         clips = clips_of(config)
         ratios.append([w / c for w, c in zip(errors(warm, clips), errors(cold, clips), strict=True)])
@@ -91,5 +91,6 @@ def test_without_warm_up_steps_the_domains_keep_networks_of_their_own(data: Path
 
 def test_a_step_takes_twice_as_many_clips_of_y_where_there_is_no_z() -> None:
     config = Config.of("tiny", batch_x=2, batch_y=3, batch_z=4, batch_s=5)
+    config = config.replace(patches=0.0)
     assert batch_sizes(config, 2, has_z=True) == {"x": 4, "y": 6, "z": 8, "s": 10}
     assert batch_sizes(config, 2, has_z=False) == {"x": 4, "y": 12, "z": 8, "s": 10}

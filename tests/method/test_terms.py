@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from method_cases import CLIP_NORM, random_clips, random_nets
+from method_cases import CLIP_NORM, random_clips, random_draws, random_nets
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, normalize
@@ -133,11 +133,13 @@ OFF = [(name,) for name in (*TERMS, "l_v", "l_tau", "l_rc")] + [("l_tau", "l_rc"
 
 @pytest.mark.parametrize("off", OFF, ids="+".join)
 def test_a_weight_of_zero_leaves_its_terms_out_and_changes_no_other(off: tuple[str, ...]) -> None:
-    config = Config.of("default", **CLIP_NORM, head="grid" if "smoothness" in off else "mask")
+    config = Config.of("paint", **CLIP_NORM)
+    if {"smoothness", "patches"} & {*off}:
+        config = config.replace(head="grid", smoothness=1.0, patches=1.0)
     nets, clips = random_nets(config), random_clips()
 
     def losses(config: Config) -> tuple[dict[str, Tensor], Rollout, Rollout]:
-        return generator_losses(nets, clips, config, Gains(1.0, 1.0), torch.arange(2), DIRECTIONS)
+        return generator_losses(nets, clips, config, Gains(1.0, 1.0), torch.arange(2), random_draws())
 
     every, *_ = losses(config)
     terms, of_x, _ = losses(config.replace(**dict.fromkeys(off, 0.0)))
@@ -151,27 +153,30 @@ def test_a_weight_of_zero_leaves_its_terms_out_and_changes_no_other(off: tuple[s
 
 
 ADD_A_TERM = """
-import torch, tyro
+import numpy as np, torch, tyro
 from rlv2v.method.terms import TERMS, Term
 
 def brightness(inputs):
     yield "y", inputs.x.fake.mean()
 
-TERMS["brightness"] = Term("brightness", "mean of G_Y(x)", 0.5, brightness, paper=0.25)
+TERMS["brightness"] = Term("brightness", "mean of G_Y(x)", 0.5, brightness, paper=0.25, paint=0.75)
 from rlv2v.config import Config
 from rlv2v.flags import flags_type, resolve
 from rlv2v.method.clips import Clips, Gains
 from rlv2v.method.objective import generator_losses
 from rlv2v.method.rollout import Rollout
+from rlv2v.method.patches import draw
 from rlv2v.model.build import build_nets
 
 assert Config.of("default").loss.term("brightness") == 0.5
 assert Config.of("paper").loss.term("brightness") == 0.25
+assert Config.of("paint").loss.term("brightness") == 0.75
 config = resolve(tyro.cli(flags_type(), args=["--preset", "tiny", "--brightness", "3"]))
 assert Config.from_json(config.to_json(), "config").get("brightness") == 3
 x, y = torch.rand(2, 2, 4, 3, 16, 16)
+draws = draw(np.random.default_rng(0), 1, range(1), torch.device("cpu"))
 terms, of_x, _ = generator_losses(
-    build_nets(config), Clips(x, y, None, None), config, Gains(1.0, 1.0), torch.arange(2), torch.eye(3)
+    build_nets(config), Clips(x, y, None, None), config, Gains(1.0, 1.0), torch.arange(2), draws
 )
 torch.testing.assert_close(terms["brightness_y"], 3 * of_x.fake.mean())
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 from rlv2v.config import Config
 from rlv2v.model import ConvLSTM, Discriminator, GridTranslator, SequenceNorm, Translator, limit_history
 from rlv2v.model.build import build_nets
-from rlv2v.model.norm import Moments
+from rlv2v.model.norm import Moments, stats_over
 
 B, T, H, W = 2, 5, 8, 16
-HEADS = [("convlstm", 1), ("mask", 1), ("mask", 2)]
+HEADS = [("convlstm", 1), ("letter", 1), ("mask", 1), ("mask", 2)]
 MODES = [("clip", True), ("batch", True), ("batch", False)]
 
 
@@ -68,13 +69,13 @@ def name_of(part) -> str:
     return "-".join(map(str, part)) if isinstance(part, tuple) else part.__name__
 
 
-@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("preset", ["default", "paint", "paper", "paper-letter"])
 def test_every_network_is_its_plain_twin(preset: str) -> None:
     """Blocks, heads, mask and normalisation of section 3.4, in the twin's plain PyTorch, with the same weights."""
     config = Config.of(preset, widths=(4, 6), disc_widths=(4, 6, 5, 4, 3), norm="clip", disc_norm="clip")
     nets, plain, x = lively(build_nets(config).double()), plain_nets.Nets(config).double(), video()
     with torch.no_grad():
-        nets.g_x.mask_gain.fill_(0.25)
+        nets.p_x.mask_gain.fill_(0.25)
         nets.q_x.out.bias -= 10
     plain.load_state_dict(plain_nets.plain_weights(nets.state_dict()))
     for name, net in nets.named_children():
@@ -85,6 +86,16 @@ def test_every_network_is_its_plain_twin(preset: str) -> None:
             ours, theirs = net(x)[0], getattr(plain, name)(x)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
     assert (nets.q_x(x)[0] == 0).all() == config.model.q_positive
+
+
+@pytest.mark.parametrize("level", [-1.0, 1.0])
+def test_the_head_of_the_paper_can_show_black_and_white_in_its_first_frame(level: float) -> None:
+    for head, reach in (("convlstm", 0.99), ("letter", 0.7616)):
+        net = Translator((4, 6), head=head).double()
+        with torch.no_grad():
+            net.last.bias.copy_(100.0 * torch.tensor([1.0, 0.0, 1.0, level]).repeat_interleave(3))  # i, f, o, g
+        first = net(video())[0][:, 0] * level
+        assert (first.max() < 0.7617) if head == "letter" else (first.min() > reach)
 
 
 @pytest.mark.parametrize(("build", "args"), EVERY_NET, ids=name_of)
@@ -162,35 +173,29 @@ def test_a_step_from_each_state_is_a_run_over_the_prefix_and_one_other_frame(bui
         torch.testing.assert_close(steps[:, t - 1], literal[:, t], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize(("kind", "training"), [("clip", True), ("clip", False), ("batch", True)])
+@pytest.mark.parametrize(("kind", "training"), [("clip", True), ("clip", False), ("batch", True), ("batch", False)])
 def test_sequence_norm_takes_its_statistics_over_the_frames_so_far(kind: str, training: bool) -> None:
     norm = lively(SequenceNorm(3, kind).double()).train(training)
     x = video() * torch.tensor([1.0, 3.0, 0.2], dtype=torch.float64)[:, None, None] + 0.5
     y, _ = norm(x)
     for b in range(B):
         for t in range(T):
-            seen = x[:, : t + 1] if kind == "batch" else x[b : b + 1, : t + 1]
+            seen = x[:, : t + 1] if kind == "batch" and training else x[b : b + 1, : t + 1]
             for c in range(3):
                 mean, var = seen[:, :, c].mean(), seen[:, :, c].var(unbiased=False)
                 want = (x[b, t, c] - mean) / torch.sqrt(var + norm.eps) * norm.weight[c] + norm.bias[c]
                 torch.testing.assert_close(y[b, t, c], want, rtol=0, atol=1e-12)
 
 
-def test_batch_norm_in_eval_mode_uses_the_average_of_whole_batches() -> None:
-    norm = SequenceNorm(3, "batch", momentum=0.25).double()
-    mean, square = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
-    for _ in range(3):
-        x = video() + 0.3
-        norm(x)
-        mean = 0.75 * mean + 0.25 * x.mean((0, 1, 3, 4))
-        square = 0.75 * square + 0.25 * x.square().mean((0, 1, 3, 4))
-    x = video()
-    y, state = norm.eval()(x)
-    want = (x - mean[:, None, None]) / torch.sqrt(square - mean.square() + norm.eps)[:, None, None]
-    torch.testing.assert_close(y, want, rtol=0, atol=1e-12)
-    assert state is None
-    norm(video())
-    torch.testing.assert_close(norm.running_mean, mean, rtol=0, atol=1e-12)
+@pytest.mark.parametrize("make", [translator, discriminator])
+def test_over_each_clip_a_batch_norm_knows_no_other_clip(make: Callable[..., nn.Module]) -> None:
+    """A clip alone in training, any clip with `stats_over`, and any clip in eval mode: the same."""
+    net, x = make(norm="batch"), video()
+    alone = torch.cat([net(clip[None])[0] for clip in x])
+    assert (net(x)[0] - alone).abs().max() > 1e-3
+    with stats_over("clip", net):
+        torch.testing.assert_close(net(x)[0], alone, rtol=0, atol=1e-10)
+    torch.testing.assert_close(net.eval()(x)[0], alone, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", ["clip", "batch"])
@@ -246,7 +251,10 @@ def test_without_a_patch_any_side_works(sides: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Translator((4,), head="linear"), "Translator: head must be 'convlstm' or 'mask', got 'linear'"),
+        (
+            lambda: Translator((4,), head="linear"),
+            r"Translator: head must be one of \['convlstm', 'letter', 'mask'\], got 'linear'",
+        ),
         (lambda: Translator((4,), head="convlstm", patch=2), "Translator: patch must be 1 with head='convlstm', got 2"),
         (
             lambda: Discriminator((4, 4), norm="layer"),

@@ -104,12 +104,14 @@ def l_rc_ref(distance: str, g_out: nn.Module, p_out: nn.Module, g_back: nn.Modul
 
 def l_v_x_ref(score: Score, g_x: nn.Module, d_x: nn.Module, x: Tensor, yz: Tensor) -> Tensor:
     """Return eq. 8, y and z together."""
-    return mean([score.real(last(d_x, x))]) + mean([score.fake(last(d_x, g_x(yz)[0]))])
+    fakes = (score.fake(last(d_x, g_x(yz[:, :t])[0])) for t in range(1, yz.shape[1] + 1))
+    return mean([score.real(last(d_x, x))]) + mean(fakes)
 
 
 def l_v_y_ref(score: Score, g_y: nn.Module, d_y: nn.Module, x: Tensor, y: Tensor, z: Tensor | None) -> Tensor:
     """Return eq. 9."""
-    value = mean([score.real(last(d_y, y)[:, 0])]) + mean([score.fake(last(d_y, g_y(x)[0]))])
+    fakes = (score.fake(last(d_y, g_y(x[:, :t])[0])) for t in range(1, x.shape[1] + 1))
+    value = mean([score.real(last(d_y, y)[:, 0])]) + mean(fakes)
     return value if z is None else value + mean([score.real(last(d_y, z))])
 
 

@@ -105,7 +105,7 @@ class Translator(nn.Module):
 
     def __init__(self, widths: Sequence[int], *, patch: int, head: str, norm: str) -> None:
         super().__init__()
-        self.patch = patch
+        self.patch, self.head = patch, head
         ins = [3 * patch**2, *widths[:-1]]
         self.encoder = nn.ModuleList(RPB(a, b, norm) for a, b in zip(ins, widths, strict=True))
         outs = [*reversed(widths[:-1]), widths[0]]
@@ -128,11 +128,53 @@ class Translator(nn.Module):
             y = block(y, skips.pop())
         y = self.last(y)
         if self.fuse is None or self.to_rgbm is None:
-            return y, None
+            return (y if self.head == "letter" else torch.tanh(4 * y)), None
         y = torch.cat((per_frame(F.pixel_shuffle, y, self.patch), x), 2)
         rgb, mask = per_frame(self.to_rgbm, F.leaky_relu(per_frame(self.fuse, y), SLOPE)).split((3, 1), 2)
         mask = self.mask_gain * torch.sigmoid(mask)
         return mask * x + (1 - mask) * torch.tanh(rgb), mask
+
+
+class GridTranslator(nn.Module):
+    """Translate a video by a bilateral grid: encoder, ConvLSTM, y = A x + b, A and b by place and guide."""
+
+    def __init__(self, widths: Sequence[int], *, patch: int, bins: int, norm: str) -> None:
+        super().__init__()
+        self.patch, self.bins = patch, bins
+        ins = [3 * patch**2, *widths[:-1]]
+        self.encoder = nn.ModuleList(RPB(a, b, norm) for a, b in zip(ins, widths, strict=True))
+        self.last = ConvLSTM(widths[-1] + 2, 16)
+        self.to_whole, self.to_local = nn.Linear(16, 12 * bins), nn.Conv2d(16, 12 * bins, 1)
+        self.guide = nn.ParameterDict({"weight": torch.zeros(8, 3), "bias": torch.zeros(8), "factor": torch.zeros(8)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)[0]
+
+    def run(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return the translation, and the two parts of the grid, the whole one and the local one."""
+        seen = torch.cat((x[:, :1], x[:, :1], x), 1)  # two frames of burn-in
+        y = per_frame(F.pixel_unshuffle, seen, self.patch)
+        for block in self.encoder:
+            y, _ = block(y)
+        rows, columns = ((2 * torch.arange(n, device=x.device) + 1) / n - 1 for n in y.shape[-2:])
+        places = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).to(y.dtype).expand(*y.shape[:2], -1, -1, -1)
+        y = self.last(torch.cat((y, places), 2))[:, 2:]
+        whole = self.to_whole(y.mean((3, 4))).unflatten(2, (12, self.bins))[..., None, None]
+        local = 0.3 * per_frame(self.to_local, y).unflatten(2, (12, self.bins))
+        identity = torch.eye(3, 4, dtype=x.dtype, device=x.device).reshape(12, 1, 1, 1)
+        frames, grid = x.flatten(0, 1), (identity + whole + local).flatten(0, 1)
+        hidden = torch.einsum("nchw,jc->njhw", frames, self.guide["weight"]) + self.guide["bias"][:, None, None]
+        luma = torch.tensor((0.299, 0.587, 0.114)).to(x)  # float32 numbers, as the weights are
+        guide = (luma[:, None, None] * frames).sum(1) / 2 + 0.5
+        guide = guide + (self.guide["factor"][:, None, None] * hidden.relu()).sum(1)
+        height, width = x.shape[-2:]
+        sides = ((2 * torch.arange(n, dtype=torch.float64) + 1) / n - 1 for n in (height, width))
+        v, u = torch.meshgrid(*sides, indexing="ij")
+        at = torch.stack((u.to(x).expand_as(guide), v.to(x).expand_as(guide), 2 * guide - 1), -1)
+        a = F.grid_sample(grid, at[:, None], padding_mode="border", align_corners=False)[:, :, 0]
+        a = a.unflatten(1, (3, 4))
+        y = (a[:, :, :3] * frames[:, None]).sum(2) + a[:, :, 3]
+        return y.unflatten(0, x.shape[:2]), (whole, local)
 
 
 class Discriminator(nn.Module):
@@ -156,8 +198,8 @@ class Discriminator(nn.Module):
 class Nets(nn.Module):
     """Hold the eight networks, by the paper's names."""
 
-    g_x: Translator
-    g_y: Translator
+    g_x: Translator | GridTranslator
+    g_y: Translator | GridTranslator
     p_x: Translator
     p_y: Translator
     d_x: Discriminator
@@ -170,14 +212,17 @@ class Nets(nn.Module):
         assert "batch" not in (config.model.norm, config.model.disc_norm), (
             "its statistics depend on what is run together"
         )
+        model = config.model
+        shared: dict[str, Any] = {"patch": model.patch, "norm": model.norm}
         for name in NETS[:4]:
-            net = Translator(
-                config.model.widths, patch=config.model.patch, head=config.model.head, norm=config.model.norm
-            )
-            setattr(self, name, net)
+            if name.startswith("g") and model.head == "grid":
+                setattr(self, name, GridTranslator(model.widths, bins=model.bins, **shared))
+            else:
+                head = "mask" if model.head == "grid" else model.head
+                setattr(self, name, Translator(model.widths, head=head, **shared))
         for name in NETS[4:]:
             heads, positive = 2 if name == "d_y" else 1, config.model.q_positive and name.startswith("q")
-            shared: dict[str, Any] = {"patch": config.model.patch, "norm": config.model.disc_norm}
+            shared = {"patch": model.patch, "norm": model.disc_norm}
             setattr(self, name, Discriminator(config.model.disc_widths, heads=heads, positive=positive, **shared))
 
 
@@ -191,6 +236,6 @@ def plain_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             plain[f"{stem}conv.bias"] = state[f"{stem}bias"]
         elif name.endswith("residual.skip"):
             plain[f"{name}.weight"] = value
-        elif not name.endswith(".w_h") and f"{name.removesuffix('bias')}w_x" not in state:
+        elif not name.endswith((".w_h", "guide.luma")) and f"{name.removesuffix('bias')}w_x" not in state:
             plain[name] = value
     return plain

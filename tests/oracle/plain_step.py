@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,15 +27,17 @@ from torch.nn.functional import l1_loss, logsigmoid, normalize
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
-from oracle.plain_nets import Discriminator, Nets, Translator, plain_weights
+from oracle.plain_nets import Discriminator, GridTranslator, Nets, Translator, plain_weights
 from rlv2v.data import to_model, to_uint8
 from rlv2v.method import losses
 from rlv2v.method.clips import Clips
 from rlv2v.method.collector import annealed
 from rlv2v.method.schedule import Schedule
 from rlv2v.method.step import DISCRIMINATORS, GENERATORS, Algorithm
-from rlv2v.method.terms import contrast_loss, domain_gap, gap_floor, mask_prior
-from rlv2v.method.trainer import MEASURE_EVERY, NUM_DIRECTIONS
+from rlv2v.method.terms import contrast_loss, domain_gap, gap_floor, mask_prior, roughness
+from rlv2v.method.trainer import MEASURE_EVERY
+
+NUM_COLOURS, NUM_PATCHES, NUM_DIRECTIONS = 4, 4096, 16
 
 
 class Stored(NamedTuple):
@@ -66,10 +68,15 @@ def prefixes(video: Tensor, num: int) -> list[Tensor]:
     return [video[:, :t] for t in range(1, num + 1)]
 
 
-def last(net: Translator | Discriminator, video: Tensor) -> Tensor:
+def last(net: Translator | GridTranslator | Discriminator, video: Tensor) -> Tensor:
     """Return a network's entry for the last frame of a video."""
     entries: Tensor = net(video)
     return entries[:, -1]
+
+
+def scores(d: Discriminator, video: Tensor) -> Tensor:
+    """Return D's logits of every prefix, (B,T,heads)."""
+    return torch.stack([last(d, v) for v in prefixes(video, video.shape[1])], 1)
 
 
 def singles(video: Tensor, steps: Sequence[int]) -> Tensor:
@@ -77,11 +84,53 @@ def singles(video: Tensor, steps: Sequence[int]) -> Tensor:
     return video[:, steps].flatten(0, 1)[:, None]
 
 
+def joined(clips: Tensor, more: Tensor | None) -> Tensor:
+    """Return clips and more clips as one set."""
+    return clips if more is None else torch.cat((clips, more))
+
+
+def draw_patches(rng: np.random.Generator) -> list[tuple[int, int, np.ndarray, Tensor]]:
+    """Return (frames, side, places (2,n,5), directions (features,K)) of each kind of patch."""
+    kinds = []
+    for frames, side in ((1, 1), (1, 3), (2, 1)):
+        places = rng.random((2, 1, NUM_PATCHES, 5), np.float32)[:, 0]
+        directions = rng.standard_normal((3 * frames * side**2 + 5, NUM_DIRECTIONS)).astype(np.float32)
+        kinds.append((frames, side, places, normalize(torch.from_numpy(directions), dim=0)))
+    return kinds
+
+
+def patch_gap(a: Tensor, b: Tensor, draws: list[tuple[int, int, np.ndarray, Tensor]]) -> Tensor:
+    """Return the distance of sorted projections of patches, the mean over kinds."""
+    gaps = []
+    for frames, side, places, directions in draws:
+        ordered = []
+        for clips, own in zip((a, b), places, strict=True):
+
+            def pick(number: int, size: np.ndarray, own: np.ndarray = own) -> np.ndarray:
+                return np.minimum((own[:, number] * size.astype(np.float32)).astype(int), size - 1)
+
+            windows = clips.unfold(3, side, 1).unfold(4, side, 1)  # (B,T,3,H',W',k,k)
+            length = clips.shape[1]
+            sizes = np.array([len(clips), length - frames + 1, *windows.shape[3:5]])
+            n, t, row, column = (pick(number, size) for number, size in enumerate(sizes))
+            gap = 1 + pick(4, length - 1 - t) if frames == 2 else 0 * t
+            times = [t, t + gap][:frames]
+            chosen = torch.stack([windows[n, at, :, row, column] for at in times], 1).flatten(3)  # (n,f,3,k^2)
+            mean = chosen.mean((1, 3), keepdim=True)
+            different = (2 / side * (chosen - mean)).flatten(1)
+            place = torch.from_numpy(np.stack((3 * ((2 * row + side) / clips.shape[-2] - 1), 2 * gap / length - 1), 1))
+            features = torch.cat((different, 1.7 * mean.flatten(1), place.to(clips)), 1)
+            ordered.append((features @ directions.to(features)).sort(0).values)
+        gaps.append((ordered[0] - ordered[1]).abs().mean())
+    return torch.stack(gaps).mean()
+
+
 class Translated(NamedTuple):
     """Hold what a generator makes of a batch of clips."""
 
     prefixes: list[Tensor]  # G(v[1:t]) for t = 1..T
-    mask: Tensor | None  # of the last of them
+    beside: Any  # what the generator decided beside the last of them: its copy mask, or the two parts of its grid
+    pool: Tensor | None  # G of the clips at which statistics alone look
 
     @property
     def video(self) -> Tensor:
@@ -138,8 +187,9 @@ class Plain:
         rng = np.random.default_rng([config.seed, schedule.step])
         length = clips.x.shape[1]
         steps = sorted(rng.permutation(length)[: min(config.loss.disc_frames or length, length)].tolist())
-        directions = torch.from_numpy(rng.standard_normal((3, NUM_DIRECTIONS)).astype(np.float32)).to(self.device)
+        directions = torch.from_numpy(rng.standard_normal((3, NUM_COLOURS)).astype(np.float32)).to(self.device)
         directions = normalize(directions, dim=0)
+        self.patch_draws = draw_patches(rng)
         for name, optimiser in self.optimisers.items():
             for group in optimiser.param_groups:
                 group["lr"] = self.rates[name] * schedule.lr_factor
@@ -175,19 +225,22 @@ class Plain:
     def collect(self, domain: str, clips: Clips, ids: Sequence[int]) -> list[Transition]:
         config, progress, buffer = self.config, self.schedule.progress, self.buffers[domain]
         rng = np.random.default_rng([config.seed, self.schedule.step, 1])
-        sets = [clips.x] if domain == "x" else [v for v in (clips.y, clips.z) if v is not None]
-        videos = [video for clips_of_set in sets for video in clips_of_set]
-        video = videos[rng.integers(len(videos))]
+        sets = {name: clips_of_set for name in "xyz" if (clips_of_set := getattr(clips, name)) is not None}
+        own = "x" if domain == "x" else "yz"
+        videos = [(name, video) for name in own if name in sets for video in sets[name]]
+        name, video = videos[rng.integers(len(videos))]
+        data = [frame for clips_of_set in sets.values() for each in clips_of_set for frame in each]
+        heads = 1 if name == "y" else None
         num = config.rl.transitions
         recalled = int((rng.random(num) < annealed(*config.rl.eta1, progress)).sum()) if buffer else 0
         assert recalled == len(ids), "the twin and the algorithm recall as many transitions"
         batch = []
         if recalled < num:
             length, fresh = len(video), num - recalled
-            ends, frames = rng.integers(1, length, fresh), rng.integers(0, length, fresh)
+            ends, frames = rng.integers(1, length, fresh), rng.integers(0, len(data), fresh)
             greedy = rng.random(fresh) < annealed(*config.rl.eta2, progress)
             draws = zip(ends.tolist(), frames.tolist(), greedy.tolist(), strict=True)
-            batch = [self.act(domain, video, *draw) for draw in draws]
+            batch = [self.act(domain, video, p, data[frame], is_greedy, heads) for p, frame, is_greedy in draws]
         # The oldest id that the buffer still holds comes first in it.
         oldest = self.num_stored[domain] - len(buffer)
         stored = [buffer[number - oldest] for number in ids]
@@ -211,12 +264,14 @@ class Plain:
         a1, a2 = last(getattr(nets, f"p_{domain}"), state), last(getattr(nets, f"g_{domain}"), append(fakes, guess))
         return a1, a2
 
-    def act(self, domain: str, video: Tensor, p: int, random_frame: int, greedy: bool) -> Transition:
+    def act(
+        self, domain: str, video: Tensor, p: int, random_frame: Tensor, greedy: bool, heads: int | None
+    ) -> Transition:
         """Return a new transition: the critic's choice of a1, a2, or a random frame; and its reward."""
         config, state = self.config, video[None, :p]
         true_frame, terminal = video[None, p], p == len(video) - 1
         q, d = getattr(self.nets, f"q_{domain}"), getattr(self.nets, f"d_{domain}")
-        action = video[None, random_frame]
+        action = random_frame[None]
         first = second = action
         if greedy or config.rl.reward == "paper":
             first, second = self.candidates(self.nets, domain, state)
@@ -224,9 +279,9 @@ class Plain:
             better = last(q, append(state, first)).item() >= last(q, append(state, second)).item()
             action = first if better else second
         # D's score of the video counts at its end alone.
-        video_logits = last(d, append(state, action)) if terminal else None
+        video_logits = last(d, append(state, action))[:, :heads] if terminal else None
         if config.rl.reward == "transition":
-            reward = logsigmoid(last(d, action[:, None])).mean()
+            reward = logsigmoid(last(d, action[:, None])[:, :heads]).mean()
             reward = reward - config.rl.reward_distance * (action - true_frame).abs().mean()
             if video_logits is not None:
                 reward = reward + config.loss.l_v * logsigmoid(video_logits).mean()
@@ -234,7 +289,7 @@ class Plain:
             reward = -config.loss.l_v * logsigmoid(-video_logits).mean()
         else:
             l_tau, l_rc = ((a - true_frame).square().mean() for a in (first, second))
-            reward = -logsigmoid(-last(d, second[:, None])).mean()
+            reward = -logsigmoid(-last(d, second[:, None])[:, :heads]).mean()
             reward = reward - config.loss.l_tau * l_tau - config.loss.l_rc * l_rc
         return Transition(state, action, reward, terminal)
 
@@ -252,7 +307,8 @@ class Plain:
             errors.append(y - last(q, next_state)[0, 0])
         loss = torch.stack(errors).square().mean()
         reward = torch.stack([transition.reward for transition in batch]).mean()
-        return {"loss_q": loss.item(), "reward": reward.item(), "grad_q": self.descend(domain, loss, 0.0)}
+        grad = self.descend(domain, loss, 0.0)
+        return {f"loss_q_{domain}": loss.item(), f"reward_{domain}": reward.item(), f"grad_q_{domain}": grad}
 
     def actor(self, domain: str, batch: list[Transition]) -> Tensor:
         """Return -J = -mean Q(s, pi(s)) over both candidates."""
@@ -271,13 +327,14 @@ class Plain:
         config, nets, schedule = self.config, self.nets, self.schedule
         ramp = schedule.ramp.item() if config.loss.term("mask_prior") else 0.0
         for g in (nets.g_x, nets.g_y):
-            g.mask_gain.fill_(ramp)
+            if isinstance(g, Translator):
+                g.mask_gain.fill_(ramp)
         frozen = (nets.d_x, nets.d_y, nets.q_x, nets.q_y)
         for net in frozen:
             net.requires_grad_(False)
         terms, fake_y, fake_x = self.terms(clips, steps, directions)
         if domain:
-            terms["actor"] = config.rl.weight * self.actor(domain, batch)
+            terms[f"actor_{domain}"] = config.rl.weight * self.actor(domain, batch)
         loss = torch.stack(list(terms.values())).sum()
         logs = {name: term.item() for name, term in terms.items()} | {"loss": loss.item()}
         logs["grad"] = self.descend("generators", loss, config.optim.clip_grad)
@@ -300,14 +357,14 @@ class Plain:
         config, nets, gains = self.config, self.nets, self.schedule.gains
         score = losses.generator_score(config.loss.gan)
         x, yz, s = clips.x, clips.yz, clips.s
-        fake_y, fake_x = self.translate(nets.g_y, x), self.translate(nets.g_x, yz)
+        fake_y, fake_x = self.translate(nets.g_y, x, clips.pool_x), self.translate(nets.g_x, yz)
         terms = {
             "g_y": config.loss.l_adv * losses.l_g_y(score, fakes=nets.d_y(fake_y.singles(steps))),
             "g_x": config.loss.l_adv * losses.l_g_x(score, fakes_y=nets.d_x(fake_x.singles(steps))),
         }
         if config.loss.l_v:
-            terms["v_y"] = config.loss.l_v * losses.l_v_y(score, fake=last(nets.d_y, fake_y.video))
-            terms["v_x"] = config.loss.l_v * losses.l_v_x(score, fake_y=last(nets.d_x, fake_x.video))
+            terms["v_y"] = config.loss.l_v * losses.l_v_y(score, fakes=scores(nets.d_y, fake_y.video))
+            terms["v_x"] = config.loss.l_v * losses.l_v_x(score, fakes_y=scores(nets.d_x, fake_x.video))
         terms = {name: gains.adversarial * term for name, term in terms.items()}
         ways = (
             ("x", x, fake_y, nets.g_x, nets.p_x, nets.p_y, 1.0),
@@ -324,24 +381,33 @@ class Plain:
                 terms[f"rc_{name}"] = config.loss.l_rc * distance
             if config.loss.term("cycle"):
                 terms[f"cycle_{name}"] = config.loss.term("cycle") * l1_loss(g_back(fake.video), video)
-            if config.loss.term("identity"):
-                terms[f"identity_{name}"] = config.loss.term("identity") * l1_loss(g_back(video), video)
+            if config.loss.term("identity") and (like_x := {"x": x, "y": clips.z}[name]) is not None:
+                domain = "x" if name == "x" else "z"
+                terms[f"identity_{domain}"] = config.loss.term("identity") * l1_loss(g_back(like_x), like_x)
             if config.loss.term("contrast"):
                 contrast = contrast_loss(video, fake.video)
                 terms[f"contrast_{name}"] = twice * gains.content * config.loss.term("contrast") * contrast
-            if config.loss.term("mask_prior") and fake.mask is not None:
-                terms[f"mask_prior_{name}"] = gains.content * config.loss.term("mask_prior") * mask_prior(fake.mask)
+            if config.loss.term("mask_prior") and isinstance(fake.beside, Tensor):
+                terms[f"mask_prior_{name}"] = gains.content * config.loss.term("mask_prior") * mask_prior(fake.beside)
+            if config.loss.term("smoothness") and isinstance(fake.beside, tuple):
+                terms[f"smoothness_{name}"] = config.loss.term("smoothness") * roughness(*fake.beside)
         if config.loss.term("colours"):
             terms["colours_y"] = config.loss.term("colours") * domain_gap(fake_y.video, yz, directions)
             terms["colours_x"] = config.loss.term("colours") * domain_gap(fake_x.video, x, directions)
+        if config.loss.term("patches"):
+            real_y, real_x = joined(yz, clips.pool_yz), joined(x, clips.pool_x)
+            gap = patch_gap(joined(fake_y.video, fake_y.pool), real_y, self.patch_draws)
+            terms["patches_y"] = config.loss.term("patches") * gap
+            terms["patches_x"] = config.loss.term("patches") * patch_gap(fake_x.video, real_x, self.patch_draws)
         if config.loss.term("identity") and s is not None:
             terms["identity_s"] = config.loss.term("identity") * l1_loss(nets.g_y(s), s)
         return terms, fake_y, fake_x
 
-    def translate(self, g: Translator, video: Tensor) -> Translated:
-        """Run G on every prefix."""
+    def translate(self, g: Translator | GridTranslator, video: Tensor, pool: Tensor | None = None) -> Translated:
+        """Run G on every prefix, and on whole clips of the pool."""
         outputs = [g.run(v) for v in prefixes(video, video.shape[1])]
-        return Translated([output for output, _ in outputs], outputs[-1][1])
+        translations = [output for output, _ in outputs]
+        return Translated(translations, outputs[-1][1], None if pool is None else g(pool))
 
     # D ascends L_g + l_v L_v on real and generated clips                                (Algorithm 1, last lines)
     def discriminators(
@@ -349,10 +415,6 @@ class Plain:
     ) -> dict[str, float]:
         config, d_x, d_y = self.config, self.nets.d_x, self.nets.d_y
         score, num_y = losses.discriminator_score(config.loss.gan), len(clips.y)
-
-        def scores(d: Discriminator, video: Tensor) -> Tensor:
-            """Return D's logits of every prefix, (B,T,heads)."""
-            return torch.stack([last(d, v) for v in prefixes(video, video.shape[1])], 1)
 
         def split(logits: Tensor, clips_of_y: int) -> tuple[Tensor, Tensor | None]:
             """Return the logits of y, and of z."""
@@ -375,10 +437,10 @@ class Plain:
         terms = {"d_g_y": -config.loss.l_adv * l_g_y, "d_g_x": -config.loss.l_adv * l_g_x}
         if config.loss.l_v:
             video_z = None if z is None else z[:, -1]
-            fake = last(d_y, fake_y.video.detach())
-            terms["d_v_y"] = -config.loss.l_v * losses.l_v_y(score, video_y=y[:, -1], video_z=video_z, fake=fake)
-            fake = last(d_x, fake_x.video.detach())
-            terms["d_v_x"] = -config.loss.l_v * losses.l_v_x(score, video=x[:, -1], fake_y=fake)
+            fakes = scores(d_y, fake_y.video.detach())
+            terms["d_v_y"] = -config.loss.l_v * losses.l_v_y(score, video_y=y[:, -1], video_z=video_z, fakes=fakes)
+            fakes = scores(d_x, fake_x.video.detach())
+            terms["d_v_x"] = -config.loss.l_v * losses.l_v_x(score, video=x[:, -1], fakes_y=fakes)
         loss = torch.stack(list(terms.values())).sum()
         logs = {name: term.item() for name, term in terms.items()} | {"loss_d": loss.item()}
         return logs | {"grad_d": self.descend("discriminators", loss, config.optim.clip_grad)}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rlv2v.errors import UserError
 from rlv2v.method.terms import domain_gap, gap_floor
-from rlv2v.model.norm import SequenceNorm, local_stats
+from rlv2v.model.norm import SequenceNorm, stats_over
 from rlv2v.runtime import distributed as dist
 
 PER_RANK = 2
@@ -37,13 +37,10 @@ def normalise(x: Tensor, weights: Tensor) -> dict[str, Tensor]:
     x = x.requires_grad_()
     y, _ = norm(x)
     (weights * y).mean().backward()
-    with local_stats(norm), torch.no_grad():
+    with stats_over("rank", norm), torch.no_grad():
         alone, _ = norm(x * 3 + 1)
     assert x.grad is not None and norm.weight.grad is not None
-    return {
-        "y": y.detach(), "dx": x.grad, "dw": norm.weight.grad, "alone": alone,
-        "mean": norm.running_mean, "square": norm.running_square,
-    }  # fmt: skip
+    return {"y": y.detach(), "dx": x.grad, "dw": norm.weight.grad, "alone": alone}
 
 
 def gaps(a: Tensor, b: Tensor) -> dict[str, Tensor]:

@@ -223,7 +223,7 @@ def test_replicas_of_one_rank_draw_for_themselves() -> None:
     config = Config.of("tiny", replicas=2, rl_every=1, eta1=(0.0, 0.0), transitions=8, steps=9, **small).check()
     algorithm = Algorithm(config, torch.device("cpu"))
     algorithm.start()
-    algorithm.step(Clips(*(torch.cat((v, v)) for v in clips_of(config, 0))))
+    algorithm.step(Clips(*(torch.cat((v, v)) for v in clips_of(config, 0) if v is not None)))
     algorithm.flush()
     first, second = (replay.state_dict() for replay in algorithm.agents["x"].replays)
     assert first["rewards"].tolist() != second["rewards"].tolist()

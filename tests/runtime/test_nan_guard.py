@@ -58,8 +58,8 @@ def test_an_infinite_gradient_is_part_of_the_search_for_the_scale_of_fp16() -> N
 def test_a_bad_weight_is_named(bad: float) -> None:
     nets = build_nets(Config.of("paper", widths=(4,), disc_widths=(4,), size=16))
     check_weights(nets.named_children(), 5)
-    nets.g_y.encoder[0].norm.running_mean[1] = bad
-    with pytest.raises(UserError, match=r"weight 'g_y.encoder.0.norm.running_mean' is (nan|inf) at step 5"):
+    nets.g_y.encoder[0].norm.weight.data[1] = bad
+    with pytest.raises(UserError, match=r"weight 'g_y.encoder.0.norm.weight' is (nan|inf) at step 5"):
         check_weights(nets.named_children(), 5)
 
 

@@ -27,9 +27,10 @@ from rlv2v.method.baselines.base import Method
 from rlv2v.method.baselines.colour_transport import ColourTable, frame_indices, transport_table
 from rlv2v.method.clips import Clips
 from rlv2v.method.optim import BookTime, no_timing
+from rlv2v.method.patches import NUM_COLOURS
 from rlv2v.method.schedule import Schedule
 from rlv2v.method.terms import domain_gap
-from rlv2v.method.trainer import NUM_DIRECTIONS, Footprint, Generators, Logs, measure_domains
+from rlv2v.method.trainer import Footprint, Generators, Logs, measure_domains
 from rlv2v.model.frames import State
 from rlv2v.model.generator import Generator
 from rlv2v.runtime.device import on_device
@@ -43,7 +44,7 @@ if TYPE_CHECKING:  # the config reads the registry of methods, whose modules imp
 NUM_BATCHES = 64  # that a map is fitted to: 512 clips of X, and as many of Y and Z together
 NUM_PIXELS = 64  # of each domain, frame index and batch, for the transport: 4096 in all
 SETTINGS: Mapping[str, Any] = {
-    **{"batch_x": 8, "batch_y": 4, "batch_z": 4, "batch_s": 1, "augment": "none"},
+    **{"batch_x": 8, "batch_y": 4, "batch_z": 4, "batch_s": 1, "batch_pool": 0, "augment": "none"},
     **{"rl": False, "warmup_steps": 0, "graphs": False},
 }
 LEAST_STD = 0.5 / 127.5  # of a channel that has a spread at all: half of a grey level
@@ -172,7 +173,7 @@ class ColourTrainer(ABC):
     def step(self, clips: Clips, book_time: BookTime = no_timing) -> Logs:
         """Take in the clips; the last step fits the maps. Return the distance of the translations."""
         rng = np.random.default_rng([self.config.seed, self.schedule.step])
-        draws = rng.standard_normal((3, NUM_DIRECTIONS)).astype(np.float32)
+        draws = rng.standard_normal((3, NUM_COLOURS)).astype(np.float32)
         directions = normalize(on_device(draws, self.device), dim=0)
         x, *yz = (gather(videos) for videos in (clips.x, clips.y, clips.z) if videos is not None)
         self.take_in(x, torch.cat(yz))

@@ -19,10 +19,11 @@ from torch.optim import Adam
 from rlv2v.method.baselines.image_networks import ImageGenerator, PatchDiscriminator
 from rlv2v.method.clips import Clips
 from rlv2v.method.optim import BookTime, OptimizerStep, autocast, no_timing
+from rlv2v.method.patches import NUM_COLOURS
 from rlv2v.method.rl import frozen, polyak
 from rlv2v.method.schedule import Schedule
 from rlv2v.method.terms import domain_gap
-from rlv2v.method.trainer import NUM_DIRECTIONS, Footprint, Generators, Logs, Phase, measure_domains
+from rlv2v.method.trainer import Footprint, Generators, Logs, Phase, measure_domains
 from rlv2v.runtime.device import on_device
 
 if TYPE_CHECKING:  # the config reads the registry of methods, whose modules import this one
@@ -34,7 +35,7 @@ POOL_SIZE = 50  # images (Zhu et al. 2017, section 4)
 SETTINGS: Mapping[str, Any] = {
     # Adam with beta1 0.5 and a learning rate of 2e-4, halfway on falling to 0; one image a step (section 4, 7.1)
     **{"lr": 2e-4, "disc_lr": 2e-4, "betas": (0.5, 0.999), "weight_decay": 0.0, "clip_grad": 0.0, "average": 0.0},
-    **{"batch_x": 1, "batch_y": 1, "batch_z": 1, "batch_s": 1},
+    **{"batch_x": 1, "batch_y": 1, "batch_z": 1, "batch_s": 1, "batch_pool": 0},
     # a quarter of the paper's widths: an eighth of a second a step at 32x32 on one core
     **{"patch": 1, "widths": (16, 32, 64), "disc_widths": (32, 64, 128)},
     # what these methods do not have
@@ -194,7 +195,7 @@ class ImageGan(ABC):
         """Run one step on this rank's clips: the generators', then the discriminators'; return the logs."""
         config, nets, schedule = self.config, self.nets, self.schedule
         rngs = [np.random.default_rng([config.seed, schedule.step, 1 + replica]) for replica in self.replicas]
-        draws = np.random.default_rng([config.seed, schedule.step]).standard_normal((3, NUM_DIRECTIONS))
+        draws = np.random.default_rng([config.seed, schedule.step]).standard_normal((3, NUM_COLOURS))
         directions = normalize(on_device(draws.astype(np.float32), self.device), dim=0)
         for optimizer_step in self.optimizer_steps.values():
             optimizer_step.set_rate(schedule.lr_factor)

@@ -1,0 +1,122 @@
+"""How far two domains of video are from each other, by the small patches of their clips: the loss term `patches`.
+
+Patches of each of the `KINDS` are drawn at random places of random clips. A patch is seen as a vector: the mean of its
+colours, what each pixel differs from it, and how high in the frame it is. The patches of two domains are projected on
+random directions; sorted, they are compared one to one: the sliced Wasserstein-1 distance. Neither clips nor content
+need to be paired, nor do clips need to be aligned in time: what is compared is how pixels change between any two
+frames, not what they are at an index.
+Source: Rabin et al. 2011 (sliced Wasserstein); Elnekave and Weiss 2022, arXiv:2203.16862 (of patches).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from rlv2v.runtime.device import on_device
+from rlv2v.runtime.distributed import gather
+
+NUM_PATCHES = 4096  # of a kind, domain and step, of all ranks together
+NUM_DIRECTIONS = 16  # of patches, in patch_gap
+NUM_COLOURS = 4  # directions of colour space, in domain_gap
+HEIGHT = 3.0  # scale of the place of a patch: what is the sky and what is the ground
+
+
+class Kind(NamedTuple):
+    """A shape of patches: frames by pixels by pixels; two frames are any two of a clip."""
+
+    frames: int
+    side: int
+
+    @property
+    def num_features(self) -> int:
+        """Features of a patch."""
+        return 3 * (self.frames * self.side**2 + 1) + 2
+
+
+KINDS = (Kind(1, 1), Kind(1, 3), Kind(2, 1))
+
+
+class Draws(NamedTuple):
+    """The random part of a step's added terms; a tuple has an entry for each of `KINDS`."""
+
+    colours: Tensor
+    """Unit vectors in colour space, (3,K), of `domain_gap`."""
+    places: tuple[Tensor, ...]
+    """Of the patches of the two domains: (2,R,n,5), uniform in [0,1), for clip, frame, row, column and later frame; R
+    replicas."""
+    directions: tuple[Tensor, ...]
+    """Unit vectors (features,K)."""
+
+
+def draw(rng: np.random.Generator, num_replicas: int, replicas: range, device: torch.device) -> Draws:
+    """Return the draws of a step for the replicas of a rank; `rng` is the same on every rank."""
+
+    def unit_vectors(size: int, num: int) -> Tensor:
+        return normalize(on_device(rng.standard_normal((size, num)).astype(np.float32), device), dim=0)
+
+    colours, places, directions = unit_vectors(3, NUM_COLOURS), [], []
+    own, num = slice(replicas.start, replicas.stop), max(1, NUM_PATCHES // num_replicas)
+    for kind in KINDS:
+        uniform = rng.random((2, num_replicas, num, 5), np.float32)[:, own]
+        places.append(on_device(np.ascontiguousarray(uniform), device))
+        directions.append(unit_vectors(kind.num_features, NUM_DIRECTIONS))
+    return Draws(colours, tuple(places), tuple(directions))
+
+
+def patch_features(clips: Tensor, kind: Kind, places: Tensor) -> Tensor:
+    """Return what patches are like: clips (B,T,3,H,W), places (R,n,5) -> (R*n, 3 f k^2 + 5), f frames of k x k pixels.
+
+    The features are 2 / k (pixel - mean), 1.7 mean, `HEIGHT` times the place of the patch down the frame, and the time
+    between two frames, both from -1 to 1. Places of replica r are in the r-th of R equal shares of the clips.
+    """
+    batch, length, _, height, width = clips.shape
+    (frames, side), share = kind, batch // len(places)
+
+    def pick(uniform: Tensor, size: Tensor | int) -> Tensor:
+        return torch.minimum((uniform * size).long(), torch.as_tensor(size, device=clips.device) - 1)
+
+    sizes = (share, max(1, length - frames + 1), height - side + 1, width - side + 1)
+    clip, t, row, column = (
+        pick(uniform, size) for uniform, size in zip(places[..., :4].unbind(-1), sizes, strict=True)
+    )
+    gap = 1 + pick(places[..., 4], length - 1 - t) if frames == 2 else torch.zeros_like(t)
+    clip = clip + share * torch.arange(len(places), device=clips.device)[:, None]
+    plane = height * width
+    first = clip * (3 * length * plane) + t * (3 * plane) + row * width + column
+    ranges = (torch.arange(n, device=clips.device) for n in (3, side, side))
+    offsets = (torch.cartesian_prod(*ranges) * torch.tensor([plane, width, 1], device=clips.device)).sum(1)
+    starts = torch.stack([first, first + gap * (3 * plane)][:frames], -1)  # (R,n,f)
+    indices = (starts.flatten()[:, None] + offsets).flatten()
+    pixels = clips.contiguous().flatten().index_select(0, indices).view(-1, frames, 3, side**2)
+    mean = pixels.mean((1, 3), keepdim=True)
+    different = 2.0 / side * (pixels - mean)
+    place, time = (2 * torch.stack((row, gap), -1).flatten(0, 1).to(pixels.dtype)).unbind(-1)
+    rest = torch.stack((HEIGHT * ((place + side) / height - 1), time / length - 1), -1)
+    return torch.cat((different.flatten(1), 1.7 * mean.flatten(1), rest), 1)
+
+
+def patch_gap(a: Sequence[Tensor | None], b: Sequence[Tensor | None], draws: Draws) -> Tensor:
+    """Return the sliced Wasserstein-1 distance of the patches of two domains, mean over `KINDS`.
+
+    Each domain has its clips in groups (B,T,3,H,W); None is no group. The clips of all ranks count, and the domains
+    need not be of one size.
+    """
+    num_replicas, gaps = draws.places[0].shape[1], []
+    domains = [
+        torch.cat([group.unflatten(0, (num_replicas, -1)) for group in groups if group is not None], 1).flatten(0, 1)
+        for groups in (a, b)
+    ]
+    with torch.autocast(domains[0].device.type, enabled=False):
+        for kind, places, directions in zip(KINDS, draws.places, draws.directions, strict=True):
+            first, second = (
+                gather(patch_features(clips, kind, own) @ directions.to(clips.dtype)).T.contiguous().sort(-1).values
+                for clips, own in zip(domains, places, strict=True)
+            )
+            gaps.append((first - second).abs().mean())
+    return torch.stack(gaps).mean()
