@@ -35,7 +35,7 @@ $(ENV): constraints.txt pyproject.toml $(NATIVE)
 train: $(ENV)
 	test -f $(DATA)/dataset.json || $(BIN)/python -m rlv2v.synth $(DATA)
 	$(BIN)/python -m rlv2v.train --out $(RUN) --budget $(BUDGET) \
-	  $(if $(wildcard $(RUN)/config.json),--resume,--data $(DATA) --augment dihedral)
+	  $(if $(wildcard $(RUN)/config.json),--resume,--preset paint --data $(DATA) --augment dihedral)
 	$(BIN)/python -m rlv2v.evaluate $(RUN) --data $(DATA) --split test --json $(RUN)/evaluation.json
 	$(BIN)/python -m rlv2v.report $(RUN)
 

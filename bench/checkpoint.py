@@ -83,7 +83,7 @@ def same(store: Checkpoints, run: Algorithm) -> bool:
 
 def case_rows(case: str, args: Args) -> list[Row]:
     """Check and time the two forms at one size."""
-    run = full_run(Config.of("default", **CASES[case]))
+    run = full_run(Config.of("paint", **CASES[case]))
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-checkpoint-") as name:
         store, single, steps = Checkpoints(Path(name), keep=1, num_replicas=1), Path(name) / "single.pt", count(1)
 

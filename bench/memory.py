@@ -155,7 +155,7 @@ def main(args: Args) -> None:
             for graphs in (False, True):
                 bench.add([measured_row(config.replace(graphs=graphs))])
         if args.timed:
-            bench.add(timed_rows(Config.of("default", size=64, frames=16)))
+            bench.add(timed_rows(Config.of("paint", size=64, frames=16)))
         for size in (SIZES[:1] if args.quick else SIZES) if args.card else ():
             bench.add(fitting_rows(args, size))
 

@@ -38,6 +38,7 @@ OURS = {
     "rl": ("--preset", "default", "--rl", "--l-tau", "10", "--l-rc", "10"),
     "paint": ("--preset", "paint"),
     "paper": ("--preset", "paper"),
+    "paper-letter": ("--preset", "paper-letter"),
     "bf16": ("--preset", "default", "--precision", "bf16"),
     "tiny": ("--preset", "tiny"),
 }

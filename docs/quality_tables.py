@@ -20,6 +20,7 @@ from rlv2v.metrics import METRICS
 
 WIDTH = 100  # characters of a line
 ARROWS = {"higher": "↑", "lower": "↓", "one": "→1"}
+OURS = ("default", "paint")  # README.md shows the tasks that one of them was measured on
 REFERENCES = ("truth", "target")  # rows that no method can beat
 GROUPS: dict[str, Callable[[set[str]], bool]] = {
     "Against the truth": lambda needs: bool(needs & {"truth", "synthetic", "lpips"}),
@@ -39,6 +40,8 @@ class Style:
     tasks: Mapping[str, str]
     summary: Sequence[str]
     """The metrics of the README."""
+    detail: Sequence[str] = ()
+    """The methods that only docs/results.md shows (globs)."""
 
     def place(self, method: str) -> tuple[int, str]:
         """Return where a method stands: the place of the first glob that it matches, then by name."""
@@ -257,14 +260,17 @@ def without_ages(text: str) -> str:
 
 
 def summary(files: Mapping[str, Mapping[str, Any]], style: Style) -> str:
-    """Return the table of README.md: a few metrics of all methods that were trained on all clips.
+    """Return the table of README.md: a few metrics of the methods that were trained on all clips, without `detail`.
 
     The first metric has its spread over seeds; docs/results.md has those of the others.
     """
     rows = [row for row in rows_of(files) if not row.get("search") and row.get("few") is None]
+    rows = [row for row in rows if not any(fnmatchcase(row["method"], glob) for glob in style.detail)]
     metrics = [metric for metric in style.summary if any(row.get(metric) is not None for row in rows)]
     body = []
     for (case, split), own in by_task(rows, style).items():
+        if not any(row["method"] in OURS for row in own):
+            continue
         lines = [line for line in lines_of(own, style) if not line.file]
         columns = [best_cells(lines, metric) for metric in metrics]
         for number, line in enumerate(lines):

@@ -69,7 +69,9 @@ def run_of(out: Path, data: Path, **row: Any) -> Run:
 
 
 def test_every_method_of_the_registry_is_there() -> None:
-    assert set(quality.FLAGS) == {"default", "rl", "paint", "paper", "bf16", "tiny", *METHODS} - {"rlv2v"}
+    assert set(quality.FLAGS) == {"default", "rl", "paint", "paper", "paper-letter", "bf16", "tiny", *METHODS} - {
+        "rlv2v"
+    }
     assert quality.FLAGS["cyclegan"][-2:] == ("--method", "cyclegan")
 
 

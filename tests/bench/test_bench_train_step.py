@@ -112,13 +112,13 @@ def test_what_only_one_logs_is_a_difference() -> None:
 @pytest.mark.thorough
 def test_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     changes = {name: value for name, value in SMALL.items() if name not in ("size", "frames")}
-    monkeypatch.setitem(train_step.COMPARABLE, "default", changes)
+    monkeypatch.setitem(train_step.COMPARABLE, "paint", changes | {"rl_every": 1})
     train_step.main(Args(quick=True))
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert [row["backend"] for row in rows] == ["rlv2v", "plain"] and not rows[1]["speedup_over"]
     assert list(rows[0]["speedup_over"]) == ["plain"]
     for row in rows:
-        assert row["valid"] and row["case"] == "default T=3 16x16"
+        assert row["valid"] and row["case"] == "paint T=3 16x16"
         assert set(row["difference"]) == {"losses", "gradients", "float64"}
 
 

@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).parents[2] / "docs"))
 import figures
 from quality_tables import results, summary, without_ages
 
-METHODS = ["default", "no-rl", "recycle-gan", "cyclegan", "colour-map-transport", "colour-map", "own-idea"]
+METHODS = ["default", "rl", "recycle-gan", "cyclegan", "colour-map-transport", "colour-map", "own-idea"]
 FLAGS = {"split": "test", "few": None, "lr": None, "budget_s": 300.0, "ours": True, "cpu": "Some CPU"}
 
 
@@ -63,7 +63,7 @@ def test_the_order_of_the_rows_is_fixed_and_nothing_is_left_out(content: dict[st
     clips = [f"{name}, {n} clip{'s' * (n > 1)}" for name in ("CycleGAN", "rlv2v") for n in (1, 5, 20)]
     assert titles(page.split("Against the truth:\n\n")[1].split("\n\n")[0]) == [
         *("source copied", "mean target frame", "colour map", "colour map by transport"),
-        *(*clips[:3], "CycleGAN", "Recycle-GAN", "rlv2v without RL", *clips[3:], "rlv2v"),
+        *(*clips[:3], "CycleGAN", "Recycle-GAN", "rlv2v with P and RL", *clips[3:], "rlv2v"),
         *("own-idea", "*target set, halves*", "*truth*"),
     ]
     assert [name for name in METRICS if f"`{name}` " not in page] == []
