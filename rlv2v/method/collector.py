@@ -127,7 +127,7 @@ class Agent:
             is_greedy = on_device(rng.random(num) < eta2, device)
             actions = torch.where(is_greedy[:, None, None, None], chosen, random_frames)
             true_frames, terminals = video[lengths], lengths == length - 1
-            # [s, a], continued by the clip's own frames; D that normalises over a mini-batch judges beside real ones
+            # [s, a], continued by the clip's own frames; D that normalises over a mini-batch sees real ones beside
             is_action = (torch.arange(length, device=device) == lengths[:, None])[..., None, None, None]
             real = video[None][: int(self.config.model.disc_norm == "batch")]
             videos = torch.cat((torch.where(is_action, actions[:, None], video), real))

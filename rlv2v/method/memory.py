@@ -142,7 +142,7 @@ def some_transitions(config: Config, num_replicas: int) -> ddpg.Transitions:
 
 
 def single_frames(config: Config, clips: Clips) -> Tensor:
-    """Return the indices of as many frames as D judges singly."""
+    """Return the indices of as many frames as D scores singly."""
     return torch.arange(min(config.loss.disc_frames or clips.x.shape[1], clips.x.shape[1]))
 
 
