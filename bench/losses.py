@@ -46,8 +46,8 @@ class Args(TimedArgs):
 
 def both_sides(nets: Nets, clips: Clips, config: Config, *, literal: bool) -> tuple[Tensor, list[Tensor]]:
     """Return the value of each side, and the gradient of every weight that the side moves."""
-    steps, replicas = torch.arange(config.data.frames), range(1)
-    draws = draw(np.random.default_rng(0), 1, replicas, torch.device("cpu"))
+    steps = torch.arange(config.data.frames)
+    draws = draw(np.random.default_rng(0), 1, range(1), torch.device("cpu"))
     values, gradients = list[Tensor](), list[Tensor]()
 
     def side(terms: dict[str, Tensor], names: tuple[str, ...]) -> None:

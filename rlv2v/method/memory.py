@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from rlv2v.config import BATCH, Config
 from rlv2v.method import rl as ddpg
 from rlv2v.method.baselines import METHODS
-from rlv2v.method.clips import Clips, Gains
+from rlv2v.method.clips import Clips, Gains, pool_size
 from rlv2v.method.objective import discriminator_losses, generator_losses
 from rlv2v.method.optim import autocast
 from rlv2v.method.patches import draw
@@ -129,7 +129,11 @@ def some_clips(config: Config, num_replicas: int) -> Clips:
     """Return a rank's batch of noise."""
     data = config.data
     x, y, z = (random_videos(num_replicas * n, data.frames, config) for n in (data.batch_x, data.batch_y, data.batch_z))
-    return Clips(x, y, z, random_videos(num_replicas * data.batch_s, 1, config))
+    clips = Clips(x, y, z, random_videos(num_replicas * data.batch_s, 1, config))
+    if not (pool := num_replicas * pool_size(config)):
+        return clips
+    pool_x, pool_yz = (random_videos(num, data.frames, config) for num in (pool, 2 * pool))
+    return clips._replace(pool_x=pool_x, pool_yz=pool_yz)
 
 
 def some_transitions(config: Config, num_replicas: int) -> ddpg.Transitions:

@@ -77,20 +77,19 @@ def patch_features(clips: Tensor, kind: Kind, places: Tensor) -> Tensor:
     """
     batch, length, _, height, width = clips.shape
     (frames, side), share = kind, batch // len(places)
-
-    def pick(uniform: Tensor, size: Tensor | int) -> Tensor:
-        return torch.minimum((uniform * size).long(), torch.as_tensor(size, device=clips.device) - 1)
-
+    device = clips.device  # no number goes there from the host: a recording could not hold the copy
     sizes = (share, max(1, length - frames + 1), height - side + 1, width - side + 1)
     clip, t, row, column = (
-        pick(uniform, size) for uniform, size in zip(places[..., :4].unbind(-1), sizes, strict=True)
+        (uniform * size).long().clamp(max=size - 1)
+        for uniform, size in zip(places[..., :4].unbind(-1), sizes, strict=True)
     )
-    gap = 1 + pick(places[..., 4], length - 1 - t) if frames == 2 else torch.zeros_like(t)
-    clip = clip + share * torch.arange(len(places), device=clips.device)[:, None]
+    later = length - 1 - t
+    gap = 1 + torch.minimum((places[..., 4] * later).long(), later - 1) if frames == 2 else torch.zeros_like(t)
+    clip = clip + share * torch.arange(len(places), device=device)[:, None]
     plane = height * width
     first = clip * (3 * length * plane) + t * (3 * plane) + row * width + column
-    ranges = (torch.arange(n, device=clips.device) for n in (3, side, side))
-    offsets = (torch.cartesian_prod(*ranges) * torch.tensor([plane, width, 1], device=clips.device)).sum(1)
+    channels, rows, columns = (torch.arange(n, device=device) for n in (3, side, side))
+    offsets = (channels[:, None, None] * plane + rows[:, None] * width + columns).flatten()
     starts = torch.stack([first, first + gap * (3 * plane)][:frames], -1)  # (R,n,f)
     indices = (starts.flatten()[:, None] + offsets).flatten()
     pixels = clips.contiguous().flatten().index_select(0, indices).view(-1, frames, 3, side**2)

@@ -166,6 +166,11 @@ def test_less_is_kept_in_the_order_of_the_modes_and_in_bfloat16() -> None:
 
 
 @pytest.mark.thorough
+def test_the_clips_of_the_pool_are_counted() -> None:
+    config = Config.of("tiny", batch_pool=0)
+    assert count(config.replace(batch_pool=8), "generators").activations > 1.5 * count(config, "generators").activations
+
+
 def test_the_workstation_fits_its_card() -> None:
     config = Config.of("workstation").check()
     assert (config.data.size, config.data.frames, config.runtime.precision) == (128, 16, "bf16")
