@@ -31,8 +31,8 @@ class Args:
     """Choose settings on val, report on test."""
     json: Path | None = None
     """File for the result as JSON, in a folder that exists."""
-    best: bool = False
-    """Measure the best checkpoint's model instead of the newest."""
+    newest: bool = False
+    """Measure the newest checkpoint's model instead of the best one by the criterion."""
     device: Device = "auto"
     threads: int = 1
     """CPU threads; 0: as many as torch finds."""
@@ -51,7 +51,7 @@ def main(args: Args) -> None:
     set_threads(args.threads)
     paths: dict[Name, Path | None] = {"fid": args.fid, "fvd": args.fvd, "lpips": args.lpips}
     networks = load_networks({name: path for name, path in paths.items() if path})
-    result = evaluate_run(args.run, args.data, args.split, best=args.best, device=args.device, networks=networks)
+    result = evaluate_run(args.run, args.data, args.split, newest=args.newest, device=args.device, networks=networks)
     print(table(result.rows, title=args.split))
     if args.json is not None:
         write_atomically(args.json, (json.dumps(result.to_json(), indent=2, allow_nan=False) + "\n").encode())

@@ -38,8 +38,8 @@ class Args:
     """Video to write (.mp4, .mov or .mkv; H.264), in a folder that exists. It appears when all frames are done."""
     direction: Literal["x2y", "y2x"] = "x2y"
     """x2y: source domain to target domain; y2x: back."""
-    best: bool = False
-    """Use the best checkpoint's model instead of the newest."""
+    newest: bool = False
+    """Use the newest checkpoint's model instead of the best one by the criterion."""
     side_by_side: bool = False
     """Show the source on the left of the translation."""
     size: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
@@ -70,7 +70,7 @@ def main(args: Args) -> None:
     video = probe(args.source)
     if not 0 < video.fps <= MAX_FPS:
         raise UserError(f"{args.source}: expected a rate of up to {MAX_FPS} frames a second, got {video.fps}")
-    g, config = load_translator(args.run, args.direction, device=pick_device(args.device), best=args.best)
+    g, config = load_translator(args.run, args.direction, device=pick_device(args.device), newest=args.newest)
 
     started = time.perf_counter()
     stream = Stream(g, config, args.size)

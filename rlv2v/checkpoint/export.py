@@ -1,6 +1,8 @@
-"""The exported model of a run, `RUN/model.safetensors`: the weights of g_x and g_y, with the config in the metadata.
+"""The exported models of a run: the weights of g_x and g_y, with the config in the metadata.
 
-Reading it runs no code. It is replaced atomically, so that a reader sees the old one or the new one.
+`RUN/model.safetensors` is the newest checkpoint's. `RUN/best.safetensors` is that of the best by the criterion, which
+translates unless the newest is asked for. Reading one runs no code. It is replaced atomically, so that a reader sees
+the old one or the new one.
 """
 
 from __future__ import annotations
@@ -29,20 +31,22 @@ def pack_translators(g_x: Generator, g_y: Generator, config: Config) -> bytes:
 
 
 def load_translator(
-    run: Path, direction: str = "x2y", device: str | torch.device = "cpu", *, best: bool = False
+    run: Path, direction: str = "x2y", device: str | torch.device = "cpu", *, newest: bool = False
 ) -> tuple[Generator, Config]:
     """Return a generator of a run, ready to translate, and the run's config.
 
     Args:
-        run: folder with a `model.safetensors`.
+        run: folder of a run.
         direction: "x2y" (G_Y) or "y2x" (G_X).
         device: where it will run.
-        best: read the best checkpoint's, `best.safetensors`, instead of the newest.
+        newest: read the newest checkpoint's model, `model.safetensors`, instead of the best one's, `best.safetensors`.
+            A run without a best one has its newest read.
 
     Raises:
         UserError: there is no model, or one of another version or program.
     """
-    path = run / ("best.safetensors" if best else "model.safetensors")
+    best = run / "best.safetensors"
+    path = run / "model.safetensors" if newest or not best.exists() else best
     if direction not in ("x2y", "y2x"):
         raise UserError(f"direction: expected 'x2y' or 'y2x', got {direction!r}")
     if not path.is_file():

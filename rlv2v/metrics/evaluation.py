@@ -99,7 +99,7 @@ def evaluate_run(
     data: Path,
     split: Split = "test",
     *,
-    best: bool = False,
+    newest: bool = False,
     device: str = "auto",
     networks: Mapping[str, Any] | None = None,
     progress: bool = True,
@@ -119,7 +119,7 @@ def evaluate_run(
     known: set[Need] = {*references.kinds, *references.networks}  # type: ignore[arg-type]
     known |= {"synthetic"} if is_synthetic(data) else set()
     picked = pick_device(device)
-    (forward, config), (backward, _) = (load_translator(run, d, device=picked, best=best) for d in ("x2y", "y2x"))
+    (forward, config), (backward, _) = (load_translator(run, d, device=picked, newest=newest) for d in ("x2y", "y2x"))
     clips = []
     threads = cv2.getNumThreads()
     cv2.setNumThreads(torch.get_num_threads())  # OpenCV takes every core by itself

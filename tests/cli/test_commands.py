@@ -97,7 +97,7 @@ def test_the_flags_of_training_are_grouped_by_section(command: Command) -> None:
         ("translate", "missing RUN, IN, OUT; --help describes them"),
         ("translate run in.mp4", "missing OUT; --help describes it"),
         ("translate run in.mp4 out.mp4 more.mp4", "unexpected argument 'more.mp4'"),
-        ("translate run in.mp4 --bset", "unknown option --bset; did you mean --best?"),
+        ("translate run in.mp4 --newset", "unknown option --newset; did you mean --newest?"),
         ("translate run in.mp4 out.mp4 --size big", "--size: expected INT, got 'big'"),
         ("evaluate run", "missing --data PATH; --help describes it"),
         ("evaluate run --data mine --split tets", "--split: expected val, test, train, got 'tets'; did you mean test?"),

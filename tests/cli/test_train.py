@@ -81,7 +81,7 @@ def test_the_best_model_is_kept_beside_the_newest(data: Path, tmp_path: Path) ->
     best = store.best
     assert best is not None and store.steps == [*({best[0]} - {6, 7}), 6, 7], "the newest two and the best"
     for step, name in ((best[0], "best"), (7, "model")):
-        g, _ = load_translator(run, best=name == "best")
+        g, _ = load_translator(run, newest=name == "model")
         average = store.load(step)["average"]
         assert all(torch.equal(value, average[f"g_y.{key}"]) for key, value in g.state_dict().items()), name
 
@@ -97,7 +97,7 @@ def test_the_best_is_that_of_the_criterion_whatever_the_truth_says(
     assert store_of(run).best == (1, 1.0) and by_truth["step"] != 1
     train(tiny(data, run, steps=4, snapshot_seconds=0.0, lr=0.1, resume=True))
     assert store_of(run).best == (1, 1.0) and (run / "best.safetensors").read_bytes() == best
-    g, _ = load_translator(run, best=True)
+    g, _ = load_translator(run)
     average = store_of(run).load(1)["average"]
     assert all(torch.equal(value, average[f"g_y.{key}"]) for key, value in g.state_dict().items())
     assert [line["step"] for line in read_metrics(run / "selection.jsonl")] == [0, 1, 2, 3, 4]
@@ -285,7 +285,7 @@ def test_a_run_without_a_whole_checkpoint_or_model_is_refused(run: Path, tmp_pat
     for content in (model.read_bytes()[:200], b"", b"{}", pickle.dumps({"g": 1}, protocol=2)):
         model.write_bytes(content)
         with pytest.raises(UserError, match=r"model\.safetensors"):
-            load_translator(run)
+            load_translator(run, newest=True)
     with pytest.raises(UserError, match="train one first"):
         load_translator(tmp_path)
 
