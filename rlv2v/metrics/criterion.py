@@ -77,6 +77,7 @@ CRITERIA: dict[str, Criterion] = {
         ("content", "edges + detail", total(lost_edges, lost_detail)),
         ("patches+edges", "patches + edges", total(PATCHES, lost_edges)),
         ("kid+edges", "kid + edges", total(KID, lost_edges)),
+        ("kid+content", "kid + edges + detail", total(KID, lost_edges, lost_detail)),
         ("regions+edges", "regions + edges", total(REGIONS, lost_edges)),
         ("looks", "patches + regions", total(PATCHES, REGIONS)),
         ("looks+edges", "patches + regions + edges", total(PATCHES, REGIONS, lost_edges)),
@@ -88,7 +89,7 @@ CRITERIA: dict[str, Criterion] = {
         ),
     )
 }
-DEFAULT = "looks+edges"
+DEFAULT = "kid+content"
 
 
 def criterion(own: Row, identity: Row) -> float:

@@ -25,14 +25,13 @@ from rlv2v.model.frames import (
     batch_major,
     cat_channels,
     frame_major,
-    map_state,
     per_frame,
     space_to_depth,
 )
 from rlv2v.model.generator import Details, Generator
 
 LUMA = (0.299, 0.587, 0.114)  # BT.601
-BURN_IN = 2  # frames
+BURN_IN = 6  # frames
 LOCAL = 0.3  # step of the local deviations beside that of the global part
 
 
@@ -130,16 +129,14 @@ class GridTranslator(Generator):
     def decide(self, x: Tensor, state: State = None, **mode: Unpack[RunMode]) -> tuple[Grids, State]:
         """Return the grids of frames, from a state.
 
-        Where a video starts, its first frame comes `BURN_IN` times more before it, unseen: the recurrence has settled
-        when the first frame is translated.
+        Where a video starts, its first frame comes `BURN_IN` times more before it, unseen and without a gradient: the
+        recurrence has settled when the first frame is translated.
         """
-        burn_in = BURN_IN if state is None else 0
-        if burn_in:
-            x = torch.cat((x[:, :1].expand(-1, burn_in, -1, -1, -1), x), 1)
+        if state is None:
+            with torch.no_grad():
+                state = self._decide(x[:, :1].expand(-1, BURN_IN, -1, -1, -1))[2]
         whole, local, state = self._decide(x, state, **mode)
-        if mode.get("all_states"):
-            state = map_state(lambda s: s[:, burn_in:], state)
-        return Grids(whole[:, burn_in:], local[:, burn_in:]), state
+        return Grids(whole, local), state
 
     @in_chunks
     def _decide(self, x: Tensor, state: State = None, **mode: Unpack[RunMode]) -> tuple[Tensor, Tensor, State]:

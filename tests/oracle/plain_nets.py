@@ -25,6 +25,11 @@ def per_frame(op: Callable[..., Tensor], x: Tensor, *args: object) -> Tensor:
     return op(x.flatten(0, 1), *args).unflatten(0, x.shape[:2])
 
 
+def cut(y: Tensor, quiet: int) -> Tensor:
+    """Return y (B,T,...) such that no gradient goes through the first `quiet` frames."""
+    return torch.cat((y[:, :quiet].detach(), y[:, quiet:]), 1) if quiet else y
+
+
 class ConvLSTM(nn.Module):
     """Compute i, f, o, g = conv([x_t, h_{t-1}]);  c_t = f c_{t-1} + i g;  h_t = o tanh(c_t)."""
 
@@ -33,11 +38,13 @@ class ConvLSTM(nn.Module):
         self.c_out = c_out
         self.conv = nn.Conv2d(c_in + c_out, 4 * c_out, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, quiet: int = 0) -> Tensor:
         batch, steps, _, height, width = x.shape
         h = c = x.new_zeros(batch, self.c_out, height, width)
         outputs = []
         for t in range(steps):
+            if t == quiet:
+                h, c = h.detach(), c.detach()
             i, f, o, g = self.conv(torch.cat((x[:, t], h), 1)).chunk(4, 1)
             c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
             h = torch.sigmoid(o) * torch.tanh(c)
@@ -69,8 +76,9 @@ class Residual(nn.Module):
         self.convlstm = ConvLSTM(c_in, c_out)
         self.skip = nn.Conv2d(c_in, c_out, 1, bias=False) if c_in != c_out else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.leaky_relu(self.convlstm(x) + (x if self.skip is None else per_frame(self.skip, x)), SLOPE)
+    def forward(self, x: Tensor, quiet: int = 0) -> Tensor:
+        skipped = x if self.skip is None else per_frame(self.skip, x)
+        return cut(F.leaky_relu(self.convlstm(x, quiet) + skipped, SLOPE), quiet)
 
 
 class RPB(nn.Module):
@@ -81,9 +89,9 @@ class RPB(nn.Module):
         self.residual = Residual(c_in, c_out)
         self.norm = SequenceNorm(c_out) if norm == "clip" else nn.Identity()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = self.residual(x)
-        return self.norm(per_frame(F.avg_pool2d, y, [min(2, n) for n in y.shape[-2:]])), y
+    def forward(self, x: Tensor, quiet: int = 0) -> tuple[Tensor, Tensor]:
+        y = self.residual(x, quiet)
+        return cut(self.norm(per_frame(F.avg_pool2d, y, [min(2, n) for n in y.shape[-2:]])), quiet), y
 
 
 class URB(nn.Module):
@@ -152,13 +160,14 @@ class GridTranslator(nn.Module):
 
     def run(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return the translation, and the two parts of the grid, the whole one and the local one."""
-        seen = torch.cat((x[:, :1], x[:, :1], x), 1)  # two frames of burn-in
+        quiet = 6  # frames of burn-in
+        seen = torch.cat((x[:, :1].expand(-1, quiet, -1, -1, -1), x), 1)
         y = per_frame(F.pixel_unshuffle, seen, self.patch)
         for block in self.encoder:
-            y, _ = block(y)
+            y, _ = block(y, quiet)
         rows, columns = ((2 * torch.arange(n, device=x.device) + 1) / n - 1 for n in y.shape[-2:])
         places = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).to(y.dtype).expand(*y.shape[:2], -1, -1, -1)
-        y = self.last(torch.cat((y, places), 2))[:, 2:]
+        y = self.last(torch.cat((y, places), 2), quiet)[:, quiet:]
         whole = self.to_whole(y.mean((3, 4))).unflatten(2, (12, self.bins))[..., None, None]
         local = 0.3 * per_frame(self.to_local, y).unflatten(2, (12, self.bins))
         identity = torch.eye(3, 4, dtype=x.dtype, device=x.device).reshape(12, 1, 1, 1)
