@@ -2,7 +2,8 @@
 
     python bench/bilateral.py [--rounds 15] [--device cuda] [--json F]
 
-`frame`: one frame of bytes to another. `forward` and `backward`: frames of floats, as in training. Peers: 5-D
+`frame`: one frame of bytes to another. `translate`: the same by a generator of the default preset, which looks at the
+frame made small and decides the grid; untrained, which takes as long. `forward` and `backward`: frames of floats, as in training. Peers: 5-D
 `grid_sample` and a product (the reference); and upsampling every bin's coefficients to full size, weighed by hat
 functions of the guide. The limit is a copy of as many bytes as the arguments and the result have.
 """
@@ -20,12 +21,16 @@ from torch.nn.functional import interpolate
 
 from rlv2v import _native
 from rlv2v.cli import run_command
+from rlv2v.config import Config
 from rlv2v.data import to_model, to_uint8
 from rlv2v.kernels.bilateral import slice_apply, slice_apply_frame, slice_apply_ref
+from rlv2v.method.translation import Stream
+from rlv2v.model.build import build_nets
 
 Transform = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 BINS, CELLS, CURVES = 6, (5, 8), 9
+SHORT_SIDE = 64  # of the frames that the generator looks at
 FRAMES = {"720p": (720, 1280), "1080p": (1080, 1920), "4K": (2160, 3840)}
 LIMIT = 2e-5  # sums of 32 products of numbers of unit size, and places in float32
 
@@ -94,6 +99,18 @@ def frame_rows(case: str, size: tuple[int, int], rounds: int) -> list[Row]:
     return rows
 
 
+def translate_rows(case: str, size: tuple[int, int], rounds: int) -> list[Row]:
+    """Return the row of one frame of bytes through generator and grid, on the CPU, without any codec."""
+    rng = torch.Generator().manual_seed(1)
+    frame = torch.randint(0, 256, (*size, 3), generator=rng, dtype=torch.uint8).numpy()
+    config = Config.of("default", size=SHORT_SIDE)
+    stream = Stream(build_nets(config, discriminators=False).g_y.eval(), config)
+    for _ in range(config.data.frames):  # then its state no longer grows
+        stream(frame)
+    contenders = [Contender("rlv2v", partial(stream, frame), "uint8", ours=True)]
+    return compare(case, "translate", contenders, rounds)
+
+
 def tensor_rows(case: str, inputs: list[Tensor], backend: str, rounds: int, device: str) -> list[Row]:
     """Return the rows of frames of floats, forward and backward."""
     with torch.no_grad():
@@ -130,6 +147,7 @@ def main(args: Args) -> None:
         if args.device == "cpu":
             for case, size in [*FRAMES.items()][: 1 if args.quick else None]:
                 bench.add(frame_rows(case, size, args.num_rounds))
+                bench.add(translate_rows(case, size, args.num_rounds))
         backend = "triton" if args.device == "cuda" else "cpu"
         cases = {"64 frames of 64x64": arguments(64, (4, 4), (64, 64), args.device)}
         if not args.quick:
