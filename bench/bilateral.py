@@ -3,9 +3,9 @@
     python bench/bilateral.py [--rounds 15] [--device cuda] [--json F]
 
 `frame`: one frame of bytes to another. `translate`: the same by a generator of the default preset, which looks at the
-frame made small and decides the grid; untrained, which takes as long. `forward` and `backward`: frames of floats, as in training. Peers: 5-D
-`grid_sample` and a product (the reference); and upsampling every bin's coefficients to full size, weighed by hat
-functions of the guide. The limit is a copy of as many bytes as the arguments and the result have.
+frame made small and decides the grid; untrained, which takes as long. `forward` and `backward`: frames of floats, as in
+training. Peers: 5-D `grid_sample` and a product (the reference); and upsampling every bin's coefficients to full size,
+weighed by hat functions of the guide. The limit is a copy of as many bytes as the arguments and the result have.
 """
 
 from __future__ import annotations
