@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d, avg_pool2d, l1_loss
 
 from rlv2v.method.patches import Draws, patch_gap
+from rlv2v.model.grid import LUMA
 from rlv2v.runtime.distributed import gather, num_ranks
 
 if TYPE_CHECKING:  # `rlv2v.config` reads the registry, and these modules read the config
@@ -179,6 +180,27 @@ def smoothness_terms(inputs: TermInputs) -> Values:
             yield domain, roughness(rollout.details.whole, rollout.details.local)
 
 
+def inversion(whole: Tensor, local: Tensor) -> Tensor:
+    """Return how much a bilateral grid turns the order of brightness around at a place, as a negative does.
+
+    whole, local: as in `roughness`. The grey at the centre of each bin is transformed; the mean of the squares of the
+    steps by which the luma falls from one bin to the next.
+    """
+    bins = local.shape[3]
+    grey = ((2 * torch.arange(bins, dtype=local.dtype, device=local.device) + 1) / bins - 1)[:, None, None]
+    rows = (whole + local).unflatten(2, (3, 4))  # of A x + b: (B,T,3,4,bins,h,w)
+    changes = rows[:, :, :, :3].sum(3) * grey + rows[:, :, :, 3]
+    luma = sum(weight * changes[:, :, channel] for channel, weight in enumerate(LUMA)) + grey
+    return luma.diff(dim=2).clamp(max=0).square().mean()
+
+
+def order_terms(inputs: TermInputs) -> Values:
+    """Yield `inversion` of both directions, where the generators have a grid."""
+    for domain, rollout in (("x", inputs.x), ("y", inputs.y)):
+        if rollout.details.whole is not None and rollout.details.local is not None:
+            yield domain, inversion(rollout.details.whole, rollout.details.local)
+
+
 def colour_terms(inputs: TermInputs) -> Values:
     """Yield `domain_gap` between translated and target clips, in both directions."""
     yield "y", domain_gap(inputs.x.fake, inputs.clips.yz, inputs.draws.colours)
@@ -197,6 +219,7 @@ def patch_terms(inputs: TermInputs) -> Values:
 IDENTITY = "|G_Y(z) - z|, |G_Y(s) - s|, |G_X(x) - x|"
 MASK_PRIOR = "prior of the copy mask; 0: the mask stays shut and nothing is copied"
 COLOURS = "distance between the colours of translated and target clips, by frame index"
+ORDER = "brightness of which a grid head turns the order around, at a place"
 PATCHES = "distance of the patches of translated clips to those of the target domain"
 TERMS: dict[str, Term] = {
     term.name: term
@@ -207,6 +230,7 @@ TERMS: dict[str, Term] = {
         Term("mask_prior", MASK_PRIOR, 0.0, mask_terms, paint=2.0, ramped=True),
         Term("colours", COLOURS, 0.0, colour_terms, paint=3.0),
         Term("patches", PATCHES, 10.0, patch_terms),
+        Term("order", ORDER, 10000.0, order_terms),
         Term("smoothness", "deviations of a grid head from one transform of all pixels", 300.0, smoothness_terms),
     )
 }

@@ -40,6 +40,16 @@ def share(name: str) -> Score:
     return score
 
 
+def root(score: Score) -> Score:
+    """Return the square root of a share: of a squared distance, such as KID, the share of the distance."""
+    return lambda own, identity: math.sqrt(score(own, identity))
+
+
+def half(score: Score) -> Score:
+    """Return half of a part."""
+    return lambda own, identity: 0.5 * score(own, identity)
+
+
 def lost_edges(own: Row, _identity: Row) -> float:
     """Return 1 - edge_agreement; 1 where the translation is flat."""
     value = own["edge_agreement"]
@@ -64,6 +74,7 @@ def total(*parts: Score) -> Score:
 
 
 PATCHES, KID, REGIONS, COLOURS = map(share, ("patch_distance", "kid", "region_colour_distance", "colour_distance"))
+FEATURES = root(KID)
 CRITERIA: dict[str, Criterion] = {
     name: Criterion(name, formula, score)
     for name, formula, score in (
@@ -77,7 +88,13 @@ CRITERIA: dict[str, Criterion] = {
         ("content", "edges + detail", total(lost_edges, lost_detail)),
         ("patches+edges", "patches + edges", total(PATCHES, lost_edges)),
         ("kid+edges", "kid + edges", total(KID, lost_edges)),
-        ("kid+content", "kid + edges + detail", total(KID, lost_edges, lost_detail)),
+        ("features", "sqrt(kid)", FEATURES),
+        ("features+content", "features + edges + detail", total(FEATURES, lost_edges, lost_detail)),
+        (
+            "features+colour+content",
+            "features + regions / 2 + edges + detail",
+            total(FEATURES, half(REGIONS), lost_edges, lost_detail),
+        ),
         ("regions+edges", "regions + edges", total(REGIONS, lost_edges)),
         ("looks", "patches + regions", total(PATCHES, REGIONS)),
         ("looks+edges", "patches + regions + edges", total(PATCHES, REGIONS, lost_edges)),
@@ -89,7 +106,7 @@ CRITERIA: dict[str, Criterion] = {
         ),
     )
 }
-DEFAULT = "kid+content"
+DEFAULT = "features+colour+content"
 
 
 def criterion(own: Row, identity: Row) -> float:

@@ -11,7 +11,7 @@ from rlv2v.config import Config
 from rlv2v.data import to_model, to_uint8
 from rlv2v.errors import UserError
 from rlv2v.kernels.bilateral import slice_apply_frame
-from rlv2v.method.terms import roughness
+from rlv2v.method.terms import inversion, roughness
 from rlv2v.method.translation import Stream, translate_chunk
 from rlv2v.model import GridTranslator
 
@@ -108,3 +108,13 @@ def test_roughness_is_of_what_varies(part: str, shape: tuple[int, ...], dim: int
     torch.testing.assert_close(roughness(**parts), torch.tensor(want))
     rows = torch.arange(4.0)[:, None].expand(1, 2, 12, 3, 4, 5)
     torch.testing.assert_close(roughness(whole, 2 * rows), 4 * (1 + 0.05 * rows.square().mean()))
+
+
+def test_inversion_is_of_a_transform_that_makes_light_dark() -> None:
+    eye = torch.eye(3, 4).reshape(1, 1, 12, 1, 1, 1)
+    local = torch.zeros(1, 1, 12, 4, 2, 3)
+    for scale, want in ((1.0, 0.0), (0.3, 0.0), (0.0, 0.0), (-1.0, 0.25), (-2.0, 1.0)):  # bins are 0.5 apart
+        whole = ((scale - 1) * eye).expand(-1, -1, -1, 4, -1, -1)
+        torch.testing.assert_close(inversion(whole, local), torch.tensor(want))
+    local[0, 0, 3::4, 1, 0, 0] = 0.8  # all three channels brighter in one bin of one cell: its step down is 0.3
+    torch.testing.assert_close(inversion(torch.zeros(1, 1, 12, 4, 1, 1), local), torch.tensor(0.09 / 18))
