@@ -41,6 +41,7 @@ COMMANDS = {
     "prepare": Command("read any videos once, for training that loads fast", "mine prepared --size 64"),
     "train": Command("learn a translator from unpaired videos", "--data mine --out runs/mine --size 64 --budget 1800"),
     "translate": Command("translate a video of any length", "runs/mine holiday.mp4 holiday-translated.mp4"),
+    "export": Command("write a trained model as ONNX and torch.export", "runs/mine exported"),
     "evaluate": Command("measure a trained run on held-out clips", "runs/mine --data mine --json evaluation.json"),
     "report": Command("show runs side by side on one HTML page", "runs/mine runs/cyclegan"),
 }

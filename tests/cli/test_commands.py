@@ -20,14 +20,16 @@ from rlv2v.data.video import probe
 def test_the_console_script_prints_an_overview_and_its_version(command: Command) -> None:
     code, out, _ = command()
     assert code == 0 and (0, out, "") == command("--help")
-    assert all(f"  {name} " in out for name in ("synth", "prepare", "train", "translate", "evaluate", "report"))
+    assert all(
+        f"  {name} " in out for name in ("synth", "prepare", "train", "translate", "export", "evaluate", "report")
+    )
     assert len(out.splitlines()) < 25 and "rlv2v train --out" in out
     assert command("--version") == (0, f"rlv2v {rlv2v.__version__}\n", "")
     assert rlv2v.__version__ == version("rlv2v")
 
 
 def test_an_unknown_command_is_named_with_the_nearest(command: Command) -> None:
-    names = "synth, prepare, train, translate, evaluate, report"
+    names = "synth, prepare, train, translate, export, evaluate, report"
     assert refusal(command("tran")) == f"rlv2v: expected {names}, got 'tran'; did you mean train?"
     assert refusal(command("quux")) == f"rlv2v: expected {names}, got 'quux'"
 
@@ -99,6 +101,7 @@ def test_the_flags_of_training_are_grouped_by_section(command: Command) -> None:
         ("translate run in.mp4 out.mp4 more.mp4", "unexpected argument 'more.mp4'"),
         ("translate run in.mp4 --bset", "unknown option --bset; did you mean --best?"),
         ("translate run in.mp4 out.mp4 --size big", "--size: expected INT, got 'big'"),
+        ("export run", "missing OUT; --help describes it"),
         ("evaluate run", "missing --data PATH; --help describes it"),
         ("evaluate run --data mine --split tets", "--split: expected val, test, train, got 'tets'; did you mean test?"),
         ("evaluate run --data", "--data: expected PATH, got nothing"),
