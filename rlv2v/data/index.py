@@ -14,20 +14,25 @@ import hashlib
 import json
 import stat
 import threading
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
 import av
 from tqdm import tqdm
 
 from rlv2v.data import video
-from rlv2v.data.inspect import Source, excluded_source, inspect
+from rlv2v.data.inspect import Source, Stopped, excluded_source, inspect
 from rlv2v.data.workers import cores
-from rlv2v.errors import UserError, get_logger, one_line
+from rlv2v.errors import UserError, get_logger
 from rlv2v.files import write_atomically
+from rlv2v.runtime.interrupt import held
 
 __all__ = ["Dataset", "Source", "index_folder", "open_dataset", "source_paths"]
 MANIFEST = ".rlv2v-manifest.json"
@@ -35,6 +40,12 @@ MANIFEST_VERSION = 4
 LAYOUT = {"x": ("trainX", "trainA"), "y": ("trainY", "trainB"), "z": ("trainZ",), "s": ("trainS",)}
 MAX_WORKERS = 8
 """Files decoded at a time, at most: each 4K decoder takes up to 400 MB."""
+POLL = 0.1
+"""Seconds between two looks for a signal that asks to stop."""
+SAVE_EVERY = 10.0
+"""Seconds between two savings of the manifest, of which a kill costs what came after the last."""
+CHUNK = 2**20
+"""Bytes that are hashed between two looks for the end."""
 log = get_logger(__name__)
 
 
@@ -88,15 +99,23 @@ def file_key(path: Path) -> list[int]:
     return [len(stats), size, int(hashlib.sha256(rows.encode()).hexdigest()[:12], 16)]
 
 
-def content_hash(path: Path) -> str:
+def content_hash(path: Path, stop: threading.Event) -> str:
     """Return the SHA-256 of a file, as `sha256sum` prints it; of a folder, SHA-256 over those of its images in order.
 
-    Raises `OSError` for what cannot be read.
+    Raises:
+        OSError: it cannot be read.
+        Stopped: `stop` is set.
     """
     if path.is_dir():
-        return hashlib.sha256("".join(map(content_hash, video.files_of(path))).encode()).hexdigest()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        hashes = (content_hash(file, stop) for file in video.files_of(path))
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
+    content, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while num := file.readinto(buffer):
+            if stop.is_set():
+                raise Stopped
+            content.update(buffer[:num])
+    return content.hexdigest()
 
 
 def is_unchanged(path: Path, key: list[int]) -> bool:
@@ -111,7 +130,7 @@ def examine(path: Path, entry: Entry | None, stop: threading.Event) -> Entry:
     """Return a source as it is now: by its old `entry` where the content is the same, else decoded to its end."""
     try:
         key = file_key(path)
-        content = content_hash(path)
+        content = content_hash(path, stop)
         if entry and entry.key[:2] == key[:2] and entry.source.hash == content:
             return Entry(key, entry.source)
         if key[1] == 0 and not path.is_dir():
@@ -126,7 +145,11 @@ def index_folder(folder: Path, *, frames: int, stills: bool = False, workers: in
     """Return all sources of one set's folder with their status; sources shorter than `frames` are excluded.
 
     `stills` makes each loose image a source (style images). `workers` files are decoded at a time (None: one a core).
-    An interrupted index stores what it has found. Raises `UserError` if the folder cannot be listed.
+    A signal that asks to end stops it within a second; what it has found by then is stored for the next start.
+
+    Raises:
+        UserError: the folder cannot be listed.
+        Stopped: a signal has come, and its own handler let the program go on.
     """
     try:
         paths = source_paths(folder, stills=stills)
@@ -135,20 +158,57 @@ def index_folder(folder: Path, *, frames: int, stills: bool = False, workers: in
     manifest = load_manifest(folder)
     names = {path: path.relative_to(folder).as_posix() for path in paths}  # "." for loose images
     entries = {n: manifest[n] for path, n in names.items() if n in manifest and is_unchanged(path, manifest[n].key)}
-    stop = threading.Event()
-    pool = ThreadPoolExecutor(workers or min(MAX_WORKERS, cores()), thread_name_prefix="rlv2v-index")
+    changed = {name: path for path, name in names.items() if name not in entries}
+
+    def save() -> None:
+        if entries != manifest:
+            save_manifest(folder, entries if len(entries) == len(paths) else manifest | entries)
+
+    with held() as signals:
+        try:
+            save_at = time.monotonic() + SAVE_EVERY
+            for name, entry in examine_all(changed, manifest, workers or min(MAX_WORKERS, cores()), signals):
+                entries[name] = entry
+                if time.monotonic() > save_at:
+                    save()
+                    save_at = time.monotonic() + SAVE_EVERY
+        finally:
+            save()
+    if len(entries) < len(names):
+        raise Stopped
+    return [exclude_short(entries[name].source, frames) for name in names.values()]
+
+
+def examine_all(
+    paths: Mapping[str, Path], manifest: Mapping[str, Entry], workers: int, signals: Sequence[int]
+) -> Iterator[tuple[str, Entry]]:
+    """Yield the name and the entry of each source as it is examined, until there is a signal in the list."""
+    stop, found = threading.Event(), SimpleQueue[tuple[str, Future[Entry]]]()
+
+    def report(name: str, job: Future[Entry]) -> None:
+        found.put((name, job))
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="rlv2v-index")
+    progress = tqdm(desc="index", total=len(paths), unit="file", delay=2, leave=False)
     try:
-        changed = [(path, name) for path, name in names.items() if name not in entries]
-        jobs = {pool.submit(examine, path, manifest.get(name), stop): name for path, name in changed}
-        title = f"index {one_line(folder.name)}"
-        for job in tqdm(as_completed(jobs), title, len(jobs), unit="file", delay=2, leave=False):
-            entries[jobs[job]] = job.result()
+        for name, path in paths.items():
+            job = pool.submit(examine, path, manifest.get(name), stop)
+            job.add_done_callback(partial(report, name))
+        while progress.n < len(paths) and not signals:
+            with suppress(Empty):
+                name, job = found.get(timeout=POLL)
+                yield name, job.result()
+                progress.update()
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+        while not found.empty():  # what the threads have found meanwhile
+            name, job = found.get()
+            if not job.cancelled() and job.exception() is None:
+                yield name, job.result()
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
-        if entries != manifest:
-            save_manifest(folder, entries if len(entries) == len(paths) else manifest | entries)
-    return [exclude_short(entries[name].source, frames) for name in names.values()]
+        progress.close()
 
 
 def exclude_short(source: Source, frames: int) -> Source:

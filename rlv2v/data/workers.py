@@ -19,6 +19,7 @@ from typing import TypeVar
 import cv2
 
 from rlv2v.errors import UserError
+from rlv2v.runtime.interrupt import SIGNALS
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -30,8 +31,9 @@ def cores() -> int:
 
 
 def start_worker() -> None:
-    """Leave Ctrl-C to the parent, use one thread, and end as soon as the parent ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave what a terminal sends to the parent, use one thread, and end as soon as the parent ends."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
     cv2.setNumThreads(1)
     parent = multiprocessing.parent_process()
     assert parent is not None

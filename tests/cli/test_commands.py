@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -145,6 +146,14 @@ def test_mistakes_and_full_disks_exit_with_2_and_one_line(
         assert getattr(stop.value, "code", None) == 2
         (printed,) = capsys.readouterr().err.splitlines()
         assert printed.endswith(f": {line}")
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["test"])
+    with pytest.raises(SystemExit, match="130"):
+        cli.run_command(lambda _: signal.raise_signal(signal.SIGINT), dict[str, str])
+    (printed,) = capsys.readouterr().err.splitlines()
+    assert printed.endswith(": stopped by SIGINT")
 
 
 def test_train_translate_evaluate_report(data: Path, tmp_path: Path, command: Command) -> None:

@@ -290,7 +290,7 @@ def test_a_run_without_a_whole_checkpoint_or_model_is_refused(run: Path, tmp_pat
         load_translator(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_a_signal_saves_and_the_run_goes_on(
     data: Path, tmp_path: Path, name: str, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -176,7 +176,7 @@ def test_a_touched_or_copied_file_is_known_by_its_content(folder: Path, monkeypa
         os.utime(folder / name, (1, 1))
     seen = decoded(monkeypatch)
     assert index_folder(folder, frames=8) == first and seen == []
-    monkeypatch.setattr(index, "content_hash", lambda path: pytest.fail("the new times are stored"))
+    monkeypatch.setattr(index, "content_hash", lambda path, stop: pytest.fail("the new times are stored"))
     files = [p for p in index.source_paths(folder) if p.name not in ("line\nbreak.mp4", "loop.mp4")]
     monkeypatch.setattr(index, "source_paths", lambda folder, stills: files)
     assert len(index_folder(folder, frames=8)) == len(files)

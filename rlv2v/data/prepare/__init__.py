@@ -27,6 +27,7 @@ from rlv2v.data.prepare.convert import MAX_FPS, Format, Item, Store, convert_sou
 from rlv2v.data.workers import cores, run_all
 from rlv2v.errors import UserError, one_line
 from rlv2v.files import PARTIAL, lock_folder, write_atomically
+from rlv2v.runtime.interrupt import Stop, raised
 
 Choice = Literal["auto", "raw", "video"]
 REPORT = "prepared.json"
@@ -162,6 +163,7 @@ def prepare_dataset(
     Raises:
         UserError: bad arguments, nothing usable in `src`, another run at work in `out`, or a disk that is too small.
         OSError: the disk fails.
+        SystemExit: a signal asked to stop.
     """
     for name, value, low, high in (("size", size, 1, 4096), ("frames", frames, 1, 10**9), ("jobs", jobs, 0, 1024)):
         if not low <= value <= high:
@@ -177,7 +179,7 @@ def prepare_dataset(
     jobs = jobs or cores()
     sources = find_sources(src, into)
     out.mkdir(parents=True, exist_ok=True)
-    with lock_folder(out):
+    with raised(), lock_folder(out):
         remove_partial(out)
         report = Report(out, size=size, fps=fps, store=store)
         try:
@@ -199,9 +201,9 @@ def prepare_dataset(
             for item, result in tqdm(run_all(convert, todo, jobs), "write", len(todo), **PROGRESS):
                 report.finish(item, result)
             report.print_summary(src, items, {item.output for item in todo})
-        except KeyboardInterrupt:
-            print(f"\n{one_line(out)}: stopped; the same command goes on from here", file=sys.stderr)
-            raise SystemExit(130) from None
+        except Stop as stop:
+            print(f"\n{one_line(out)}: stopped by {stop}; the same command goes on from here", file=sys.stderr)
+            raise SystemExit(stop.exit_code) from None
         finally:
             remove_partial(out)
             report.save()
