@@ -19,6 +19,7 @@ import torch
 from rlv2v.checkpoint.export import pack_translators
 from rlv2v.checkpoint.resume import create_run_folder, restore, save, settle
 from rlv2v.checkpoint.store import Checkpoints
+from rlv2v.checkpoint.transfer import require_fit, take_over
 from rlv2v.cli import run_command
 from rlv2v.config import Config
 from rlv2v.data.index import Dataset, open_dataset
@@ -72,6 +73,8 @@ def run(config: Config, world: World, interrupted: Interrupt) -> None:
     if restarts() and (config.out / "config.json").is_file():
         config = config.replace(resume=True)
     config = world.broadcast_object(lambda: settle(config, world.size))
+    if world.first and not config.resume:
+        require_fit(config)
     dataset = world.broadcast_object(lambda: open_unless_stopped(config))
     if dataset is None:
         if world.first:
@@ -98,7 +101,11 @@ def run(config: Config, world: World, interrupted: Interrupt) -> None:
         if not resumed:
             # D, G, P = pre-trained; Q' = Q, pi' = pi                                     (Algorithm 1, first lines)
             start = time.monotonic()
-            if not trainer.pretrain(dataset, world, lambda: bool(interrupted.by)):
+            if config.from_run:
+                line = take_over(trainer, config.from_run, world)
+                if world.first:
+                    print(line, file=sys.stderr)
+            elif not trainer.pretrain(dataset, world, lambda: bool(interrupted.by)):
                 say_stopped(interrupted, "during the warm-up", config, world)
                 return
             schedule.seconds = world.broadcast_object(lambda: time.monotonic() - start)

@@ -1,8 +1,8 @@
 """Index a dataset folder: every source is decoded once, to its end, before training.
 
 A folder has `trainX trainY trainZ trainS` (CycleGAN's `trainA trainB` are read as X and Y; Z and S may be missing).
-Each source of a set is a video file, a folder of numbered images, or a raw `.npy`; loose images are one source
-together, in `trainS` one each. The results (see `rlv2v.data.inspect`), faults included, are stored in
+Each source of a set is a video file, a folder of numbered images, a raw `.npy`, or an image, at any depth; see
+`source_paths`. The results (see `rlv2v.data.inspect`), faults included, are stored in
 `.rlv2v-manifest.json` inside the set's folder: a file with the same name, size and time is not opened again, one with
 another time but the same size and content is not decoded again. What could not be read (no permission, a dead link) is
 tried again each time, and what was found damaged is tried again once PyAV has another version.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import stat
 import threading
 import time
@@ -40,6 +41,8 @@ MANIFEST_VERSION = 4
 LAYOUT = {"x": ("trainX", "trainA"), "y": ("trainY", "trainB"), "z": ("trainZ",), "s": ("trainS",)}
 MAX_WORKERS = 8
 """Files decoded at a time, at most: each 4K decoder takes up to 400 MB."""
+MAX_NAMED = 3
+"""Files that a message names of each kind of change."""
 POLL = 0.1
 """Seconds between two looks for a signal that asks to stop."""
 SAVE_EVERY = 10.0
@@ -68,14 +71,52 @@ class Dataset:
     fingerprint: str
     """SHA-256 over names, lengths and contents: equal fingerprints draw equal clips."""
 
+    def contents(self) -> dict[str, str]:
+        """Return what each file's clips depend on, by its path in the dataset."""
+        sources = [source for sources in self.sets.values() for source in sources]
+        return {s.path.relative_to(self.root).as_posix(): f"{s.num_frames} {s.hash}" for s in sources}
+
 
 def source_paths(folder: Path, *, stills: bool = False) -> list[Path]:
-    """Return a set's sources in natural order; loose images are one, `folder` itself, or one each if `stills`."""
+    """Return a set's sources at any depth, in natural order.
+
+    A folder whose images are numbered is a source, their video; `folder` itself may be one. Any other image is a source
+    of one frame, as every image is if `stills`. Each other file is a source, and so is a folder with nothing in it.
+    """
+    return list(_sources(folder, stills, frozenset()))
+
+
+def _sources(folder: Path, stills: bool, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+    """Yield the sources of a folder; `above` are the folders that it lies in, by device and inode."""
+    status = folder.stat()
+    above |= {(status.st_dev, status.st_ino)}
     paths = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=video.natural_key)
-    if stills:
-        return paths
-    loose = {p for p in paths if not p.is_dir() and video.kind_of(p) == "image"}
-    return ([folder] if loose else []) + [p for p in paths if p not in loose]
+    images = [p for p in paths if not p.is_dir() and video.kind_of(p) == "image"]
+    frames = set(images) if not stills and are_numbered(images) else set()
+    if frames:
+        yield folder
+    for path in paths:
+        if not path.is_dir():
+            yield from () if path in frames else (path,)
+        elif (path.stat().st_dev, path.stat().st_ino) not in above:  # a link that leads back up
+            try:
+                yield from list(_sources(path, stills, above)) or [path]
+            except OSError:
+                yield path  # why it cannot be listed is found where sources are read
+
+
+def are_numbered(images: Sequence[Path]) -> bool:
+    """Return whether images are frames of a video: two or more, named alike but for one number, as frame_1, frame_2."""
+    names = [re.split("([0-9]+)", image.stem) for image in images]
+    if len({len(pieces) for pieces in names}) != 1:
+        return False
+    differing = [place for place, pieces in enumerate(zip(*names, strict=True)) if len(set(pieces)) > 1]
+    return len(differing) == 1 and differing[0] % 2 == 1
+
+
+def name_in(folder: Path, source: Path) -> str:
+    """Return a source's path in its set's folder without suffix, "" for the folder itself."""
+    return "" if source == folder else source.relative_to(folder).with_suffix("").as_posix()
 
 
 def file_key(path: Path) -> list[int]:
@@ -271,14 +312,34 @@ def usable_sources(sources: list[Source], folder: Path, wanted: str, *, required
         UserError: none is usable though at least one is `required`; the text says `wanted` and each reason.
     """
     usable = [s for s in sources if s.status != "excluded"]
+    stills = [s for s in sources if s.status == "excluded" and s.kind == "image" and s.num_frames]
+    others = [s for s in sources if s not in stills]
+    still = f"{len(stills)} images are stills of one frame, since their names are not numbered as frame_1, frame_2"
     if required and not usable:
-        reasons = "; ".join(f"{s.path.name}: {s.reason}" for s in sources) or "it is empty"
-        raise UserError(f"{folder}: no usable {wanted}: {reasons}")
-    for source in sources:
+        reasons = [f"{s.path.name}: {s.reason}" for s in others] + ([still] if stills else [])
+        raise UserError(f"{folder}: no usable {wanted}: {'; '.join(reasons) or 'it is empty'}")
+    if stills:
+        log.warning("%s: %s; left out, as a %s needs more; stills serve in trainS", folder, still, wanted)
+    for source in others:
         if source.status != "ok":
             outcome = "left out" if source.status == "excluded" else f"its first {source.num_frames} frames are used"
             log.warning("%s: %s; %s", source.path, source.reason, outcome)
     return usable
+
+
+def describe_change(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Say which files changed, appeared or vanished between two `Dataset.contents`, a few by name."""
+    kinds = {
+        "changed": [name for name in now if before.get(name, now[name]) != now[name]],
+        "appeared": [name for name in now if name not in before],
+        "vanished": [name for name in before if name not in now],
+    }
+    texts = []
+    for kind, names in kinds.items():
+        if names:
+            more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+            texts.append(f"{', '.join(names[:MAX_NAMED])}{more} {kind}")
+    return "; ".join(texts) or "the names of its folders or the way its files are read changed"
 
 
 def fingerprint_of(root: Path, sets: Mapping[str, list[Source]]) -> str:
