@@ -55,6 +55,8 @@ def run_command(main: Callable[[Args], None], args_type: type[Args] | Any, *, de
     one line. Any other exception is a bug and keeps its traceback (exit code 1). description: for `--help`; by default
     the docstring of `args_type`.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name may hold what its encoding has no character for
+        sys.stdout.reconfigure(errors="backslashreplace")
     module = sys.modules["__main__"].__spec__
     name = module.name if module else sys.argv[0]
     prog = f"python -m {name}" if module else f"python {name}"
