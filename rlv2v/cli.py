@@ -8,6 +8,7 @@ import io
 import os
 import re
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
@@ -41,6 +42,7 @@ COMMANDS = {
     "prepare": Command("read any videos once, for training that loads fast", "mine prepared --size 64"),
     "train": Command("learn a translator from unpaired videos", "--data mine --out runs/mine --size 64 --budget 1800"),
     "translate": Command("translate a video of any length", "runs/mine holiday.mp4 holiday-translated.mp4"),
+    "export": Command("write a trained model as ONNX and torch.export", "runs/mine exported"),
     "evaluate": Command("measure a trained run on held-out clips", "runs/mine --data mine --json evaluation.json"),
     "report": Command("show runs side by side on one HTML page", "runs/mine runs/cyclegan"),
 }
@@ -49,9 +51,12 @@ COMMANDS = {
 def run_command(main: Callable[[Args], None], args_type: type[Args] | Any, *, description: str | None = None) -> None:
     """Parse the command line as `args_type`, run `main`, and exit with 0 (done) or 2 (the user can mend it).
 
-    A bad flag, a `UserError`, a full disk or a refused path exits with 2 and one line on stderr. Any other exception is
-    a bug and keeps its traceback (exit code 1). description: for `--help`; by default the docstring of `args_type`.
+    A bad flag, a `UserError`, a full disk or a refused path exits with 2 and one line on stderr, Ctrl-C with 130 and
+    one line. Any other exception is a bug and keeps its traceback (exit code 1). description: for `--help`; by default
+    the docstring of `args_type`.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name may hold what its encoding has no character for
+        sys.stdout.reconfigure(errors="backslashreplace")
     module = sys.modules["__main__"].__spec__
     name = module.name if module else sys.argv[0]
     prog = f"python -m {name}" if module else f"python {name}"
@@ -66,6 +71,9 @@ def run_command(main: Callable[[Args], None], args_type: type[Args] | Any, *, de
         if error.errno not in DISK_ERRORS:
             raise
         message = f"{error.filename or 'disk'}: {error.strerror}; free space or choose another folder"
+    except KeyboardInterrupt:
+        print(f"{name}: stopped by SIGINT", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
     else:
         return
     print(f"{name}: {message}", file=sys.stderr)

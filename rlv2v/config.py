@@ -260,6 +260,9 @@ class Config:
     """Folder of this run."""
     resume: bool = False
     """Resume the run in `out`; its own settings are then the defaults."""
+    from_run: Path | None = None
+    """Folder of an earlier run whose weights a new one starts from; without --preset and --method its settings are the
+    defaults."""
     steps: int | None = None
     """Length of training in steps, instead of `--budget`."""
     budget: float | None = None
@@ -336,7 +339,9 @@ class Config:
 
     @classmethod
     def read(cls, path: Path) -> Config:
-        """Return the config of a run's `config.json`; for the errors see `from_json`."""
+        """Return the config of a run's `config.json`. Raises as `from_json`, and if it is missing."""
+        if not path.is_file():
+            raise UserError(f"{path}: expected the config of a run, found no file")
         return cls.from_json(path.read_text(errors="replace"), str(path))
 
     @classmethod
@@ -350,6 +355,7 @@ class Config:
             values: dict[str, Any] = json.loads(text)
             if not isinstance(values["data"], dict):
                 raise KeyError("the sections of settings")
+            values.setdefault("from_run", None)  # runs from before there was --from
             settings = {flag: _from_json(flag, values) for flag in FLAGS}
             if len(settings) != sum(len(v) if isinstance(v, dict) else 1 for v in values.values()):
                 raise TypeError("a setting more than it has")
@@ -369,10 +375,11 @@ def _flags() -> Iterator[tuple[str, tuple[str, str]]]:
         ("rl", "enabled"): "rl",
         ("rl", "weight"): "rl_weight",
         ("rl", "every"): "rl_every",
+        ("", "from_run"): "from",
     }
     for own in dataclasses.fields(Config):
         if own.default_factory is dataclasses.MISSING:
-            yield own.name, ("", own.name)
+            yield names.get(("", own.name), own.name), ("", own.name)
         else:
             for setting in dataclasses.fields(own.default_factory()):
                 yield names.get((own.name, setting.name), setting.name), (own.name, setting.name)
@@ -388,7 +395,7 @@ def _from_json(flag: str, values: Mapping[str, Any]) -> Any:
     value = (values[section] if section else values)[name]
     if isinstance(value, list):
         return tuple(value)
-    return Path(value) if isinstance(Config().get(flag), Path) else value
+    return Path(value) if value is not None and flag in ("out", "data", "from") else value
 
 
 def check_name(flag: str, name: str, names: Iterable[str]) -> None:

@@ -75,7 +75,7 @@ def as_typed(value: Any) -> str:
 
 
 def resolve(flags: Mapping[str, Any]) -> Config:
-    """Return the config that the typed flags mean, on top of the preset and method or of the run that is resumed.
+    """Return the config that the typed flags mean, on top of the preset and method or of the earlier run that is named.
 
     Raises:
         UserError: no such preset or method, or a run that this version cannot read.
@@ -86,6 +86,8 @@ def resolve(flags: Mapping[str, Any]) -> Config:
     saved = typed.get("out", Config.out) / "config.json"
     if typed.get("resume") and saved.is_file():
         start = Config.read(saved)
+    elif typed.get("from") and not {"preset", "method"} & typed.keys():
+        start = Config.read(typed["from"] / "config.json").replace(out=Config.out, resume=False, replicas=0)
     else:
         start = Config.of(typed.get("preset", "default"), typed.get("method", "rlv2v"))
     for flag, other in (("budget", "steps"), ("steps", "budget")):

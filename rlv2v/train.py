@@ -19,9 +19,11 @@ import torch
 from rlv2v.checkpoint.export import pack_translators
 from rlv2v.checkpoint.resume import create_run_folder, restore, save, settle
 from rlv2v.checkpoint.store import Checkpoints
+from rlv2v.checkpoint.transfer import require_fit, take_over
 from rlv2v.cli import run_command
 from rlv2v.config import Config
-from rlv2v.data.index import open_dataset
+from rlv2v.data.index import Dataset, open_dataset
+from rlv2v.data.inspect import Stopped
 from rlv2v.errors import UserError
 from rlv2v.flags import DESCRIPTION, flags_type, resolve
 from rlv2v.method.baselines import METHODS
@@ -71,7 +73,14 @@ def run(config: Config, world: World, interrupted: Interrupt) -> None:
     if restarts() and (config.out / "config.json").is_file():
         config = config.replace(resume=True)
     config = world.broadcast_object(lambda: settle(config, world.size))
-    dataset = world.broadcast_object(lambda: open_dataset(config.data.folder, frames=config.data.frames))
+    if world.first and not config.resume:
+        require_fit(config)
+    dataset = world.broadcast_object(lambda: open_unless_stopped(config))
+    if dataset is None:
+        if world.first:
+            by = interrupted.by or "a signal"
+            print(f"stopped by {by} while reading the data; the same command goes on from there", file=sys.stderr)
+        return
     loader = make_loader(config, dataset, world)
     trainer = METHODS[config.method].trainer(config, device, world.rank, world.size)
     schedule = trainer.schedule
@@ -92,7 +101,11 @@ def run(config: Config, world: World, interrupted: Interrupt) -> None:
         if not resumed:
             # D, G, P = pre-trained; Q' = Q, pi' = pi                                     (Algorithm 1, first lines)
             start = time.monotonic()
-            if not trainer.pretrain(dataset, world, lambda: bool(interrupted.by)):
+            if config.from_run:
+                line = take_over(trainer, config.from_run, world)
+                if world.first:
+                    print(line, file=sys.stderr)
+            elif not trainer.pretrain(dataset, world, lambda: bool(interrupted.by)):
                 say_stopped(interrupted, "during the warm-up", config, world)
                 return
             schedule.seconds = world.broadcast_object(lambda: time.monotonic() - start)
@@ -159,6 +172,14 @@ def run(config: Config, world: World, interrupted: Interrupt) -> None:
         say_stopped(interrupted, f"at step {schedule.step}", config, world)
     elif is_stale and selection:
         print(selection.say_stale(), file=sys.stderr)
+
+
+def open_unless_stopped(config: Config) -> Dataset | None:
+    """Return the run's dataset, or None if a signal came while it was read."""
+    try:
+        return open_dataset(config.data.folder, frames=config.data.frames)
+    except Stopped:
+        return None
 
 
 def summarise(trainer: Trainer, selection: Selection, run_log: RunLog) -> tuple[float, dict[str, bytes]]:

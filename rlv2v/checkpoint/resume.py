@@ -36,8 +36,13 @@ def settle(config: Config, num_ranks: int) -> Config:
     written, unless it is there.
 
     Raises:
-        UserError: the folder holds a run, or none to resume, or one of other settings.
+        UserError: the folder holds a run, or none to resume, or one of other settings, or has a name that TensorBoard
+            cannot write.
     """
+    try:
+        str(config.out.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--out {config.out.absolute()}: expected a name in UTF-8; choose another folder") from None
     saved_replicas = 0
     if config.resume:
         saved = saved_config(config)
@@ -52,7 +57,11 @@ def settle(config: Config, num_ranks: int) -> Config:
         folder = Path("data") / f"synth-{config.data.size}x{config.data.frames}"
         if not (folder / "dataset.json").exists():
             log.warning("no --data: writing the synthetic set to %s", folder)
-            write_dataset(folder, size=config.data.size, frames=config.data.frames)
+            try:
+                write_dataset(folder, size=config.data.size, frames=config.data.frames)
+            except OSError as error:
+                reason = str(error.strerror).lower()
+                raise UserError(f"{folder}: cannot be written: {reason}; name a dataset by --data") from None
         config = config.replace(data=folder)
     return config
 

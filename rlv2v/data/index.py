@@ -1,8 +1,8 @@
 """Index a dataset folder: every source is decoded once, to its end, before training.
 
 A folder has `trainX trainY trainZ trainS` (CycleGAN's `trainA trainB` are read as X and Y; Z and S may be missing).
-Each source of a set is a video file, a folder of numbered images, or a raw `.npy`; loose images are one source
-together, in `trainS` one each. The results (see `rlv2v.data.inspect`), faults included, are stored in
+Each source of a set is a video file, a folder of numbered images, a raw `.npy`, or an image, at any depth; see
+`source_paths`. The results (see `rlv2v.data.inspect`), faults included, are stored in
 `.rlv2v-manifest.json` inside the set's folder: a file with the same name, size and time is not opened again, one with
 another time but the same size and content is not decoded again. What could not be read (no permission, a dead link) is
 tried again each time, and what was found damaged is tried again once PyAV has another version.
@@ -12,22 +12,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import stat
 import threading
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
 import av
 from tqdm import tqdm
 
 from rlv2v.data import video
-from rlv2v.data.inspect import Source, excluded_source, inspect
+from rlv2v.data.inspect import Source, Stopped, excluded_source, inspect
 from rlv2v.data.workers import cores
-from rlv2v.errors import UserError, get_logger, one_line
+from rlv2v.errors import UserError, get_logger
 from rlv2v.files import write_atomically
+from rlv2v.runtime.interrupt import held
 
 __all__ = ["Dataset", "Source", "index_folder", "open_dataset", "source_paths"]
 MANIFEST = ".rlv2v-manifest.json"
@@ -35,6 +41,14 @@ MANIFEST_VERSION = 4
 LAYOUT = {"x": ("trainX", "trainA"), "y": ("trainY", "trainB"), "z": ("trainZ",), "s": ("trainS",)}
 MAX_WORKERS = 8
 """Files decoded at a time, at most: each 4K decoder takes up to 400 MB."""
+MAX_NAMED = 3
+"""Files that a message names of each kind of change."""
+POLL = 0.1
+"""Seconds between two looks for a signal that asks to stop."""
+SAVE_EVERY = 10.0
+"""Seconds between two savings of the manifest, of which a kill costs what came after the last."""
+CHUNK = 2**20
+"""Bytes that are hashed between two looks for the end."""
 log = get_logger(__name__)
 
 
@@ -57,14 +71,52 @@ class Dataset:
     fingerprint: str
     """SHA-256 over names, lengths and contents: equal fingerprints draw equal clips."""
 
+    def contents(self) -> dict[str, str]:
+        """Return what each file's clips depend on, by its path in the dataset."""
+        sources = [source for sources in self.sets.values() for source in sources]
+        return {s.path.relative_to(self.root).as_posix(): f"{s.num_frames} {s.hash}" for s in sources}
+
 
 def source_paths(folder: Path, *, stills: bool = False) -> list[Path]:
-    """Return a set's sources in natural order; loose images are one, `folder` itself, or one each if `stills`."""
+    """Return a set's sources at any depth, in natural order.
+
+    A folder whose images are numbered is a source, their video; `folder` itself may be one. Any other image is a source
+    of one frame, as every image is if `stills`. Each other file is a source, and so is a folder with nothing in it.
+    """
+    return list(_sources(folder, stills, frozenset()))
+
+
+def _sources(folder: Path, stills: bool, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+    """Yield the sources of a folder; `above` are the folders that it lies in, by device and inode."""
+    status = folder.stat()
+    above |= {(status.st_dev, status.st_ino)}
     paths = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=video.natural_key)
-    if stills:
-        return paths
-    loose = {p for p in paths if not p.is_dir() and video.kind_of(p) == "image"}
-    return ([folder] if loose else []) + [p for p in paths if p not in loose]
+    images = [p for p in paths if not p.is_dir() and video.kind_of(p) == "image"]
+    frames = set(images) if not stills and are_numbered(images) else set()
+    if frames:
+        yield folder
+    for path in paths:
+        if not path.is_dir():
+            yield from () if path in frames else (path,)
+        elif (path.stat().st_dev, path.stat().st_ino) not in above:  # a link that leads back up
+            try:
+                yield from list(_sources(path, stills, above)) or [path]
+            except OSError:
+                yield path  # why it cannot be listed is found where sources are read
+
+
+def are_numbered(images: Sequence[Path]) -> bool:
+    """Return whether images are frames of a video: two or more, named alike but for one number, as frame_1, frame_2."""
+    names = [re.split("([0-9]+)", image.stem) for image in images]
+    if len({len(pieces) for pieces in names}) != 1:
+        return False
+    differing = [place for place, pieces in enumerate(zip(*names, strict=True)) if len(set(pieces)) > 1]
+    return len(differing) == 1 and differing[0] % 2 == 1
+
+
+def name_in(folder: Path, source: Path) -> str:
+    """Return a source's path in its set's folder without suffix, "" for the folder itself."""
+    return "" if source == folder else source.relative_to(folder).with_suffix("").as_posix()
 
 
 def file_key(path: Path) -> list[int]:
@@ -88,15 +140,23 @@ def file_key(path: Path) -> list[int]:
     return [len(stats), size, int(hashlib.sha256(rows.encode()).hexdigest()[:12], 16)]
 
 
-def content_hash(path: Path) -> str:
+def content_hash(path: Path, stop: threading.Event) -> str:
     """Return the SHA-256 of a file, as `sha256sum` prints it; of a folder, SHA-256 over those of its images in order.
 
-    Raises `OSError` for what cannot be read.
+    Raises:
+        OSError: it cannot be read.
+        Stopped: `stop` is set.
     """
     if path.is_dir():
-        return hashlib.sha256("".join(map(content_hash, video.files_of(path))).encode()).hexdigest()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        hashes = (content_hash(file, stop) for file in video.files_of(path))
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
+    content, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while num := file.readinto(buffer):
+            if stop.is_set():
+                raise Stopped
+            content.update(buffer[:num])
+    return content.hexdigest()
 
 
 def is_unchanged(path: Path, key: list[int]) -> bool:
@@ -111,7 +171,7 @@ def examine(path: Path, entry: Entry | None, stop: threading.Event) -> Entry:
     """Return a source as it is now: by its old `entry` where the content is the same, else decoded to its end."""
     try:
         key = file_key(path)
-        content = content_hash(path)
+        content = content_hash(path, stop)
         if entry and entry.key[:2] == key[:2] and entry.source.hash == content:
             return Entry(key, entry.source)
         if key[1] == 0 and not path.is_dir():
@@ -126,7 +186,11 @@ def index_folder(folder: Path, *, frames: int, stills: bool = False, workers: in
     """Return all sources of one set's folder with their status; sources shorter than `frames` are excluded.
 
     `stills` makes each loose image a source (style images). `workers` files are decoded at a time (None: one a core).
-    An interrupted index stores what it has found. Raises `UserError` if the folder cannot be listed.
+    A signal that asks to end stops it within a second; what it has found by then is stored for the next start.
+
+    Raises:
+        UserError: the folder cannot be listed.
+        Stopped: a signal has come, and its own handler let the program go on.
     """
     try:
         paths = source_paths(folder, stills=stills)
@@ -135,20 +199,57 @@ def index_folder(folder: Path, *, frames: int, stills: bool = False, workers: in
     manifest = load_manifest(folder)
     names = {path: path.relative_to(folder).as_posix() for path in paths}  # "." for loose images
     entries = {n: manifest[n] for path, n in names.items() if n in manifest and is_unchanged(path, manifest[n].key)}
-    stop = threading.Event()
-    pool = ThreadPoolExecutor(workers or min(MAX_WORKERS, cores()), thread_name_prefix="rlv2v-index")
+    changed = {name: path for path, name in names.items() if name not in entries}
+
+    def save() -> None:
+        if entries != manifest:
+            save_manifest(folder, entries if len(entries) == len(paths) else manifest | entries)
+
+    with held() as signals:
+        try:
+            save_at = time.monotonic() + SAVE_EVERY
+            for name, entry in examine_all(changed, manifest, workers or min(MAX_WORKERS, cores()), signals):
+                entries[name] = entry
+                if time.monotonic() > save_at:
+                    save()
+                    save_at = time.monotonic() + SAVE_EVERY
+        finally:
+            save()
+    if len(entries) < len(names):
+        raise Stopped
+    return [exclude_short(entries[name].source, frames) for name in names.values()]
+
+
+def examine_all(
+    paths: Mapping[str, Path], manifest: Mapping[str, Entry], workers: int, signals: Sequence[int]
+) -> Iterator[tuple[str, Entry]]:
+    """Yield the name and the entry of each source as it is examined, until there is a signal in the list."""
+    stop, found = threading.Event(), SimpleQueue[tuple[str, Future[Entry]]]()
+
+    def report(name: str, job: Future[Entry]) -> None:
+        found.put((name, job))
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="rlv2v-index")
+    progress = tqdm(desc="index", total=len(paths), unit="file", delay=2, leave=False)
     try:
-        changed = [(path, name) for path, name in names.items() if name not in entries]
-        jobs = {pool.submit(examine, path, manifest.get(name), stop): name for path, name in changed}
-        title = f"index {one_line(folder.name)}"
-        for job in tqdm(as_completed(jobs), title, len(jobs), unit="file", delay=2, leave=False):
-            entries[jobs[job]] = job.result()
+        for name, path in paths.items():
+            job = pool.submit(examine, path, manifest.get(name), stop)
+            job.add_done_callback(partial(report, name))
+        while progress.n < len(paths) and not signals:
+            with suppress(Empty):
+                name, job = found.get(timeout=POLL)
+                yield name, job.result()
+                progress.update()
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+        while not found.empty():  # what the threads have found meanwhile
+            name, job = found.get()
+            if not job.cancelled() and job.exception() is None:
+                yield name, job.result()
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
-        if entries != manifest:
-            save_manifest(folder, entries if len(entries) == len(paths) else manifest | entries)
-    return [exclude_short(entries[name].source, frames) for name in names.values()]
+        progress.close()
 
 
 def exclude_short(source: Source, frames: int) -> Source:
@@ -211,14 +312,34 @@ def usable_sources(sources: list[Source], folder: Path, wanted: str, *, required
         UserError: none is usable though at least one is `required`; the text says `wanted` and each reason.
     """
     usable = [s for s in sources if s.status != "excluded"]
+    stills = [s for s in sources if s.status == "excluded" and s.kind == "image" and s.num_frames]
+    others = [s for s in sources if s not in stills]
+    still = f"{len(stills)} images are stills of one frame, since their names are not numbered as frame_1, frame_2"
     if required and not usable:
-        reasons = "; ".join(f"{s.path.name}: {s.reason}" for s in sources) or "it is empty"
-        raise UserError(f"{folder}: no usable {wanted}: {reasons}")
-    for source in sources:
+        reasons = [f"{s.path.name}: {s.reason}" for s in others] + ([still] if stills else [])
+        raise UserError(f"{folder}: no usable {wanted}: {'; '.join(reasons) or 'it is empty'}")
+    if stills:
+        log.warning("%s: %s; left out, as a %s needs more; stills serve in trainS", folder, still, wanted)
+    for source in others:
         if source.status != "ok":
             outcome = "left out" if source.status == "excluded" else f"its first {source.num_frames} frames are used"
             log.warning("%s: %s; %s", source.path, source.reason, outcome)
     return usable
+
+
+def describe_change(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Say which files changed, appeared or vanished between two `Dataset.contents`, a few by name."""
+    kinds = {
+        "changed": [name for name in now if before.get(name, now[name]) != now[name]],
+        "appeared": [name for name in now if name not in before],
+        "vanished": [name for name in before if name not in now],
+    }
+    texts = []
+    for kind, names in kinds.items():
+        if names:
+            more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+            texts.append(f"{', '.join(names[:MAX_NAMED])}{more} {kind}")
+    return "; ".join(texts) or "the names of its folders or the way its files are read changed"
 
 
 def fingerprint_of(root: Path, sets: Mapping[str, list[Source]]) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from rlv2v.data.dali import Device, GraphReader, decodes, has_dali
-from rlv2v.data.index import Dataset, Source, index_folder, usable_sources
+from rlv2v.data.index import Dataset, Source, describe_change, index_folder, name_in, usable_sources
 from rlv2v.data.inspect import short_reason
 from rlv2v.data.readers import FrameReader, Times
 from rlv2v.data.sampler import SETS, Augment, ClipSample, ClipSampler, Unreadable, restore_dataset
@@ -207,6 +207,7 @@ class Loader:
             "step": self.step,
             "excluded": sampler.state(),
             "fingerprint": sampler.dataset.fingerprint,
+            "contents": sampler.dataset.contents(),
             "seed": sampler.seed,
             "frames": sampler.frames,
             "size": self.size,
@@ -219,14 +220,19 @@ class Loader:
 
         The files that were excluded by then stay so, whether the index still holds them or not.
         """
-        if missing := self.state_dict().keys() - state.keys():
+        if missing := self.state_dict().keys() - state.keys() - {"contents"}:  # older ones lack it
             raise UserError(
                 f"loader state: expected {', '.join(sorted(missing))}, which it lacks; it was not saved by a loader"
             )
         dataset = restore_dataset(self.sampler.dataset, state["excluded"])
-        current = {**self.state_dict(), "fingerprint": dataset.fingerprint}
-        titles = {"fingerprint": "the dataset (its files changed)", "batch": "the batch over all ranks"}
-        for name in current.keys() - {"step", "excluded"}:
+        current = self.state_dict()
+        if state["fingerprint"] != dataset.fingerprint:
+            change = describe_change(state["contents"], dataset.contents()) if "contents" in state else "files changed"
+            raise UserError(
+                f"resume: {dataset.root} must stay as it was: {change}; restore it, or start a new run by --from"
+            )
+        titles = {"batch": "the batch over all ranks"}
+        for name in current.keys() - {"step", "excluded", "fingerprint", "contents"}:
             if state[name] != current[name]:
                 raise UserError(
                     f"resume: {titles.get(name, name)} must stay as saved: expected {state[name]}, "
@@ -260,7 +266,7 @@ def needs_dali(device: Device, backend: Backend) -> bool:
 
 
 def evaluation_clips(folder: Path, *, frames: int | None, size: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (name without suffix, uint8 (T,size,size,3)) for each video of a folder in natural order.
+    """Yield (path in the folder without suffix, uint8 (T,size,size,3)) for each video of a folder in natural order.
 
     The first `frames` frames (None: all), short side resized to `size`, centre crop, no augmentation. Sources that are
     damaged or too short for that are warned about by name and left out; `UserError` when none is left.
@@ -270,4 +276,4 @@ def evaluation_clips(folder: Path, *, frames: int | None, size: int) -> Iterator
     for source in usable_sources(index_folder(folder, frames=frames or 1), folder, "clip", required=True):
         num = source.num_frames if frames is None else frames
         clip = [centre_crop(fit(f[None], size), size)[0] for f in read_frames(source.path, num=num)]
-        yield source.path.stem, np.stack(clip)
+        yield name_in(folder, source.path), np.stack(clip)

@@ -14,12 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from functools import cache
 from typing import TypeVar
 
 import cv2
 
-from rlv2v.errors import UserError
+from rlv2v.errors import UserError, get_logger
+from rlv2v.runtime.interrupt import SIGNALS
 
+log = get_logger(__name__)
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -30,8 +33,9 @@ def cores() -> int:
 
 
 def start_worker() -> None:
-    """Leave Ctrl-C to the parent, use one thread, and end as soon as the parent ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave what a terminal sends to the parent, use one thread, and end as soon as the parent ends."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
     cv2.setNumThreads(1)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -43,13 +47,20 @@ def start_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
+@cache
+def warn_of_no_semaphores(reason: str) -> None:
+    """Say once that processes cannot work together here."""
+    log.warning("processes cannot share semaphores (/dev/shm: %s): one file at a time is read, in this one", reason)
+
+
 def run_all(
     function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int, *, isolate: bool = False
 ) -> Iterator[tuple[Task, Result | UserError]]:
     """Yield (task, function(task)) in the order of completion; a `UserError` of one task is its result.
 
-    jobs: processes; 1 runs in this one, unless `isolate`. A process that dies (a decoder's crash, no memory) fails its
-    task alone: what was under way is tried again one by one. Any other exception of a task ends the run and is raised.
+    jobs: processes; 1 runs in this one, unless `isolate`, and so does any number where there is no /dev/shm. A process
+    that dies (a decoder's crash, no memory) fails its task alone: what was under way is tried again one by one. Any
+    other exception of a task ends the run and is raised.
     """
     if jobs == 1 and not isolate:
         for task in tasks:
@@ -63,7 +74,12 @@ def run_all(
     if forkserver:
         context.set_forkserver_preload(["rlv2v.data.prepare.convert"])
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(min(jobs, max(1, len(tasks))), context, initializer=start_worker)
+    try:
+        pool = ProcessPoolExecutor(min(jobs, max(1, len(tasks))), context, initializer=start_worker)
+    except (OSError, ImportError, NotImplementedError) as error:  # a semaphore is a file in /dev/shm
+        warn_of_no_semaphores(str(getattr(error, "strerror", None) or error))
+        yield from run_all(function, tasks, 1)
+        return
     unfinished, complete = dict(enumerate(tasks)), False
     try:
         futures: dict[Future[Result], int] = {}

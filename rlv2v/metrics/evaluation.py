@@ -232,13 +232,14 @@ def open_split(data: Path, split: Split) -> list[Pair]:
 
 
 def truth_of(source: Path, folder: Path, truths: Path) -> Path:
-    """Return the truth of the source's name, or of its stem; loose images in `folder` are one video."""
-    if source == folder:
-        return truths
-    exact = truths / source.name
-    candidates = [exact] if exact.exists() else sorted(path for path in truths.iterdir() if path.stem == source.stem)
+    """Return the truth at the source's place in `folder`, with any suffix; loose images in `folder` are one video."""
+    exact = truths / source.relative_to(folder)
+    if exact.exists():
+        return exact
+    beside = exact.parent.iterdir() if exact.parent.is_dir() else ()
+    candidates = sorted(path for path in beside if path.stem == source.stem)
     if not candidates:
-        raise UserError(f"{truths}: no truth for {source.name}; expected one of that name")
+        raise UserError(f"{truths}: no truth for {source.relative_to(folder)}; expected one of that name")
     return candidates[0]
 
 

@@ -1,30 +1,118 @@
-"""The signals that ask a run to end."""
+"""The signals that ask a command to end, and three ways to take them: note them, hold them back, or raise the first."""
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import termios
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Ctrl-C; `kill`; a terminal that closes; what batch systems send before the time is up."""
+INSISTING = (signal.SIGINT, signal.SIGTERM)
+Handler = Callable[[int, FrameType | None], None]
 
 
 class Interrupt:
-    """Note in `by` the name of a signal (Ctrl-C or SIGTERM) that asks the run to end after its step.
+    """Note in `by` the name of the first signal that asks the run to end after its step.
 
-    A second signal ends the process at once, which is as safe as a kill: files on the disk are whole at every moment.
+    A second Ctrl-C or SIGTERM ends the process at once, which is as safe as a kill: files on the disk are whole at
+    every moment. Terminals and batch systems repeat the other signals by themselves.
     """
 
     def __init__(self) -> None:
         self.by = ""
+        self._insisted = False
+        self._handlers = ExitStack()
 
     def __enter__(self) -> Interrupt:
-        self._handlers = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._handlers.enter_context(handled_by(self._handle))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._handlers.close()
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.by:
-            os._exit(128 + number)
-        self.by = signal.Signals(number).name
+        if number in INSISTING:
+            if self._insisted:
+                os._exit(128 + number)
+            self._insisted = True
+        self.by = self.by or signal.Signals(number).name
+
+
+@contextmanager
+def held() -> Iterator[list[int]]:
+    """Hold the signals back while the block runs, which looks at the list of their numbers and ends soon.
+
+    Afterwards the first of them goes to the handler from before: it is as if it came only then.
+    """
+    numbers: list[int] = []
+    try:
+        with handled_by(lambda number, _: numbers.append(number)):
+            yield numbers
+    finally:
+        if numbers:
+            signal.raise_signal(numbers[0])
+
+
+class Stop(KeyboardInterrupt):
+    """Report the signal that asked the command to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+@contextmanager
+def raised() -> Iterator[None]:
+    """Raise the first signal as `Stop` in the block, and no later one, so that the block can tidy up."""
+    stopped = False
+
+    def handle(number: int, _: FrameType | None) -> None:
+        nonlocal stopped
+        if not stopped:
+            stopped = True
+            raise Stop(number)
+
+    with handled_by(handle):
+        yield
+
+
+@contextmanager
+def handled_by(handler: Handler) -> Iterator[None]:
+    """Let `handler` take the signals; outside of the main thread they stay as they are.
+
+    A SIGHUP that is ignored, as under nohup, stays ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            leave_lost_terminal()
+        handler(number, frame)
+
+    taken = [s for s in SIGNALS if not (s == signal.SIGHUP and signal.getsignal(s) is signal.SIG_IGN)]
+    before = {number: signal.signal(number, handle) for number in taken}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def leave_lost_terminal() -> None:
+    """Send what goes to a terminal that is gone to nowhere: writing there would be an error."""
+    for descriptor in range(3):
+        try:
+            termios.tcgetattr(descriptor)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:
+                nowhere = os.open(os.devnull, os.O_RDWR)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)

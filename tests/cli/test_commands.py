@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -20,14 +21,16 @@ from rlv2v.data.video import probe
 def test_the_console_script_prints_an_overview_and_its_version(command: Command) -> None:
     code, out, _ = command()
     assert code == 0 and (0, out, "") == command("--help")
-    assert all(f"  {name} " in out for name in ("synth", "prepare", "train", "translate", "evaluate", "report"))
+    assert all(
+        f"  {name} " in out for name in ("synth", "prepare", "train", "translate", "export", "evaluate", "report")
+    )
     assert len(out.splitlines()) < 25 and "rlv2v train --out" in out
     assert command("--version") == (0, f"rlv2v {rlv2v.__version__}\n", "")
     assert rlv2v.__version__ == version("rlv2v")
 
 
 def test_an_unknown_command_is_named_with_the_nearest(command: Command) -> None:
-    names = "synth, prepare, train, translate, evaluate, report"
+    names = "synth, prepare, train, translate, export, evaluate, report"
     assert refusal(command("tran")) == f"rlv2v: expected {names}, got 'tran'; did you mean train?"
     assert refusal(command("quux")) == f"rlv2v: expected {names}, got 'quux'"
 
@@ -99,6 +102,7 @@ def test_the_flags_of_training_are_grouped_by_section(command: Command) -> None:
         ("translate run in.mp4 out.mp4 more.mp4", "unexpected argument 'more.mp4'"),
         ("translate run in.mp4 --newset", "unknown option --newset; did you mean --newest?"),
         ("translate run in.mp4 out.mp4 --size big", "--size: expected INT, got 'big'"),
+        ("export run", "missing OUT; --help describes it"),
         ("evaluate run", "missing --data PATH; --help describes it"),
         ("evaluate run --data mine --split tets", "--split: expected val, test, train, got 'tets'; did you mean test?"),
         ("evaluate run --data", "--data: expected PATH, got nothing"),
@@ -142,6 +146,14 @@ def test_mistakes_and_full_disks_exit_with_2_and_one_line(
         assert getattr(stop.value, "code", None) == 2
         (printed,) = capsys.readouterr().err.splitlines()
         assert printed.endswith(f": {line}")
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["test"])
+    with pytest.raises(SystemExit, match="130"):
+        cli.run_command(lambda _: signal.raise_signal(signal.SIGINT), dict[str, str])
+    (printed,) = capsys.readouterr().err.splitlines()
+    assert printed.endswith(": stopped by SIGINT")
 
 
 def test_train_translate_evaluate_report(data: Path, tmp_path: Path, command: Command) -> None:

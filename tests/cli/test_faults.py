@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import resource
+import select
 import signal
 import subprocess
 import sys
+import termios
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,9 @@ from torch.utils._pytree import tree_leaves
 
 from rlv2v.checkpoint.store import Checkpoints, replica_name
 from rlv2v.config import Config
+from rlv2v.data.index import load_manifest
 from rlv2v.errors import UserError
-from rlv2v.runtime.interrupt import Interrupt
+from rlv2v.runtime.interrupt import Interrupt, Stop, raised
 from rlv2v.runtime.log import read_metrics
 from rlv2v.train import train
 
@@ -128,6 +132,113 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGINT
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_signals_that_come_in_twos_by_themselves_end_nothing_at_once() -> None:
+    with Interrupt() as interrupt:
+        for name in ("SIGHUP", "SIGHUP", "SIGUSR1", "SIGTERM"):
+            signal.raise_signal(getattr(signal, name))
+    assert interrupt.by == "SIGHUP"
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            signal.raise_signal(signal.SIGHUP)
+        assert interrupt.by == "" and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_first_signal_is_raised_and_no_other_disturbs_the_tidying() -> None:
+    tidied = False
+    with pytest.raises(Stop, match="SIGTERM") as stopped, raised():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            tidied = True
+    assert tidied and stopped.value.exit_code == 143
+
+
+def train_in_terminal(config: Config, terminal: str) -> None:
+    """Train in a session of its own, which a terminal controls; a file descriptor of stderr is the terminal's."""
+    os.setsid()
+    descriptor = os.open(terminal, os.O_RDWR)  # the first one that a session opens controls it
+    for stream in range(3):
+        os.dup2(descriptor, stream)
+    os.close(descriptor)
+    train(config)
+    sys.stderr.flush()
+
+
+def test_a_terminal_that_closes_ends_training_with_a_checkpoint(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = Config.of("tiny", data=data, out=run, steps=10**6, snapshot_seconds=1e9)
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))  # or there is no room for a progress bar
+    process = forkserver.Process(target=train_in_terminal, args=(config, os.ttyname(theirs)))
+    process.start()
+    seen = b""
+    while not re.search(rb"[1-9][0-9]*/1000000", seen):  # the progress bar, after a step
+        assert process.is_alive(), seen
+        seen += os.read(ours, 2**16) if select.select([ours], [], [], 1.0)[0] else b""
+    os.close(theirs)
+    os.close(ours)
+    process.join()
+    assert process.exitcode == 0
+    assert steps(run)[-1] > 0, "the first checkpoint is of step 0"
+
+
+STOP_INDEX = """
+import os, signal, sys
+stop = getattr(signal, sys.argv.pop(1))
+from rlv2v.data import index
+content_hash = index.content_hash
+def stopped(path, *rest):
+    if path.name == "big.mp4":
+        for _ in range(2):
+            os.kill(os.getpid(), stop)
+    return content_hash(path, *rest)
+index.content_hash = stopped
+"""
+TRAIN = "from rlv2v.train import *; run_command(main, flags_type(), description=DESCRIPTION)"
+LIBRARY = "index.open_dataset(index.Path(sys.argv[1]), frames=4)"
+
+
+@pytest.mark.parametrize(
+    ("program", "name", "code"),
+    [
+        (TRAIN, "SIGINT", 0),
+        pytest.param(TRAIN, "SIGHUP", 0, marks=pytest.mark.thorough),
+        (LIBRARY, "SIGTERM", -signal.SIGTERM),
+    ],
+)
+def test_a_signal_ends_the_index_in_the_middle_of_a_file_and_what_it_has_found_stays(
+    data: Path, tmp_path: Path, program: str, name: str, code: int
+) -> None:
+    """Two signals come while the last file, of 8 TB, is hashed: nobody waits for its end."""
+    mine, run = tmp_path / "mine", tmp_path / "run"
+    for folder in ("trainX", "trainY"):
+        (mine / folder).mkdir(parents=True)
+        for number, clip in enumerate(sorted((data / folder).glob("*.mp4"))[:2]):
+            (mine / folder / f"{number}.mp4").symlink_to(clip)
+    with (mine / "trainX" / "big.mp4").open("wb") as file:
+        file.truncate(2**43)
+    flags = tiny(mine, run) if program is TRAIN else [mine]
+    one_core = {min(os.sched_getaffinity(0))}  # and so one file at a time
+    process = processes.start(
+        "-c", STOP_INDEX + program, name, *flags, preexec_fn=partial(os.sched_setaffinity, 0, one_core)
+    )
+    assert process.wait(timeout=300) == code
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    assert "Traceback" not in errors and not run.exists()
+    if program is TRAIN:
+        line = f"stopped by {name} while reading the data; the same command goes on from there"
+        assert errors.splitlines() == [line]
+    assert load_manifest(mine / "trainX").keys() == {"0.mp4", "1.mp4"}
 
 
 @pytest.mark.thorough

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -256,6 +257,81 @@ def test_a_run_is_never_overwritten_and_may_be_made_longer(
     assert newest(run).name == "00000006"
 
 
+def test_a_changed_dataset_is_refused_by_the_names_of_its_files(data: Path, tmp_path: Path, command: Command) -> None:
+    mine, run = shutil.copytree(data, tmp_path / "mine"), tmp_path / "run"
+    train(tiny(mine, run, steps=1))
+    clips = sorted((mine / "trainX").glob("*.mp4"))
+    clips[0].rename(mine / "trainX" / "other.mp4")
+    clips[1].write_bytes(clips[2].read_bytes())
+    line = refusal(command("train", "--resume", "--out", run, "--steps", 2))
+    names = f"trainX/{clips[1].name} changed; trainX/other.mp4 appeared; trainX/{clips[0].name} vanished"
+    assert line == (
+        f"rlv2v.train: resume: {mine} must stay as it was: {names}; restore it, or start a new run by --from"
+    )
+
+
+def test_a_run_starts_from_an_earlier_ones_weights(data: Path, trained: Path, tmp_path: Path, command: Command) -> None:
+    few, out = tmp_path / "few", tmp_path / "new"
+    for name in ("trainX", "trainY"):
+        (few / name).mkdir(parents=True)
+        for clip in sorted((data / name).glob("*.mp4"))[:4]:
+            (few / name / clip.name).symlink_to(clip)
+    flags = ("--data", few, "--lr", 1e-9, "--disc-lr", 1e-9, "--seed", 5, "--steps", 1, "--warmup-steps", 9)
+    code, _, err = command("train", "--from", trained, "--out", out, *flags)
+    assert code == 0, err
+    assert f"started from {trained} at its step 4: weights and moments are taken over; steps, schedule, replay" in err
+    first, before = store_of(out).load(0), store_of(trained).load(4)
+    for part in ("nets", "targets", "average"):
+        assert all(torch.equal(first[part][key], value) for key, value in before[part].items()), part
+    for part in ("adam_generators", "adam_discriminators", "adam_critic_x"):
+        moments = zip(first[part]["state"].items(), before[part]["state"].items(), strict=True)
+        assert all(torch.equal(a["exp_avg"], b["exp_avg"]) and a["step"] == b["step"] for (_, a), (_, b) in moments)
+    assert first["adam_generators"]["param_groups"][0]["lr"] == 1e-9
+    assert first["schedule"]["step"] == 0 and store_of(out).steps == [0, 1]
+    config = Config.read(out / "config.json")
+    assert (config.from_run, config.data.size, config.data.folder, config.seed) == (trained, 16, few, 5)
+    code, _, err = command("train", "--resume", "--out", out, "--steps", 2)
+    assert code == 0 and "started from" not in err and store_of(out).steps[-1] == 2
+
+
+def test_what_no_run_can_start_from_is_refused_in_one_line(
+    data: Path, trained: Path, tmp_path: Path, command: Command
+) -> None:
+    tiny_flags = ("--preset", "tiny", "--data", data)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text((trained / "config.json").read_text())
+    for flags, message in (
+        ((*tiny_flags, "--widths", 4, 4), r"--widths: the run of --from has \(4, 8\), got \(4, 4\), to which its weig"),
+        ((*tiny_flags, "--head", "mask"), "--head: the run of --from has 'grid', got 'mask'"),
+        (("--method", "colour-map", "--data", data), "--method: the run of --from has 'rlv2v', got 'colour-map'"),
+    ):
+        line = refusal(command("train", "--from", trained, "--out", tmp_path / "new", *flags))
+        assert re.search(message, line), line
+    line = refusal(command("train", "--from", tmp_path / "none", "--out", tmp_path / "new"))
+    assert "none/config.json: expected the config of a run, found no file" in line
+    line = refusal(command("train", "--from", tmp_path / "empty", "--out", tmp_path / "new"))
+    assert "expected a run with a checkpoint, found none" in line
+    assert not (tmp_path / "new").exists()
+    maps = tmp_path / "maps"
+    assert command("train", "--method", "colour-map", *tiny_flags, "--steps", 2, "--out", maps)[0] == 0
+    line = refusal(command("train", "--from", maps, "--out", tmp_path / "new"))
+    assert "--method colour-map is fitted to its clips anew; leave out --from" in line
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("method", ["cyclegan", "recycle-gan"])
+def test_a_baseline_starts_from_its_own_weights_with_an_average_that_it_had_not(
+    data: Path, tmp_path: Path, method: str, command: Command
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    small = ("--size", 16, "--frames", 4, "--widths", 4, "--disc-widths", 4)
+    assert command("train", "--method", method, "--data", data, "--out", first, "--steps", 1, *small)[0] == 0
+    code, _, err = command("train", "--from", first, "--out", second, "--average", 0.5, "--lr", 1e-9)
+    assert code == 0, err
+    before, now = store_of(first).load(1)["nets"], store_of(second).load(0)
+    assert all(torch.equal(value, before[name]) for part in ("nets", "average") for name, value in now[part].items())
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
 
@@ -290,7 +366,7 @@ def test_a_run_without_a_whole_checkpoint_or_model_is_refused(run: Path, tmp_pat
         load_translator(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_a_signal_saves_and_the_run_goes_on(
     data: Path, tmp_path: Path, name: str, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

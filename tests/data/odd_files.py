@@ -258,7 +258,8 @@ def useless_files(folder: Path, scratch: Path) -> dict[str, Expected]:
     for name, target in links.items():
         (folder / f"{name}.mp4").symlink_to(target)
     os.mkfifo(folder / "pipe.mp4")
-    os.mkfifo(folder / "pipes" / "0.png")
+    for name in ("0.png", "1.png"):
+        os.mkfifo(folder / "pipes" / name)
     reasons = {
         "codec.mp4": "^PyAV does not know its codec",
         "no_moov.mp4": "cannot be opened as a video",

@@ -151,7 +151,7 @@ def test_a_resume_without_a_file_that_was_never_excluded_is_refused(data: Datase
     source = loader(data)
     take(source, 20)
     damage(data.sets["x"][6].path, "gone")
-    with pytest.raises(UserError, match=r"the dataset .* must stay"):
+    with pytest.raises(UserError, match=r"resume: .*/data must stay as it was: trainX/6\.\w+ vanished; restore it"):
         loader(open_dataset(data.root, frames=T)).load_state_dict(source.state_dict())
 
 

@@ -113,6 +113,65 @@ def test_loose_numbered_images_are_one_video_and_stills_are_single(tmp_path: Pat
     assert [(s.kind, s.num_frames) for s in dataset.sets["s"]] == [("image", 1)] * 8
 
 
+def test_nested_folders_are_read_at_any_depth(tmp_path: Path) -> None:
+    write_dataset(tmp_path, ("trainY", "trainX/b/c"))
+    write_frames(tmp_path / "trainX" / "b" / "frames", noise(9))
+    (tmp_path / "trainX" / "b" / "frames" / "deeper").mkdir()
+    write_clip(tmp_path / "trainX" / "b" / "frames" / "deeper" / "a.mp4", noise(9, seed=3), 8)
+    (tmp_path / "trainX" / "b" / "up").symlink_to(tmp_path / "trainX")  # no end, if it is followed
+    (tmp_path / "trainX" / "nothing").mkdir()
+    dataset = open_dataset(tmp_path, frames=8)
+    names = [s.path.relative_to(tmp_path).as_posix() for s in dataset.sets["x"]]
+    assert names == ["trainX/b/c/a.mp4", "trainX/b/frames", "trainX/b/frames/deeper/a.mp4"]
+    assert [s.path.name for s in dataset.excluded] == ["nothing"]
+    assert list(index.load_manifest(tmp_path / "trainX")) == sorted(
+        ["b/c/a.mp4", "b/frames", "b/frames/deeper/a.mp4", "nothing"]
+    )
+    assert dataset.contents().keys() == {*names, "trainY/a.mp4"}
+
+
+@pytest.mark.parametrize(
+    ("names", "numbered"),
+    [
+        ("frame_0001 frame_0002 frame_0010", True),
+        ("1 2 3", True),
+        ("shot3-1-left shot3-2-left", True),
+        ("beach tower dog", False),
+        ("a_1 b_2", False),
+        ("20240501_120000 20240612_093000", False),
+        ("frame_1 frame_2 cover", False),
+        ("frame_1", False),
+    ],
+)
+def test_images_are_a_video_if_one_number_tells_them_apart(names: str, numbered: bool) -> None:
+    assert index.are_numbered([Path(f"{name}.png") for name in names.split()]) == numbered
+
+
+def test_photos_are_stills_and_said_to_be_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_dataset(tmp_path)
+    for folder in ("trainY", "trainY/more", "trainS/more"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for name, image in zip(("beach", "dog", "tower"), noise(3), strict=True):
+            write_image(tmp_path / folder / f"{name}.png", image)
+    with caplog.at_level(logging.WARNING):
+        dataset = open_dataset(tmp_path, frames=8)
+    assert [s.path.name for s in dataset.sets["y"]] == ["a.mp4"] and len(dataset.sets["s"]) == 3
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message == (
+        f"{tmp_path / 'trainY'}: 6 images are stills of one frame, since their names are not numbered as frame_1, "
+        "frame_2; left out, as a clip of 8 frames needs more; stills serve in trainS"
+    )
+    (tmp_path / "trainY" / "a.mp4").unlink()
+    with pytest.raises(UserError, match="trainY: no usable clip of 8 frames: 6 images are stills of one frame"):
+        open_dataset(tmp_path, frames=8)
+
+
+def test_a_change_names_a_few_files_and_counts_the_rest() -> None:
+    before = {name: "1" for name in ("a", "b", "c", "d", "e", "f")}
+    now = {"a": "1", "b": "2", "c": "2", "d": "2", "e": "2", "g": "1"}
+    assert index.describe_change(before, now) == "b, c, d and 1 more changed; g appeared; f vanished"
+
+
 def test_broken_files_are_warned_about_by_name_and_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_dataset(tmp_path)
     (tmp_path / "trainX" / "bad\n1.mp4").write_bytes(b"bad")
@@ -176,7 +235,7 @@ def test_a_touched_or_copied_file_is_known_by_its_content(folder: Path, monkeypa
         os.utime(folder / name, (1, 1))
     seen = decoded(monkeypatch)
     assert index_folder(folder, frames=8) == first and seen == []
-    monkeypatch.setattr(index, "content_hash", lambda path: pytest.fail("the new times are stored"))
+    monkeypatch.setattr(index, "content_hash", lambda path, stop: pytest.fail("the new times are stored"))
     files = [p for p in index.source_paths(folder) if p.name not in ("line\nbreak.mp4", "loop.mp4")]
     monkeypatch.setattr(index, "source_paths", lambda folder, stills: files)
     assert len(index_folder(folder, frames=8)) == len(files)

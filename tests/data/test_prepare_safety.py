@@ -57,19 +57,21 @@ def write_arrays(src: Path, num: int, frames: int) -> None:
         np.save(src / f"{k}.npy", np.roll(clip, k, axis=0))
 
 
-@pytest.mark.parametrize("store", ["raw", "video"])
-def test_stopped_in_the_middle_of_a_file_it_goes_on_to_the_same_result(tmp_path: Path, store: str) -> None:
+@pytest.mark.parametrize(
+    ("store", "stop"), [("raw", "SIGKILL"), ("video", "SIGINT"), ("raw", "SIGTERM"), ("raw", "SIGHUP")]
+)
+def test_stopped_in_the_middle_of_a_file_it_goes_on_to_the_same_result(tmp_path: Path, store: str, stop: str) -> None:
     src, out, reference = tmp_path / "src", tmp_path / "out", tmp_path / "reference"
     write_arrays(src, 5, 12)
     main(Args(src, reference, store=store, jobs=1))  # type: ignore[arg-type]
-    stop = "SIGKILL" if store == "raw" else "SIGINT"
     flags = [str(src), str(out), "--store", store, "--jobs", "1"]
     done = subprocess.run([sys.executable, "-c", KILL, stop, *flags], capture_output=True, text=True)
     if stop == "SIGKILL":
         assert done.returncode == -signal.SIGKILL and list(out.glob("trainX/.*")), "a half file lies there, hidden"
     else:
-        assert done.returncode == 130 and "stopped; the same command goes on" in done.stderr
-        assert not list(out.glob("*/.*")), "Ctrl-C leaves no half file"
+        assert done.returncode == 128 + getattr(signal, stop) and "Traceback" not in done.stderr
+        assert done.stderr.splitlines()[-1] == f"{out}: stopped by {stop}; the same command goes on from here"
+        assert not list(out.glob("*/.*")), "it leaves no half file"
     made = {name: row for name, row in prepared_files(out).items() if "/." not in name}
     assert len(made) == 2
     main(Args(src, out, store=store, jobs=1))  # type: ignore[arg-type]
@@ -90,7 +92,7 @@ def test_workers_end_with_a_killed_parent_and_the_next_run_goes_on(tmp_path: Pat
         if stop == "SIGKILL":
             assert done.returncode == -signal.SIGKILL, done.stderr
         else:
-            assert done.returncode == 130 and "stopped; the same command goes on" in done.stderr
+            assert done.returncode == 130 and "stopped by SIGINT; the same command goes on" in done.stderr
             assert not list(out.glob("*/.*")), "Ctrl-C leaves no half file"
         assert 0 < len([name for name in prepared_hashes(out) if "/." not in name]) < 12
     made = prepared_files(out)

@@ -21,12 +21,13 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from rlv2v.data.index import is_unchanged, source_paths
+from rlv2v.data.index import is_unchanged, name_in, source_paths
 from rlv2v.data.inspect import Source, excluded_source
 from rlv2v.data.prepare.convert import MAX_FPS, Format, Item, Store, convert_source, survey_source
 from rlv2v.data.workers import cores, run_all
 from rlv2v.errors import UserError, one_line
 from rlv2v.files import PARTIAL, lock_folder, write_atomically
+from rlv2v.runtime.interrupt import Stop, raised
 
 Choice = Literal["auto", "raw", "video"]
 REPORT = "prepared.json"
@@ -162,6 +163,7 @@ def prepare_dataset(
     Raises:
         UserError: bad arguments, nothing usable in `src`, another run at work in `out`, or a disk that is too small.
         OSError: the disk fails.
+        SystemExit: a signal asked to stop.
     """
     for name, value, low, high in (("size", size, 1, 4096), ("frames", frames, 1, 10**9), ("jobs", jobs, 0, 1024)):
         if not low <= value <= high:
@@ -177,7 +179,7 @@ def prepare_dataset(
     jobs = jobs or cores()
     sources = find_sources(src, into)
     out.mkdir(parents=True, exist_ok=True)
-    with lock_folder(out):
+    with raised(), lock_folder(out):
         remove_partial(out)
         report = Report(out, size=size, fps=fps, store=store)
         try:
@@ -199,9 +201,9 @@ def prepare_dataset(
             for item, result in tqdm(run_all(convert, todo, jobs), "write", len(todo), **PROGRESS):
                 report.finish(item, result)
             report.print_summary(src, items, {item.output for item in todo})
-        except KeyboardInterrupt:
-            print(f"\n{one_line(out)}: stopped; the same command goes on from here", file=sys.stderr)
-            raise SystemExit(130) from None
+        except Stop as stop:
+            print(f"\n{one_line(out)}: stopped by {stop}; the same command goes on from here", file=sys.stderr)
+            raise SystemExit(stop.exit_code) from None
         finally:
             remove_partial(out)
             report.save()
@@ -235,7 +237,7 @@ def survey_all(
 ) -> list[Item]:
     """Return an item for every source: from the report where it is unchanged, else by decoding it.
 
-    What would have fewer frames than `min_frames` is excluded; stills have one.
+    What would have fewer frames than `min_frames` is excluded, but for the stills of a set S.
     """
     known = {path: item for _, path in sources if (item := report.known_item(path))}
     unknown = [path for _, path in sources if path not in known]
@@ -249,7 +251,7 @@ def survey_all(
     items = []
     for name, path in sources:
         item = replace(known[path], set=name)
-        if item.usable and item.source.kind != "image" and item.frames < min_frames:
+        if item.usable and not name.endswith("S") and item.frames < min_frames:
             cause = f" ({item.source.reason})" if item.source.reason else ""
             item = item.exclude(f"{item.frames} frames, fewer than --frames {min_frames}{cause}")
         items.append(item)
@@ -296,9 +298,10 @@ def name_outputs(items: list[Item], output_format: Format) -> list[Item]:
 
 
 def pair_key(item: Item) -> tuple[str, str]:
-    """Return what a source and its truth share: the split, and the name without suffix ("" for a folder of images)."""
+    """Return what a source and its truth share: the split, and the path in its set without suffix ("" for the set)."""
     path = item.source.path
-    return re.sub("(X|Truth)$", "", item.set), "" if SET_NAME.fullmatch(path.name) else path.stem
+    root = next((p for p in (path, *path.parents) if SET_NAME.fullmatch(p.name)), path.parent)
+    return re.sub("(X|Truth)$", "", item.set), name_in(root, path)
 
 
 def select_missing(items: list[Item], out: Path, output_format: Format, report: Report) -> list[Item]:
