@@ -27,6 +27,8 @@ from rlv2v.data.upright import pixel_aspect, turn_of
 from rlv2v.errors import UserError
 
 Kind = Literal["video", "frames", "raw", "image"]
+DECODING_CLOCK = {"avi"}
+"""Formats that say when a picture is decoded; FFmpeg guesses, often too late, when it is shown."""
 RATE_PACKETS = 256
 """Packets whose times tell a video's rate before it is read."""
 
@@ -202,7 +204,7 @@ def probe_video(path: Path) -> Probe:
         if first is None:
             raise UserError(f"{path}: no frame can be decoded")
         tick, aspect, transposed = Fraction(stream.time_base or 0), pixel_aspect(stream), turn_of(first)[0]
-        start = (first.dts if first.pts is None else first.pts) or 0
+        start = first.dts if first.pts is None or container.format.name in DECODING_CLOCK else first.pts
         sides = (first.height, first.width) if transposed else (first.width, first.height)
         return Probe(
             stream.codec_context.codec.canonical_name,
@@ -212,7 +214,7 @@ def probe_video(path: Path) -> Probe:
             bool(container.streams.audio),
             1 / aspect if transposed else aspect,
             tick,
-            start * tick,
+            (start or 0) * tick,
         )
 
 

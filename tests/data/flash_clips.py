@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from rlv2v.data.video import timed_frames
 AT, LENGTH, FLASH = (1.0, 3.0), 4.0, 0.2
 """Seconds: of the flashes and beeps, of the clip, of one flash."""
 WIDTH, HEIGHT, SAMPLE_RATE = 64, 48, 48000
-EVEN = tuple(Fraction(k, 25) for k in range(100))
-VARIABLE = tuple(sorted({*(Fraction(k, 50) for k in range(0, 100, 3)), *(Fraction(k, 10) for k in range(20, 40))}))
-"""Times of frames: every 40 ms; in the first half every 60 ms, then every 100 ms."""
+FPS = 10
+EVEN = tuple(Fraction(k, FPS) for k in range(40))
+TV = tuple(Fraction(k, 25) for k in range(100))
+VARIABLE = tuple(sorted({*(Fraction(k, 50) for k in range(0, 100, 3)), *(Fraction(k, FPS) for k in range(20, 40))}))
+"""Times of frames: every 100 ms; every 40 ms, as MPEG-2 needs; in the first half every 60 ms, then every 100 ms."""
 
 
 def lit(time: float) -> bool:
@@ -41,17 +43,19 @@ def write_flashes(
     start: Fraction = Fraction(0),
     codec: str = "libx264",
     sounds: Sequence[str] = ("aac",),
-    rate: Fraction | int = 25,
+    rate: Fraction | int = FPS,
     tick: Fraction = Fraction(1, 90_000),
     setup: Callable[[Any], None] = lambda output: None,
     lacking: tuple[float, float] = (0, 0),
     size: tuple[int, int] = (WIDTH, HEIGHT),
+    subtitles: Mapping[str, Path] = {},
     **options: Any,
 ) -> Path:
     """Write the clip with frames at `times`, from `start` on the file's clock.
 
     sounds: an audio track of each of these encoders.  setup: what is done to the open output before the first packet.
-    lacking: seconds from and to which there is no sound.  options: of the pictures' encoder.
+    lacking: seconds from and to which there is no sound.  subtitles: files by their language.
+    options: of the pictures' encoder.
     """
     with av.open(str(path), "w", options=options.pop("container", {})) as output:
         stream: Any = output.add_stream(codec, rate=rate, options={"g": "25", **options}, time_base=tick)
@@ -61,9 +65,10 @@ def write_flashes(
         tracks: list[Any] = [output.add_stream(sound, rate=SAMPLE_RATE) for sound in sounds]
         for track in tracks:
             track.codec_context.layout = "mono"
+        texts = [text for name, file in subtitles.items() for text in read_subtitles(output, name, file, start)]
         setup(output)
         output.start_encoding()
-        packets: list[av.Packet] = []
+        packets: list[Any] = texts
         for time in times:
             picture = np.full((size[1], size[0], 3), 255 if lit(float(time)) else 0, np.uint8)
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
@@ -83,6 +88,18 @@ def write_flashes(
         for packet in sorted(packets, key=lambda p: p.dts * p.time_base):
             output.mux(packet)
     return path
+
+
+def read_subtitles(output: Any, language: str, path: Path, start: Fraction) -> list[Any]:
+    """Enter a file with subtitles into an output, and return its packets, moved by `start` seconds."""
+    with av.open(str(path)) as source:
+        stream: Any = output.add_stream_from_template(source.streams.subtitles[0])
+        stream.metadata["language"] = language
+        packets = [packet for packet in source.demux() if packet.size]
+    for packet in packets:
+        packet.stream = stream
+        packet.pts = packet.dts = packet.pts + round(start / packet.time_base)
+    return packets
 
 
 def flashes(path: Path) -> list[float]:

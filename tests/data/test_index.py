@@ -226,6 +226,7 @@ def test_the_manifest_describes_each_file_and_moves_with_its_folder(
         "pixels": "",
         "status": "ok",
         "reason": "",
+        "interlaced": False,
     }
     assert set(manifest["entries"]) == {p.name for p in index.source_paths(folder)}
     assert str(folder) not in json.dumps(manifest), "no path of this machine"
