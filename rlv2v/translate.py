@@ -123,6 +123,8 @@ def main(args: Args) -> None:
     fps = None if args.fps is None else Fraction(args.fps).limit_denominator(60060)
     g, config = load_translator(args.run, args.direction, device=pick_device(args.device), best=args.best)
 
+    if video.hdr:
+        log.warning("%s: HDR (%s); tone-mapped to BT.709", args.source, video.hdr)
     started = time.perf_counter()
     stream, faults = Stream(g, config, args.size, video.pixel_aspect), Faults(args.strict)
     frames = timed_frames(

@@ -22,7 +22,7 @@ BT2020_TO_BT709 = np.array(
 )
 """Linear RGB to linear RGB (BT.2087)."""
 LUMINANCE = np.array([[0.2627, 0.6780, 0.0593]], np.float32)
-NUM_STEPS = 4096
+NUM_STEPS = 16384
 
 
 def tone_map(codes: np.ndarray, curve: str) -> np.ndarray:
@@ -32,10 +32,20 @@ def tone_map(codes: np.ndarray, curve: str) -> np.ndarray:
         scene = np.maximum(cv2.transform(linear, LUMINANCE), 1e-6)
         linear = linear * (PEAK / WHITE * scene**0.2)[..., None]
     linear = np.maximum(cv2.transform(linear, BT2020_TO_BT709), 0)
-    brightest = linear.max(-1)
-    place = np.minimum(pq_of(brightest * WHITE) * NUM_STEPS, NUM_STEPS).astype(np.int32)
-    linear *= gains()[place][..., None]
-    return np.rint(255 * np.minimum(linear, 1) ** (1 / 2.4)).astype(np.uint8)
+    brightest = np.maximum(np.maximum(linear[..., 0], linear[..., 1]), linear[..., 2])
+    linear *= look_up(gains(), brightest * (WHITE / 10000))[..., None]
+    return look_up(levels(), np.minimum(linear, 1))
+
+
+def look_up(table: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return the entries of a table over the square roots of values in [0, 1], at the nearest one."""
+    return table[(np.sqrt(values) * (len(table) - 1) + 0.5).astype(np.int32).clip(0, len(table) - 1)]
+
+
+@cache
+def levels() -> np.ndarray:
+    """Return the codes of light in [0, 1], uint8 (NUM_STEPS,) over its square root."""
+    return np.rint(255 * np.linspace(0, 1, NUM_STEPS) ** (2 / 2.4)).astype(np.uint8)
 
 
 @cache
@@ -62,11 +72,12 @@ def pq_of(nits: np.ndarray) -> np.ndarray:
 
 @cache
 def gains() -> np.ndarray:
-    """Return the factor of light by the PQ code of the brightest channel, float32 (NUM_STEPS + 1,) over [0, 1]."""
-    codes = np.arange(NUM_STEPS + 1) / NUM_STEPS
-    peak, white = pq_of(np.array(PEAK)), pq_of(np.array(WHITE)) / pq_of(np.array(PEAK))
-    x, knee = np.minimum(codes / peak, 1), 1.5 * white - 0.5
+    """Return the factor of light by the brightest channel, float32 (NUM_STEPS,) over the root of its share of 10000."""
+    nits = 10000 * np.linspace(0, 1, NUM_STEPS) ** 2
+    peak = pq_of(np.array(PEAK))
+    white, x = pq_of(np.array(WHITE)) / peak, np.minimum(pq_of(nits) / peak, 1)
+    knee = 1.5 * white - 0.5
     t = (x - knee) / (1 - knee)
     hermite = (2 * t**3 - 3 * t**2 + 1) * knee + (t**3 - 2 * t**2 + t) * (1 - knee) + (3 * t**2 - 2 * t**3) * white
-    shown = np.where(x < knee, codes, peak * hermite)
-    return np.divide(nits_of(shown), nits_of(codes), out=np.ones_like(codes), where=codes > 0.01).astype(np.float32)
+    shown = nits_of(peak * np.maximum(hermite, 0))
+    return np.divide(shown, nits, out=np.ones_like(nits), where=x > knee).astype(np.float32)

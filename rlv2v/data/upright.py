@@ -85,7 +85,7 @@ class Upright:
         curve = CURVES.get(frame.color_trc)
         if curve is None:
             return self._reformat(frame, size, "rgb24")
-        return tone_map(self._reformat(frame, size, "rgb48le"), curve)
+        return tone_map(self._reformat(frame, size, "gbrp16le"), curve)  # rgb48le comes out wrong with these flags
 
     def _reformat(self, frame: av.VideoFrame, size: tuple[int, int], form: str) -> np.ndarray:
         untagged = frame.colorspace == UNTAGGED

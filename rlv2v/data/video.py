@@ -22,6 +22,7 @@ import numpy as np
 from rlv2v.data.clock import DEFAULT_FPS, Timeline, declared_rate, measured_rate
 from rlv2v.data.damage import Faults
 from rlv2v.data.decoding import Deinterlace, TimedFrame, decode, open_video, pictures, stream_of
+from rlv2v.data.hdr import CURVES
 from rlv2v.data.images import IMAGE_SUFFIXES, read_image, resize
 from rlv2v.data.upright import pixel_aspect, turn_of
 from rlv2v.errors import UserError
@@ -178,6 +179,8 @@ class Probe(NamedTuple):
     """How many times as wide as high the upright frame's pixels are."""
     tick: Fraction | None = None
     """Seconds of which the source's times are multiples; None where it has no clock."""
+    hdr: str = ""
+    """PQ or HLG if the pictures are HDR, which is tone-mapped."""
     start: Fraction = Fraction(0)
     """Time of the first frame on the file's own clock, seconds."""
 
@@ -214,6 +217,7 @@ def probe_video(path: Path) -> Probe:
             bool(container.streams.audio),
             1 / aspect if transposed else aspect,
             tick,
+            CURVES.get(first.color_trc, ""),
             (start or 0) * tick,
         )
 
