@@ -153,6 +153,10 @@ class Gaps:
         if self.counts and packet.size and not packet.is_discard and packet.pts is not None:
             heapq.heappush(self._waiting, packet.pts)
 
+    def none_before(self, ticks: int | None) -> bool:
+        """Return whether no picture is missing before the one shown at `ticks`."""
+        return not self._begun or ticks is None or not self._waiting or self._waiting[0] >= ticks
+
     def before(self, ticks: int | None) -> Iterator[int]:
         """Yield the times of the pictures that should have come before the one shown at `ticks` (None: the end)."""
         while self._waiting and (ticks is None or self._waiting[0] <= ticks):

@@ -19,6 +19,8 @@ from rlv2v.data.upright import Upright, pixel_aspect
 from rlv2v.errors import UserError
 
 Deinterlace = Literal["auto", "on", "off"]
+MAX_LATE = 4
+"""After damage a decoder may give frames out of order; so many are waited for."""
 TEXT_FORMATS = {"tty", "bin", "xbin", "adf", "idf", "concat", "hls", "dash", "sdp", "svg_pipe"}
 """Formats that FFmpeg draws as a picture (a README.txt) or follows to other files and hosts (a playlist)."""
 
@@ -104,6 +106,23 @@ def pictures(
     stream = stream_of(container)
     decoder, timeline, tally = decoder_of(stream), Timeline(container, stream), Tally()
     mender, gaps = Mender(path, faults), Gaps(stream.codec_context.codec.canonical_name)
+    waiting: list[av.VideoFrame] = []
+    spoiled: set[int] = set()
+
+    def shown(now: bool) -> Iterator[av.VideoFrame]:
+        """Yield those waiting frames, at once if `now`, before which none is missing or will still come."""
+        waiting.sort(key=lambda frame: -1 if frame.pts is None else frame.pts)
+        while waiting and (now or faults is None or len(waiting) > MAX_LATE or gaps.none_before(waiting[0].pts)):
+            frame = waiting.pop(0)
+            if faults is not None:
+                for ticks in gaps.before(frame.pts):
+                    yield from mender.lost(ticks)
+            tally.add_frame(frame.pts)
+            if frame.is_corrupt or (faults is not None and frame.pts in spoiled):
+                yield from mender.damaged(frame)
+            else:
+                yield mender.good(frame)
+
     try:
         for packet in container.demux(stream):
             timeline.move(packet, timeline.part_of(packet))
@@ -114,15 +133,12 @@ def pictures(
                 frames = decoder.decode(packet if packet.size else None)
             except (av.FFmpegError, OSError) as error:
                 yield from mender.lost(packet.pts, error, known=not gaps.counts and packet.size > 0)
+            if packet.is_corrupt and packet.pts is not None:
+                spoiled.add(packet.pts)
             for frame in frames:
-                if faults is not None:
-                    for ticks in gaps.before(frame.pts):
-                        yield from mender.lost(ticks)
-                tally.add_frame(frame.pts)
-                if frame.is_corrupt or (faults is not None and packet.is_corrupt and frame.pts == packet.pts):
-                    yield from mender.damaged(frame)
-                else:
-                    yield mender.good(frame)
+                waiting.append(frame)
+                yield from shown(frame.pts is None)
+        yield from shown(True)
     except (av.FFmpegError, OSError) as error:
         if faults is None:
             raise mender.undecodable(error) from error
