@@ -21,9 +21,10 @@ from tqdm import tqdm
 from rlv2v.checkpoint.export import load_translator
 from rlv2v.cli import Device, RunFolder, run_command
 from rlv2v.data.clock import DEFAULT_FPS, MAX_FPS
-from rlv2v.data.containers import choose_codec
+from rlv2v.data.containers import CODECS, choose_codec
 from rlv2v.data.damage import Faults
 from rlv2v.data.decoding import Deinterlace
+from rlv2v.data.sequence import SequenceWriter, check_sequence, is_sequence
 from rlv2v.data.tracks import Tracks
 from rlv2v.data.video import Probe, kind_of, probe, resampled, timed_frames
 from rlv2v.data.writer import VideoWriter, check_folder
@@ -42,7 +43,8 @@ class Args:
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
     """Video file that PyAV reads, or a folder of numbered images."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """Video to write (.mp4, .mov, .mkv or .webm), in a folder that exists. It appears when all frames are done."""
+    """Video to write (.mp4, .mov, .mkv, .webm, .gif), in a folder that exists, or images (NEW_FOLDER/%05d.png, .jpg,
+    .webp). It appears when all frames are done."""
     direction: Literal["x2y", "y2x"] = "x2y"
     """x2y: source domain to target domain; y2x: back."""
     best: bool = False
@@ -76,8 +78,14 @@ def check_args(args: Args) -> str:
     """Return the codec's key, before any work; raise UserError for what cannot be done or would lose a file."""
     if not args.source.exists():
         raise UserError(f"{args.source}: no such video file or folder of frames")
-    codec = choose_codec(args.out, args.codec, lossless=args.lossless)
-    check_folder(args.out)
+    codec = ""
+    if is_sequence(args.out):
+        check_sequence(args.out, overwrite=args.overwrite)
+        if args.out.parent.exists() and args.out.parent.samefile(args.source):
+            raise UserError(f"{args.out}: output and input are the same folder; choose another one")
+    else:
+        codec = choose_codec(args.out, args.codec, lossless=args.lossless)
+        check_folder(args.out)
     if args.out.exists() and args.out.samefile(args.source):
         raise UserError(f"{args.out}: output and input are the same file; choose another output name")
     if args.out.exists() and not args.overwrite:
@@ -86,10 +94,12 @@ def check_args(args: Args) -> str:
         raise UserError(f"--size: expected 0 (the video's own) or at least 8 pixels, got {args.size}")
     if args.fps is not None and not 0 < args.fps <= MAX_FPS:
         raise UserError(f"--fps: expected more than 0 and up to {MAX_FPS}, got {args.fps:g}")
-    if args.crf is not None and (args.lossless or not 0 <= args.crf <= (51 if codec in ("h264", "hevc") else 63)):
-        raise UserError(
-            f"--crf: expected 0 to {51 if codec in ('h264', 'hevc') else 63} without --lossless, got {args.crf}"
-        )
+    if args.crf is not None:
+        most = 51 if codec in ("h264", "hevc") else 63
+        if not codec or "crf" not in CODECS[codec].options:
+            raise UserError(f"--crf: {codec or 'images'} have no such quality")
+        if not 0 <= args.crf <= most:
+            raise UserError(f"--crf: expected 0 to {most} for {codec}, got {args.crf}")
     return codec
 
 
@@ -99,8 +109,10 @@ def side_by_side(source: np.ndarray, translated: np.ndarray) -> np.ndarray:
     return np.pad(both, ((0, len(both) % 2), (0, 0), (0, 0)), mode="edge")
 
 
-def open_writer(args: Args, video: Probe, codec: str, fps: Fraction | None) -> VideoWriter:
+def open_writer(args: Args, video: Probe, codec: str, fps: Fraction | None) -> VideoWriter | SequenceWriter:
     """Return the writer of the output, which carries along what a video file holds besides its pictures."""
+    if is_sequence(args.out):
+        return SequenceWriter(args.out, fps or video.fps)
     tracks = None
     if kind_of(args.source) == "video":
         tracks = Tracks(args.source, video.start, audio=args.audio)

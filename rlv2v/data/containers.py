@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
 
@@ -23,8 +24,8 @@ class Container:
     """Keys of `CODECS`, the default first."""
     audio: frozenset[str]
     """Sound that is copied as it is."""
-    audio_encoder: str
-    """What other sound is encoded with."""
+    audio_encoder: str | None
+    """What other sound is encoded with; None: it is left out."""
     subtitles: frozenset[str]
     """Subtitles that are copied; others are left out."""
     in_decoding_order: bool = False
@@ -46,6 +47,8 @@ class Codec:
     """0: as many as FFmpeg likes."""
     lossless: str | None = None
     """The row of `CODECS` that gives every value back."""
+    tick: Fraction | None = None
+    """Seconds of which all times are multiples; None: any."""
     gop: int = 12
     """Frames from key frame to key frame, at most."""
 
@@ -64,6 +67,7 @@ CONTAINERS: Mapping[str, Container] = MappingProxyType(
             "aac",
             frozenset({"subrip", "ass", "webvtt", "dvd_subtitle", "hdmv_pgs_subtitle", "dvb_subtitle"}),
         ),
+        ".gif": Container(("gif",), frozenset(), None, frozenset()),
         ".webm": Container(("vp9", "av1"), frozenset({"opus", "vorbis"}), "libopus", frozenset({"webvtt"})),
     }
 )
@@ -75,6 +79,7 @@ CODECS: Mapping[str, Codec] = MappingProxyType(
         "vp9": Codec("libvpx-vp9", {"crf": "18", "b": "0", "cpu-used": "4", "row-mt": "1"}, lossless="vp9-lossless"),
         "av1": Codec("libsvtav1", {"crf": "20", "preset": "8", "svtav1-params": "lp=1"}),
         "ffv1": Codec("ffv1", {"level": "3"}, "bgr0", lossless="ffv1", gop=1),
+        "gif": Codec("gif", form="pal8", tick=Fraction(1, 100)),
         # what `synth` and `prepare` write: the same bits on every machine, and for DALI BT.601
         "vp9-lossless": Codec("libvpx-vp9", VP9_OPTIONS | {"lossless": "1"}, "gbrp", threads=1),
         "vp9-601": Codec("libvpx-vp9", VP9_OPTIONS | {"crf": "16", "b": "0"}, matrix=Colorspace.ITU601, threads=1),

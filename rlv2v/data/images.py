@@ -70,8 +70,9 @@ def on_black(image: np.ndarray) -> np.ndarray:
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
-    """Write uint8 RGB (H,W,3) in the format of the suffix, in place; lossless for `.png`."""
-    done, encoded = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    """Write uint8 RGB (H,W,3) in the format of the suffix, in place; lossless for `.png` and `.webp`."""
+    best = {".webp": [cv2.IMWRITE_WEBP_QUALITY, 101]}.get(path.suffix.lower(), [])
+    done, encoded = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), best)
     if not done:
         raise ValueError(f"write_image: {path.suffix} cannot be encoded")
     path.write_bytes(encoded.tobytes())

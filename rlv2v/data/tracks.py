@@ -55,7 +55,7 @@ class Tracks:
             try:
                 if codec in (container.audio if track.type == "audio" else container.subtitles):
                     writer: Copy | Transcode = Copy(track, output)
-                elif codec is not None and track.type == "audio":
+                elif codec is not None and track.type == "audio" and container.audio_encoder:
                     writer = Transcode(track, output, container.audio_encoder)
                     name = writer.stream.codec_context.codec.canonical_name
                     log.warning("%s: %s sound does not fit into the output; encoded as %s", self._path, codec, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from fractions import Fraction
@@ -10,6 +11,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.filter import Graph
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
 from rlv2v.data.clock import MAX_FPS
@@ -70,7 +72,8 @@ class VideoWriter:
         self.shape: tuple[int, ...] | None = None
         self.count = 0
         self._codec, self._options, self._even, self._aspect = CODECS[codec], options or {}, even, aspect
-        self._tick = 1 / self.fps if tick is None else fine_tick(tick)
+        self._tick = self._codec.tick or (1 / self.fps if tick is None else fine_tick(tick))
+        self._palette = PaletteFilter() if self._codec.form == "pal8" else None
         self._held: Any = None
         """The last frame: how long it is shown is known with the next."""
         self._durations: dict[int, int] = {}
@@ -131,6 +134,8 @@ class VideoWriter:
         if self._even:
             frame = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        if self._palette is not None:
+            return self._palette(picture)
         if self._yuv:
             matrix, limited = self._codec.matrix, ColorRange.MPEG
             form = self._stream.pix_fmt
@@ -142,7 +147,7 @@ class VideoWriter:
         """Encode the frame held, which is shown up to `end` in ticks, and the other tracks up to there."""
         assert self._held is not None
         self._durations[self._held.pts] = end - self._held.pts
-        self._mux(self._stream.encode(self._held))
+        self._mux(self._encoded(self._held))
         if self._tracks is not None:
             self._tracks.write_until(end * self._tick)
 
@@ -150,7 +155,7 @@ class VideoWriter:
         """Encode the last frame, and let the file end when it does."""
         end = max(round(self._end / self._tick), frame.pts + 1)
         self._durations[frame.pts] = end - frame.pts
-        packets: list[Any] = [*self._stream.encode(frame), *self._stream.encode(None)]
+        packets: list[Any] = [*self._encoded(frame), *self._encoded(None)]
         self._mux(packets[:-1])
         for packet in packets[-1:]:
             last = self._durations.pop(packet.pts, packet.duration)
@@ -159,6 +164,20 @@ class VideoWriter:
                 last = max(1, end - (packet.dts - first))
             packet.duration = last
             self._output.mux(packet)
+
+    def _encoded(self, frame: Any) -> list[Any]:
+        """Return what the encoder gives for a frame (None: the end).
+
+        SVT-AV1 makes the thread that calls it real-time if root runs it, which starves others; that is undone.
+        """
+        if self._codec.encoder != "libsvtav1" or not hasattr(os, "sched_getscheduler"):
+            return list(self._stream.encode(frame))
+        usual = os.sched_getscheduler(0)
+        try:
+            return list(self._stream.encode(frame))
+        finally:
+            if os.sched_getscheduler(0) != usual:
+                os.sched_setscheduler(0, usual, os.sched_param(0))
 
     def _mux(self, packets: list[Any]) -> None:
         for packet in packets:
@@ -186,6 +205,30 @@ class VideoWriter:
         finally:
             with suppress(av.FFmpegError):  # the end of a file that is thrown away, perhaps because the disk is full
                 self._output.close()
+
+
+class PaletteFilter:
+    """Bring each frame to the 256 colours that suit it best, by FFmpeg's filters."""
+
+    def __init__(self) -> None:
+        self._graph: Graph | None = None
+        self._count = 0
+
+    def __call__(self, frame: av.VideoFrame) -> Any:
+        """Return an RGB frame with a palette of its own (pal8)."""
+        if self._graph is None:
+            graph = self._graph = Graph()
+            size = f"video_size={frame.width}x{frame.height}:pix_fmt=rgb24:time_base=1/100"
+            source, split = graph.add("buffer", size), graph.add("split")
+            palette, use = graph.add("palettegen", "stats_mode=single"), graph.add("paletteuse", "new=1:dither=none")
+            graph.link_nodes(source, split)
+            split.link_to(use, 0, 0)
+            split.link_to(palette, 1, 0)
+            palette.link_to(use, 0, 1)
+            graph.link_nodes(use, graph.add("buffersink")).configure()
+        frame.pts, self._count = self._count, self._count + 1
+        self._graph.vpush(frame)
+        return self._graph.vpull()
 
 
 def write_clip(path: Path, frames: np.ndarray, fps: Fraction | float, codec: str = "h264") -> None:

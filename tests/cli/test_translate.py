@@ -83,7 +83,7 @@ def test_paths_are_checked_before_any_work(tmp_path):
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "link.mp4").symlink_to(source)
     for out, words in {
-        "out.avi": "expected the suffix .mp4, .mov, .mkv, .webm, got .avi",
+        "out.avi": "expected the suffix .mp4, .mov, .mkv, .gif, .webm, got .avi",
         "out": "got none",
         "missing/out.mp4": "does not exist; create it",
         "folder.mp4": "is a folder",
