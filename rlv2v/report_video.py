@@ -19,8 +19,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from rlv2v.data.images import resize
 from rlv2v.data.index import index_folder
+from rlv2v.data.scaling import resize
 from rlv2v.data.video import read_frames
 from rlv2v.data.writer import VideoWriter
 from rlv2v.metrics.base import Scene

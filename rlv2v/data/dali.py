@@ -25,9 +25,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from rlv2v.data.images import fit_size
 from rlv2v.data.inspect import Source, short_reason
 from rlv2v.data.sampler import ClipSample, ClipSampler, Unreadable
+from rlv2v.data.scaling import fit_size
 from rlv2v.errors import UserError
 
 Device = Literal["cpu", "gpu"]

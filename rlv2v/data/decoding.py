@@ -51,7 +51,7 @@ def open_video(path: Path) -> av.container.InputContainer:
     elif stream_of(container).disposition & Disposition.attached_pic:
         fault = "no video stream but a cover picture; expected a video"
     elif stream_of(container).disposition & Disposition.dependent:
-        fault = "a picture stored in tiles (HEIC, AVIF); expected one in a piece: convert it to PNG or JPEG"
+        fault = "a picture stored in tiles; expected one in a piece: convert it to PNG or JPEG"
     elif getattr(stream_of(container), "codec_context", None) is None:
         fault = "PyAV does not know its codec; expected H.264, VP9 or another common one"
     else:

@@ -1,4 +1,4 @@
-"""Read, write and scale images: uint8 RGB (H,W,3), upright, on black where they are transparent."""
+"""Read and write images: uint8 RGB (H,W,3), upright, on black where they are transparent."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from rlv2v.data.heic import read_heic
+from rlv2v.data.scaling import on_black
 from rlv2v.errors import UserError
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
+HEIC_SUFFIXES = {".heic", ".heif"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"} | HEIC_SUFFIXES
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -20,6 +23,8 @@ def read_image(path: Path) -> np.ndarray:
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: expected an image file, got a folder, pipe or device")
+        if path.suffix.lower() in HEIC_SUFFIXES:
+            return read_heic(path)
         encoded = np.fromfile(path, np.uint8)
         image = cv2.imdecode(encoded, cv2.IMREAD_COLOR) if encoded.size else None
         transparent = image is not None and may_be_transparent(encoded)
@@ -60,15 +65,6 @@ def is_extended_webp(start: bytes) -> bool:
     return start[:4] == b"RIFF" and start[8:16] == b"WEBPVP8X" and len(start) > 20
 
 
-def on_black(image: np.ndarray) -> np.ndarray:
-    """Return uint8 or uint16 (H,W,4), the last channel alpha, over black: (H,W,3) of that dtype, rounded to nearest."""
-    most = int(np.iinfo(image.dtype).max)
-    colour, alpha = image[..., :3], image[..., 3:]
-    if alpha.min() == most:
-        return np.ascontiguousarray(colour)
-    return ((colour.astype(np.uint64) * alpha + most // 2) // most).astype(image.dtype)
-
-
 def write_image(path: Path, image: np.ndarray) -> None:
     """Write uint8 RGB (H,W,3) in the format of the suffix, in place; lossless for `.png` and `.webp`."""
     best = {".webp": [cv2.IMWRITE_WEBP_QUALITY, 101]}.get(path.suffix.lower(), [])
@@ -76,30 +72,3 @@ def write_image(path: Path, image: np.ndarray) -> None:
     if not done:
         raise ValueError(f"write_image: {path.suffix} cannot be encoded")
     path.write_bytes(encoded.tobytes())
-
-
-def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Scale (H,W,3) to `width` x `height`: area average when it shrinks, bilinear when it grows; as is if it fits."""
-    if image.shape[:2] == (height, width):
-        return image
-    method = cv2.INTER_AREA if height < image.shape[0] else cv2.INTER_LINEAR
-    scaled: np.ndarray = cv2.resize(image, (width, height), interpolation=method)
-    return scaled
-
-
-def fit_size(width: int, height: int, size: int) -> tuple[int, int]:
-    """Return (width, height) scaled so that the short side is `size`; the aspect stays."""
-    short = min(width, height)
-    return max(size, round(width * size / short)), max(size, round(height * size / short))
-
-
-def fit(frames: np.ndarray, size: int) -> np.ndarray:
-    """Resize (T,H,W,3) so that the short side is `size`."""
-    target = fit_size(frames.shape[2], frames.shape[1], size)
-    return np.stack([resize(frame, *target) for frame in frames])
-
-
-def centre_crop(frames: np.ndarray, size: int) -> np.ndarray:
-    """Return the middle `size` x `size` of (T,H,W,3)."""
-    top, left = (frames.shape[1] - size) // 2, (frames.shape[2] - size) // 2
-    return np.ascontiguousarray(frames[:, top : top + size, left : left + size])

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 from rlv2v.data.dali import Device, GraphReader, decodes, has_dali
-from rlv2v.data.images import centre_crop, fit, fit_size
 from rlv2v.data.index import Dataset, Source, index_folder, usable_sources
 from rlv2v.data.inspect import short_reason
 from rlv2v.data.readers import FrameReader, Times
 from rlv2v.data.sampler import SETS, Augment, ClipSample, ClipSampler, Unreadable, restore_dataset
+from rlv2v.data.scaling import centre_crop, fit, fit_size
 from rlv2v.data.video import read_frames
 from rlv2v.errors import UserError
 from rlv2v.runtime.device import on_device

@@ -18,8 +18,9 @@ import numpy as np
 from rlv2v.data import video
 from rlv2v.data.clock import Timeline
 from rlv2v.data.decoding import decoder_of, deinterlaced, open_video, stream_of
-from rlv2v.data.images import read_image, resize
+from rlv2v.data.images import read_image
 from rlv2v.data.inspect import Source
+from rlv2v.data.scaling import resize
 from rlv2v.data.upright import Upright
 from rlv2v.errors import UserError
 

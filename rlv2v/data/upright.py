@@ -11,7 +11,7 @@ import numpy as np
 from av.video.reformatter import ColorPrimaries, Colorspace, Interpolation, VideoReformatter
 
 from rlv2v.data.hdr import CURVES, tone_map
-from rlv2v.data.images import on_black, resize
+from rlv2v.data.scaling import on_black, resize
 
 SCALING = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 """Without the last two flags FFmpeg's colours come out 1 to 1.5 levels of 255 too dark."""

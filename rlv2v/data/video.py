@@ -23,7 +23,8 @@ from rlv2v.data.clock import DEFAULT_FPS, Timeline, declared_rate, measured_rate
 from rlv2v.data.damage import Faults
 from rlv2v.data.decoding import Deinterlace, TimedFrame, decode, open_video, pictures, stream_of
 from rlv2v.data.hdr import CURVES
-from rlv2v.data.images import IMAGE_SUFFIXES, read_image, resize
+from rlv2v.data.images import IMAGE_SUFFIXES, read_image
+from rlv2v.data.scaling import resize
 from rlv2v.data.upright import pixel_aspect, turn_of
 from rlv2v.errors import UserError
 

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from rlv2v.config import Config
 from rlv2v.data import to_model, to_uint8
-from rlv2v.data.images import fit_size, resize
+from rlv2v.data.scaling import fit_size, resize
 from rlv2v.errors import UserError
 from rlv2v.kernels.bilateral import slice_apply_frame
 from rlv2v.model import Generator, GridTranslator

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from rlv2v.data.decoding import deinterlaced, open_video, pictures
-from rlv2v.data.images import centre_crop, fit_size, resize
 from rlv2v.data.index import Source, index_folder
 from rlv2v.data.readers import FrameReader
+from rlv2v.data.scaling import centre_crop, fit_size, resize
 from rlv2v.data.upright import Upright
 from rlv2v.errors import UserError
 from rlv2v.metrics.base import FVD_FRAMES, METRICS, Frame, Kind, Scene, Values

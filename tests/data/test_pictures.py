@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from heic import write_heic
 
 from rlv2v.data.images import write_image
 from rlv2v.data.index import index_folder
@@ -305,6 +306,28 @@ def test_an_animation_that_is_a_video_has_all_frames(tmp_path: Path, suffix: str
     np.testing.assert_allclose([frame.mean() for frame in frames], [0, 40, 80, 120, 160], atol=LEVELS)
     (source,) = index_folder(tmp_path, frames=1)
     assert (source.status, source.num_frames) == ("ok", 5)
+
+
+@pytest.mark.skipif("libx265" not in av.codecs_available, reason="no encoder")
+@pytest.mark.parametrize(("turns", "mirror"), [(0, None), (1, None), (3, 0), (2, 1)])
+def test_a_heic_in_tiles_is_whole_and_upright(tmp_path: Path, turns: int, mirror: int | None) -> None:
+    image = quadrants(100, 180)  # 2 x 3 tiles, the last ones cut
+    write_heic(tmp_path / "a.heic", image, tmp_path / "tile.mp4", turns=turns, mirror=mirror)
+    (tmp_path / "tile.mp4").unlink()
+    shown = np.rot90(image, turns)
+    shown = shown if mirror is None else shown[::-1] if mirror == 0 else shown[:, ::-1]
+    (source,) = index_folder(tmp_path, frames=1, stills=True)
+    assert (source.kind, source.status, source.height, source.width) == ("image", "ok", *shown.shape[:2])
+    assert np.abs(FrameReader().read(source, 0, 1)[0].astype(int) - shown).mean() < LEVELS
+
+
+def test_a_damaged_heic_is_named(tmp_path: Path) -> None:
+    path = write_heic(tmp_path / "a.heic", quadrants(64, 128), tmp_path / "tile.mp4")
+    data = path.read_bytes()
+    for content in (b"", data[:100], data.replace(b"idat", b"none"), data.replace(b"pitm", b"none"), data[:-700]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"a\.heic: cannot be read as a HEIC picture"):
+            list(read_frames(path))
 
 
 def test_odd_sizes_play_everywhere_unless_asked(tiny_run: Path, tmp_path: Path) -> None:

@@ -62,9 +62,10 @@ def test_a_clock_that_does_not_start_at_zero(tiny_run: Path, tmp_path: Path, nam
     assert_in_step(translate(tiny_run, source, tmp_path / "out.mp4"), TV)
 
 
-def test_a_clock_that_starts_anew(tiny_run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("starts", [(20, 5), (5, 600)], ids=["back", "forth"])
+def test_a_clock_that_starts_anew(tiny_run: Path, tmp_path: Path, starts: tuple[int, int]) -> None:
     """Two transport streams put together by `cat`: the second clip follows the first, its sound in step with it."""
-    parts = [write_flashes(tmp_path / f"{k}.ts", start=Fraction(k, FPS)) for k in (20, 5)]
+    parts = [write_flashes(tmp_path / f"{k}.ts", start=Fraction(k, FPS)) for k in starts]
     source = tmp_path / "in.ts"
     source.write_bytes(b"".join(part.read_bytes() for part in parts))
     out = translate(tiny_run, source, tmp_path / "out.mp4")
