@@ -49,8 +49,9 @@ from rlv2v.cli import run_command
 from rlv2v.config import Config
 from rlv2v.data.index import MANIFEST, index_folder, open_dataset
 from rlv2v.data.loader import Loader
+from rlv2v.data.scaling import resize
 from rlv2v.data.synth import Counts, write_dataset
-from rlv2v.data.video import read_frames, resize
+from rlv2v.data.video import read_frames
 from rlv2v.data.workers import cores
 
 NUM_FILES, LENGTH = 4, 120

@@ -39,7 +39,8 @@ import numpy as np
 import tyro
 
 from rlv2v.cli import run_command
-from rlv2v.data.video import fit, probe, read_frames
+from rlv2v.data.scaling import fit
+from rlv2v.data.video import probe, read_frames
 from rlv2v.data.writer import write_clip
 from rlv2v.errors import UserError, one_line
 from rlv2v.files import PARTIAL

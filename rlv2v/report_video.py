@@ -19,7 +19,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from rlv2v.data.video import probe, read_frames, resize
+from rlv2v.data.index import index_folder
+from rlv2v.data.scaling import resize
+from rlv2v.data.video import read_frames
 from rlv2v.data.writer import VideoWriter
 from rlv2v.metrics.base import Scene
 from rlv2v.metrics.evaluation import Record
@@ -182,9 +184,9 @@ def still_uri(image: np.ndarray, *, lossless: bool) -> str:
 
 
 def source_fps(folder: Path, names: Sequence[str]) -> dict[str, Fraction]:
-    """Return the frame rate of each source; loose images are one source with the name of their folder."""
-    paths = {name: folder / name if (folder / name).exists() else folder for name in names}
-    return {name: probe(path).fps for name, path in paths.items()}
+    """Return the frame rate of each source as the index has it."""
+    rates = {source.path.name: source.fps for source in index_folder(folder, frames=2)}
+    return {name: Fraction(rates[name]).limit_denominator(60060) for name in names}
 
 
 def common_fps(rates: Sequence[Fraction]) -> Fraction:

@@ -27,7 +27,7 @@ import torch
 
 from rlv2v.data.inspect import Source, short_reason
 from rlv2v.data.sampler import ClipSample, ClipSampler, Unreadable
-from rlv2v.data.video import fit_size
+from rlv2v.data.scaling import fit_size
 from rlv2v.errors import UserError
 
 Device = Literal["cpu", "gpu"]

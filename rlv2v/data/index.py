@@ -37,7 +37,7 @@ from rlv2v.runtime.interrupt import held
 
 __all__ = ["Dataset", "Source", "index_folder", "open_dataset", "source_paths"]
 MANIFEST = ".rlv2v-manifest.json"
-MANIFEST_VERSION = 4
+MANIFEST_VERSION = 5
 LAYOUT = {"x": ("trainX", "trainA"), "y": ("trainY", "trainB"), "z": ("trainZ",), "s": ("trainS",)}
 MAX_WORKERS = 8
 """Files decoded at a time, at most: each 4K decoder takes up to 400 MB."""

@@ -10,19 +10,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
 import av
-import numpy as np
-from av.video.reformatter import ColorRange
 
 from rlv2v.data import video
+from rlv2v.data.clock import Timeline, declared_rate, measured_rate
+from rlv2v.data.damage import CUT_OFF, ONE_PICTURE_A_PACKET, Tally, ending
+from rlv2v.data.decoding import decoder_of, open_video, stream_of
+from rlv2v.data.hdr import CURVES
+from rlv2v.data.upright import has_alpha, is_limited_601, pixel_aspect, square_size, turn_of
 from rlv2v.data.video import Kind
 from rlv2v.errors import UserError, one_line
-
-ONE_PICTURE_A_PACKET = {"h264", "hevc", "vp9", "av1"}
-"""Codecs of which an intact file shows each packet once, at the packet's time."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class Source:
     num_frames: int = 0
     """Frames that decode without damage, from the first on."""
     fps: float = 0.0
+    """Frames a second, see `rlv2v.data.clock`."""
     width: int = 0
-    """Width of the upright frame, pixels."""
+    """Width of the upright frame in square pixels."""
     height: int = 0
     num_bytes: int = 0
     pixels: str = ""
@@ -46,6 +48,8 @@ class Source:
     """Why it is truncated or excluded; empty when ok."""
     hash: str = ""
     """SHA-256 of the content, see `content_hash`; empty where it cannot be read."""
+    interlaced: bool = False
+    """Whether a frame is flagged as interlaced: readers then deinterlace."""
 
     def to_row(self) -> dict[str, Any]:
         """Return the fields as JSON stores them, without the path."""
@@ -108,107 +112,75 @@ def decode_video(path: Path, stop: threading.Event) -> Source:
     """
     times: list[int | None] = []
     packets: list[tuple[int | None, int | None]] = []
-    sizes, turned, damage, first, num_discarded = set(), False, "", None, 0
-    with video.open_video(path) as container:
-        stream = video.stream_of(container)
+    sizes, plain, interlaced, damage, first, tally = set(), True, False, "", None, Tally()
+    with open_video(path) as container:
+        stream = stream_of(container)
+        decoder, timeline, aspect = decoder_of(stream), Timeline(container, stream), pixel_aspect(stream)
         codec = stream.codec_context.codec.canonical_name
-        fps = float(stream.average_rate or stream.guessed_rate or 25)
         pixels = stream.codec_context.pix_fmt
         try:
             for packet in container.demux(stream):
                 if stop.is_set():
                     raise Stopped
-                num_discarded += packet.is_discard
+                timeline.move(packet, timeline.part_of(packet))
+                tally.add_packet(packet)
                 if packet.size and not packet.is_discard:
                     packets.append((packet.pts, packet.dts))
                 if packet.is_corrupt:
                     raise UserError("the file is cut off or damaged there")
-                for frame in packet.decode():
+                for frame in decoder.decode(packet if packet.size else None):
                     if frame.is_corrupt:
                         raise UserError(f"frame {len(times)} is damaged")
                     first = first or frame
                     sizes.add((frame.width, frame.height))
-                    turned |= frame.rotation != 0
+                    interlaced |= frame.interlaced_frame
+                    plain &= not any(turn_of(frame)) and frame.color_trc not in CURVES
                     times.append(frame.pts)
-            num, damage = trusted_frames(container, path, times, packets, num_discarded)
+                    tally.add_frame(frame.pts)
+            num, damage = trusted_frames(codec, times, packets, ending(container, stream, path, tally))
         except (av.FFmpegError, OSError, UserError) as error:
             damage = f"decoding stops after frame {len(times)}: {getattr(error, 'strerror', None) or error}"
             num = max(len(times) - 1, 0)
         if first is None or num == 0:
             raise UserError(f"{path}: no frame can be decoded{': ' + damage if damage else ''}")
-        width, height = (first.height, first.width) if round(first.rotation / 90) % 2 else (first.width, first.height)
-        trimmed = stream.frames not in (0, num)  # DALI may number what an edit list hides
-        if turned or trimmed or damage or len(sizes) > 1 or not (pixels == "gbrp" or is_limited_601(first)):
-            pixels = ""
-    return Source(path, "video", codec, num, fps, width, height, pixels=pixels or "", reason=damage)
-
-
-def is_limited_601(frame: av.VideoFrame) -> bool:
-    """Return whether a frame is BT.601 limited range, or untagged: what DALI assumes of every file."""
-    return frame.colorspace in {2, 5, 6} and frame.color_range != ColorRange.JPEG  # AVColorSpace: untagged, BT.601
+        tick = Fraction(stream.time_base or 0)
+        fps = measured_rate([time * tick for time in known(times[:num])], declared_rate(stream))
+        trimmed = stream.frames not in (0, num) or timeline.num_parts > 1  # DALI may number what an edit list hides
+        plain &= len(sizes) == 1 and not (interlaced or trimmed or damage or has_alpha(first)) and aspect == 1
+        shown = square_size(first.width, first.height, aspect)
+        width, height = shown[::-1] if turn_of(first)[0] else shown
+    plain &= pixels == "gbrp" or is_limited_601(first)
+    form = pixels or "" if plain else ""
+    return Source(
+        path, "video", codec, num, float(fps), width, height, pixels=form, reason=damage, interlaced=interlaced
+    )
 
 
 def trusted_frames(
-    container: av.container.InputContainer,
-    path: Path,
+    codec: str,
     times: Sequence[int | None],
     packets: Sequence[tuple[int | None, int | None]],
-    num_discarded: int,
+    cut: str,
 ) -> tuple[int, str]:
     """Return how many frames of a video that decoded without an error can be trusted, and why no more (empty: all).
 
-    times: of the frames as decoded.  packets: (time to show, time to decode) as read.  num_discarded: packets that an
-    edit list takes out.
+    times: of the frames as decoded.  packets: (time to show, time to decode) as read.  cut: how the file ends early.
     """
-    stream, form = video.stream_of(container), container.format.name
-    num, missing = len(times), seconds_missing(container, known(times))
-    if stream.codec_context.codec.canonical_name in ONE_PICTURE_A_PACKET and times and times[0] is not None:
+    num = len(times)
+    if codec in ONE_PICTURE_A_PACKET and times and times[0] is not None:
         shown = sorted(p for p, _ in packets if p is not None and p >= times[0])
         wrong = next((i for i, (time, packet) in enumerate(zip(times, shown, strict=False)) if time != packet), num)
         if wrong < len(shown) == len(set(shown)):
             return max(wrong - 1, 0), f"frame {wrong} cannot be decoded"
-    read, declared = len(packets), stream.frames
-    if "mp4" in form and stream.index_entries:  # the index lacks what the edit list of a trimmed file cuts off
-        read, declared = read + num_discarded, min(declared, len(stream.index_entries))
-    if form == "avi" and packets and packets[-1][1] is not None:
-        # AVI counts ticks: a frame may take several of them, and the last one is as long as the longest
-        read = packets[-1][1] + max((int(s) for s in np.diff(known([d for _, d in packets]))), default=1)
-    if read < declared:
-        damage = f"the file ends after {read} of {declared} frames"
-    elif missing:
-        damage = f"the file ends {missing:.1f} s before the length that it declares"
-    elif not has_end(form, path):
-        num, damage = max(num - 1, 0), "the file is cut off"
-    else:
+    if not cut:
         return num, ""
+    num = max(num - 1, 0) if cut == CUT_OFF else num
     decoded = packets[-1][1] if packets else None
     if decoded is not None:  # what is still to come would be shown later than it is decoded
         num = min(num, sum(t is None or t <= decoded for t in times))
-    return num, damage
-
-
-def has_end(form: str, path: Path) -> bool:
-    """Return whether a GIF has its last byte and an MPEG-TS complete packets: both can be cut without an error."""
-    if form == "gif":
-        return path.read_bytes().rstrip(b"\0").endswith(b";")
-    return form != "mpegts" or any(path.stat().st_size % packet == 0 for packet in (188, 192, 204))
+    return num, cut
 
 
 def known(times: Sequence[int | None]) -> list[int]:
     """Return the times without those that the file does not hold."""
     return [time for time in times if time is not None]
-
-
-def seconds_missing(container: av.container.InputContainer, times: list[int]) -> float:
-    """Return the seconds by which a Matroska or WebM file, shown at `times`, ends before its declared length, else 0.
-
-    Such a file has no count of its frames, and a cut one ends without an error. With sound, the declared length may be
-    the sound's: then less than a second is ignored.
-    """
-    stream = video.stream_of(container)
-    if "matroska" not in container.format.name or not container.duration or not times or stream.time_base is None:
-        return 0.0
-    step = max((int(s) for s in np.diff(times)), default=0)
-    missing = container.duration / av.time_base - float((times[-1] + step) * stream.time_base)
-    tolerance = 1.0 if len(container.streams) > 1 else 0.5 * float(step * stream.time_base) + 0.01
-    return missing if missing > tolerance else 0.0

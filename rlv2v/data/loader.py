@@ -25,7 +25,8 @@ from rlv2v.data.index import Dataset, Source, describe_change, index_folder, nam
 from rlv2v.data.inspect import short_reason
 from rlv2v.data.readers import FrameReader, Times
 from rlv2v.data.sampler import SETS, Augment, ClipSample, ClipSampler, Unreadable, restore_dataset
-from rlv2v.data.video import centre_crop, fit, fit_size, read_frames
+from rlv2v.data.scaling import centre_crop, fit, fit_size
+from rlv2v.data.video import read_frames
 from rlv2v.errors import UserError
 from rlv2v.runtime.device import on_device
 

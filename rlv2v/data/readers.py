@@ -16,8 +16,12 @@ import av
 import numpy as np
 
 from rlv2v.data import video
+from rlv2v.data.clock import Timeline
+from rlv2v.data.decoding import decoder_of, deinterlaced, open_video, stream_of
+from rlv2v.data.images import read_image
 from rlv2v.data.inspect import Source
-from rlv2v.data.video import Upright, resize
+from rlv2v.data.scaling import resize
+from rlv2v.data.upright import Upright
 from rlv2v.errors import UserError
 
 Size = tuple[int, int]
@@ -33,18 +37,30 @@ SKIPPABLE = {"h264", "hevc"}
 
 def packet_times(source: Source) -> Times | None:
     """Return the times of the frames that the index counts; None where the file's packets do not number them."""
-    with video.open_video(source.path) as container:
+    shown: list[int] = []
+    keys: list[int] = []
+    num = 0
+    with open_video(source.path) as container:
+        stream = stream_of(container)
+        timeline = Timeline(container, stream)
         try:
-            packets = [p for p in container.demux(video.stream_of(container)) if p.size]
+            for packet in container.demux(stream):
+                timeline.part_of(packet)
+                if not packet.size:
+                    continue
+                if packet.is_keyframe and packet.pts is not None:
+                    keys.append(packet.pts)
+                if packet.is_discard:  # by the edit list of a trimmed file: decoded, not shown
+                    continue
+                num += 1
+                if packet.pts is not None:
+                    shown.append(packet.pts)
         except av.FFmpegError:
             return None  # the sequential read that follows names the fault
-    keys = sorted(p.pts for p in packets if p.is_keyframe and p.pts is not None)
-    packets = [p for p in packets if not p.is_discard]  # by the edit list of a trimmed file: decoded, not shown
-    shown = sorted(p.pts for p in packets if p.pts is not None)
     enough = len(shown) >= source.num_frames if source.status == "truncated" else len(shown) == source.num_frames
-    if not enough or len(set(shown)) != len(packets):
+    if not enough or len(set(shown)) != num or timeline.num_parts > 1:
         return None
-    return np.array(shown[: source.num_frames], np.int64), np.array(keys, np.int64)
+    return np.array(sorted(shown)[: source.num_frames], np.int64), np.array(sorted(keys), np.int64)
 
 
 class OpenVideo:
@@ -52,23 +68,26 @@ class OpenVideo:
 
     def __init__(self, source: Source, times: Times, size: Size) -> None:
         self.size, self.pixels = size, source.width * source.height
-        self._times, self._skips, self._upright = times, source.codec in SKIPPABLE, Upright(size)
-        self.container = video.open_video(source.path)
-        self._stream = video.stream_of(self.container)
-        self._stream.codec_context.thread_count = 1
+        self._times, self._upright, self._interlaced = times, Upright(size), source.interlaced
+        self._skips = source.codec in SKIPPABLE and not source.interlaced
+        self.container = open_video(source.path)
+        self._stream = stream_of(self.container)
+        self._decoder = decoder_of(self._stream)
+        self._decoder.thread_count = 1
 
     def read(self, start: int, num: int) -> np.ndarray | None:
         """Return frames `start .. start+num`, uint8 (num,H,W,3); None where the file no longer holds exactly them."""
         shown, keys = self._times
+        more = int(self._interlaced)  # a deinterlaced frame depends on its neighbours
+        window = shown[max(0, start - more) : start + num + more].tolist()
         wanted = shown[start : start + num].tolist()
-        key = int(np.searchsorted(keys, wanted[0], "right")) - 1
+        key = int(np.searchsorted(keys, window[0], "right")) - 1
         if key < 0:
             return None
         clip, count = np.empty((num, self.size[1], self.size[0], 3), np.uint8), 0
         with suppress(av.FFmpegError):  # here too
-            for frame in self._decode(int(keys[key]), wanted[0]):
-                if frame.pts is None or frame.is_corrupt or frame.pts > wanted[count]:
-                    return None
+            frames = self._pictures(int(keys[key]), window)
+            for frame in deinterlaced(frames, "auto") if self._interlaced else frames:
                 if frame.pts == wanted[count]:
                     clip[count] = self._upright(frame)
                     count += 1
@@ -76,14 +95,23 @@ class OpenVideo:
                         return clip
         return None
 
-    def _decode(self, key: int, first: int) -> Iterator[av.VideoFrame]:
-        """Yield the frames from the key frame shown at `key` on; before `first` only those to which others refer."""
-        context = self._stream.codec_context
+    def _pictures(self, key: int, window: list[int]) -> Iterator[av.VideoFrame]:
+        """Yield the frames shown at the times of `window`, from the key frame shown at `key` on; fewer at a fault."""
+        count = 0
         self.container.seek(key, stream=self._stream)
+        self._decoder.flush_buffers()
         for packet in self.container.demux(self._stream):
             if self._skips:
-                context.skip_frame = "NONREF" if packet.pts is not None and packet.pts < first else "DEFAULT"
-            yield from packet.decode()
+                first = packet.pts is not None and packet.pts < window[0]  # of these only those to which others refer
+                self._decoder.skip_frame = "NONREF" if first else "DEFAULT"
+            for frame in self._decoder.decode(packet if packet.size else None):
+                if frame.pts is None or frame.is_corrupt or frame.pts > window[count]:
+                    return
+                if frame.pts == window[count]:
+                    yield frame
+                    count += 1
+                    if count == len(window):
+                        return
 
 
 class FrameReader:
@@ -111,7 +139,7 @@ class FrameReader:
                 frames = np.array([resize(frame, *size) for frame in frames], np.uint8)
         else:
             files = video.files_of(source.path)[start : start + num]
-            frames = np.array([resize(video.read_image(file), *size) for file in files], np.uint8)
+            frames = np.array([resize(read_image(file), *size) for file in files], np.uint8)
         expected = (num, size[1], size[0], 3)
         if frames.shape != expected:
             raise UserError(

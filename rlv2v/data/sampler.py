@@ -19,7 +19,7 @@ import numpy as np
 
 from rlv2v.data.index import Dataset, fingerprint_of
 from rlv2v.data.inspect import Source
-from rlv2v.data.video import fit_size
+from rlv2v.data.scaling import fit_size
 from rlv2v.errors import UserError, get_logger
 
 Augment = Literal["none", "flip", "dihedral"]

@@ -26,7 +26,8 @@ from typing import Literal
 
 import numpy as np
 
-from rlv2v.data.writer import write_clip, write_image
+from rlv2v.data.images import write_image
+from rlv2v.data.writer import write_clip
 from rlv2v.errors import UserError
 from rlv2v.files import PARTIAL
 

@@ -1,8 +1,8 @@
-"""Read frames from every kind of source in order, and scale and crop them.
+"""Read frames from every kind of source in order, with their times.
 
 A source is a video file that PyAV reads, a folder of numbered images, a raw `.npy` of uint8 (T,H,W,3), or one image.
-Frames are uint8 RGB (H,W,3), upright (rotation metadata and EXIF are applied); a stream that changes size on the way
-is scaled to the size of its first frame. Colours follow the file's tags, BT.601 where it has none.
+Frames are uint8 RGB (H,W,3) as a player shows them (`rlv2v.data.upright`), with square pixels; a stream that changes
+size on the way is scaled to the size of its first frame.
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import av
-import cv2
 import numpy as np
-from av.stream import Disposition
-from av.video.reformatter import Interpolation, VideoReformatter
 
+from rlv2v.data.clock import DEFAULT_FPS, Timeline, declared_rate, measured_rate
+from rlv2v.data.damage import Faults
+from rlv2v.data.decoding import Deinterlace, TimedFrame, decode, open_video, pictures, stream_of
+from rlv2v.data.hdr import CURVES
+from rlv2v.data.images import IMAGE_SUFFIXES, read_image
+from rlv2v.data.scaling import resize
+from rlv2v.data.upright import pixel_aspect, turn_of
 from rlv2v.errors import UserError
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
-TEXT_FORMATS = {"tty", "bin", "xbin", "adf", "idf", "concat", "hls", "dash", "sdp", "svg_pipe"}
-"""Formats that FFmpeg draws as a picture (a README.txt) or follows to other files and hosts (a playlist)."""
-SCALING = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-"""Without the last two flags FFmpeg's colours come out 1 to 1.5 levels of 255 too dark."""
 Kind = Literal["video", "frames", "raw", "image"]
+DECODING_CLOCK = {"avi"}
+"""Formats that say when a picture is decoded; FFmpeg guesses, often too late, when it is shown."""
+RATE_PACKETS = 256
+"""Packets whose times tell a video's rate before it is read."""
 
 
 def kind_of(path: Path) -> Kind:
@@ -52,21 +55,6 @@ def files_of(path: Path) -> list[Path]:
         return [path]
     images = (p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
     return sorted(images, key=natural_key)
-
-
-def read_image(path: Path) -> np.ndarray:
-    """Read one image as uint8 RGB (H,W,3), upright by its EXIF tag; transparency is dropped."""
-    try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path}: expected an image file, got a folder, pipe or device")
-        encoded = np.fromfile(path, np.uint8)
-        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR) if encoded.size else None
-    except (OSError, cv2.error) as error:
-        raise UserError(f"{path}: cannot be read as an image: {error}") from error
-    if image is None:
-        raise UserError(f"{path}: cannot be read as an image; expected {', '.join(sorted(IMAGE_SUFFIXES))}")
-    rgb: np.ndarray = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-    return rgb
 
 
 @contextmanager
@@ -105,67 +93,6 @@ def read_raw(path: Path, start: int, num: int) -> np.ndarray:
     return frames[: num_bytes // (shape[1] * shape[2] * 3)]
 
 
-def open_video(path: Path) -> av.container.InputContainer:
-    """Open with PyAV and check that there is a video in it (see `stream_of`); the caller closes it."""
-    try:
-        container = av.open(path.as_posix() if path.is_absolute() else f"./{path.as_posix()}")
-    except (av.FFmpegError, OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be opened as a video: {reason}") from error
-    if container.format.name in TEXT_FORMATS:
-        fault = "a text file or a playlist; expected a video"
-    elif not container.streams.video:
-        fault = "no video stream; expected a file with pictures"
-    elif stream_of(container).disposition & Disposition.attached_pic:
-        fault = "no video stream but a cover picture; expected a video"
-    elif getattr(stream_of(container), "codec_context", None) is None:
-        fault = "PyAV does not know its codec; expected H.264, VP9 or another common one"
-    else:
-        return container
-    container.close()
-    raise UserError(f"{path}: {fault}")
-
-
-def stream_of(container: av.container.InputContainer) -> av.VideoStream:
-    """Return the first video stream that is not a cover picture, the first one if all are."""
-    streams = container.streams.video
-    return next((s for s in streams if not s.disposition & Disposition.attached_pic), streams[0])
-
-
-class Upright:
-    """Convert decoded frames to uint8 RGB (H,W,3), turned by their display matrix, all of one size.
-
-    size: (width, height) of the upright frames, scaled to in the same pass (area average where that shrinks, bilinear
-    where it grows); None: the size of the first frame. It caches tables from frame to frame: use one for each stream.
-    """
-
-    def __init__(self, size: tuple[int, int] | None = None) -> None:
-        self._size, self._reformatter = size, VideoReformatter()
-
-    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        turns = round(frame.rotation / 90) % 4
-        if self._size is None:
-            self._size = (frame.height, frame.width) if turns % 2 else (frame.width, frame.height)
-        width, height = self._size[::-1] if turns % 2 else self._size
-        rgb = self._reformatter.reformat(frame, width, height, "rgb24", interpolation=SCALING, threads=1).to_ndarray()
-        return np.ascontiguousarray(np.rot90(rgb, turns)) if turns else rgb
-
-
-def decode(path: Path, size: tuple[int, int] | None = None) -> Iterator[np.ndarray]:
-    """Yield all frames of a video file in display order; the first damaged one raises a `UserError` naming it."""
-    count, upright = 0, Upright(size)
-    with open_video(path) as container:
-        try:
-            for frame in container.decode(stream_of(container)):
-                if frame.is_corrupt:
-                    raise UserError(f"{path}: frame {count} is damaged")
-                yield upright(frame)
-                count += 1
-        except (av.FFmpegError, OSError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{path}: cannot be decoded after frame {count}: {reason}") from error
-
-
 def stored_frames(path: Path, size: tuple[int, int] | None = None) -> Iterator[np.ndarray]:
     """Yield all frames of a raw clip, a folder of images or one image, scaled to `size` or to the size of the first.
 
@@ -187,6 +114,27 @@ def stored_frames(path: Path, size: tuple[int, int] | None = None) -> Iterator[n
         raise UserError(f"{path}: the file ends after {complete} of {num} frames")
 
 
+def timed_frames(
+    path: Path,
+    *,
+    size: tuple[int, int] | None = None,
+    fps: Fraction = DEFAULT_FPS,
+    deinterlace: Deinterlace = "auto",
+    faults: Faults | None = None,
+) -> Iterator[TimedFrame]:
+    """Yield all frames of any source with their times; see `decode` for a video's arguments.
+
+    fps: frames a second of what has no clock: a folder, a raw clip, one image.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if kind_of(path) == "video":
+        yield from decode(path, size, deinterlace=deinterlace, faults=faults)
+        return
+    for number, frame in enumerate(stored_frames(path, size)):
+        yield TimedFrame(frame, number / fps, 1 / fps)
+
+
 def read_frames(
     path: Path, *, start: int = 0, num: int | None = None, size: tuple[int, int] | None = None
 ) -> Iterator[np.ndarray]:
@@ -196,66 +144,98 @@ def read_frames(
     (`rlv2v.data.readers` seeks). There are fewer frames than asked for where the source ends. Raises `UserError` naming
     the file when it cannot be opened or decoded.
     """
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
-    frames = decode(path, size) if kind_of(path) == "video" else stored_frames(path, size)
-    yield from islice(frames, start, None if num is None else start + num)
+    stop = None if num is None else start + num
+    for frame in islice(timed_frames(path, size=size), start, stop):
+        yield frame.rgb
+
+
+def resampled(frames: Iterator[TimedFrame], fps: Fraction) -> Iterator[TimedFrame]:
+    """Yield a frame every 1 / fps seconds to the end of the last one: the one that is shown then."""
+    shown: TimedFrame | None = None
+    number = 0
+    for frame in frames:
+        while shown is not None and number / fps < frame.time - Fraction(1, 1000):
+            yield TimedFrame(shown.rgb, number / fps, 1 / fps)
+            number += 1
+        shown = frame
+    end = shown.time + shown.duration if shown else Fraction(0)
+    while shown is not None and (number == 0 or number / fps < end - Fraction(1, 1000)):
+        yield TimedFrame(shown.rgb, number / fps, 1 / fps)
+        number += 1
 
 
 class Probe(NamedTuple):
-    """Hold what a source declares before it is decoded."""
+    """Hold what a source declares, and what its first frame and packets show."""
 
     codec: str
     width: int
-    """Width of the upright frame, pixels."""
+    """Width of the upright frame in its own pixels."""
     height: int
     fps: Fraction
-    """Frames a second; 25 where the source has no clock (folders, raw, images)."""
+    """Frames a second, see `rlv2v.data.clock`; 25 where the source has no clock (folders, raw, images)."""
     num_frames: int | None
     """None where the container does not say."""
-    has_audio: bool
+    has_audio: bool = False
+    pixel_aspect: Fraction = Fraction(1)
+    """How many times as wide as high the upright frame's pixels are."""
+    tick: Fraction | None = None
+    """Seconds of which the source's times are multiples; None where it has no clock."""
+    hdr: str = ""
+    """PQ or HLG if the pictures are HDR, which is tone-mapped."""
+    start: Fraction = Fraction(0)
+    """Time of the first frame on the file's own clock, seconds."""
 
 
 def probe(path: Path) -> Probe:
     """Open a source, read its first frame and describe it."""
     kind = kind_of(path)
+    if kind == "video":
+        return probe_video(path)
     first = next(read_frames(path, num=1), None)
     if first is None:
         raise UserError(f"{path}: no frame can be decoded")
     height, width = first.shape[:2]
-    if kind != "video":
-        files = files_of(path)
-        count = raw_shape(path)[0][0] if kind == "raw" else len(files)
-        return Probe(files[0].suffix[1:].lower(), width, height, Fraction(25), count, has_audio=False)
+    files = files_of(path)
+    count = raw_shape(path)[0][0] if kind == "raw" else len(files)
+    return Probe(files[0].suffix[1:].lower(), width, height, DEFAULT_FPS, count)
+
+
+def probe_video(path: Path) -> Probe:
+    """Describe a video file by its header, the times of its first packets and its first good frame."""
     with open_video(path) as container:
         stream = stream_of(container)
-        name = stream.codec_context.codec.canonical_name
-        fps = Fraction(stream.average_rate or stream.guessed_rate or 25)
-        return Probe(name, width, height, fps, stream.frames or None, bool(container.streams.audio))
+        first = next(pictures(path, container, Faults()), None)
+        if first is None:
+            raise UserError(f"{path}: no frame can be decoded")
+        tick, aspect, transposed = Fraction(stream.time_base or 0), pixel_aspect(stream), turn_of(first)[0]
+        start = first.dts if first.pts is None or container.format.name in DECODING_CLOCK else first.pts
+        sides = (first.height, first.width) if transposed else (first.width, first.height)
+        return Probe(
+            stream.codec_context.codec.canonical_name,
+            *sides,
+            measured_rate(first_times(path), declared_rate(stream)),
+            stream.frames or None,
+            bool(container.streams.audio),
+            1 / aspect if transposed else aspect,
+            tick,
+            CURVES.get(first.color_trc, ""),
+            (start or 0) * tick,
+        )
 
 
-def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Scale (H,W,3) to `width` x `height`: area average when it shrinks, bilinear when it grows; as is if it fits."""
-    if image.shape[:2] == (height, width):
-        return image
-    method = cv2.INTER_AREA if height < image.shape[0] else cv2.INTER_LINEAR
-    scaled: np.ndarray = cv2.resize(image, (width, height), interpolation=method)
-    return scaled
-
-
-def fit_size(width: int, height: int, size: int) -> tuple[int, int]:
-    """Return (width, height) scaled so that the short side is `size`; the aspect stays."""
-    short = min(width, height)
-    return max(size, round(width * size / short)), max(size, round(height * size / short))
-
-
-def fit(frames: np.ndarray, size: int) -> np.ndarray:
-    """Resize (T,H,W,3) so that the short side is `size`."""
-    target = fit_size(frames.shape[2], frames.shape[1], size)
-    return np.stack([resize(frame, *target) for frame in frames])
-
-
-def centre_crop(frames: np.ndarray, size: int) -> np.ndarray:
-    """Return the middle `size` x `size` of (T,H,W,3)."""
-    top, left = (frames.shape[1] - size) // 2, (frames.shape[2] - size) // 2
-    return np.ascontiguousarray(frames[:, top : top + size, left : left + size])
+def first_times(path: Path) -> list[Fraction]:
+    """Return when the first frames of a video file are shown, seconds by its packets, ascending."""
+    times: list[Fraction] = []
+    with open_video(path) as container:
+        timeline = Timeline(container, stream := stream_of(container))
+        try:
+            for packet in container.demux(stream):
+                timeline.move(packet, timeline.part_of(packet))
+                if packet.size and not packet.is_discard and packet.pts is not None:
+                    times.append(packet.pts * packet.time_base)
+                if len(times) == RATE_PACKETS:
+                    break
+        except av.FFmpegError:
+            pass  # what reads the file names the fault
+    # the last packets may be shown after some that are still to come
+    return sorted(times)[: -16 if len(times) == RATE_PACKETS else None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from itertools import chain
 
 import cv2
@@ -11,7 +12,7 @@ from torch.nn.functional import pad
 
 from rlv2v.config import Config
 from rlv2v.data import to_model, to_uint8
-from rlv2v.data.video import fit, resize
+from rlv2v.data.scaling import fit_size, resize
 from rlv2v.errors import UserError
 from rlv2v.kernels.bilateral import slice_apply_frame
 from rlv2v.model import Generator, GridTranslator
@@ -56,12 +57,14 @@ class Stream:
     """Translate a video frame by frame, with the recurrent state carried along and one frame in memory.
 
     size: the short side in pixels that the model sees; None: what it was trained at, or the video's own where the
-    generator takes any size; 0: the video's own.
+    generator takes any size; 0: the video's own.  aspect: how many times as wide as high the frames' pixels are; the
+    model sees square ones, as in training.
     """
 
-    def __init__(self, g: Generator, config: Config, size: int | None = None) -> None:
+    def __init__(self, g: Generator, config: Config, size: int | None = None, aspect: Fraction = Fraction(1)) -> None:
         default = 0 if g.any_size else config.data.size
         self.g, self.config, self.size = g, config, default if size is None else size
+        self.aspect = aspect
         self.state: State = None
 
     def __call__(self, frame: np.ndarray) -> np.ndarray:
@@ -69,7 +72,8 @@ class Stream:
         height, width = frame.shape[:2]
         if isinstance(self.g, GridTranslator):
             return self.transform(self.g, frame)
-        clip = fit(frame[None], self.size or min(height, width))
+        wide = round(width * self.aspect)  # in square pixels
+        clip = resize(frame, *fit_size(wide, height, self.size or min(height, wide)))[None]
         translated, self.state = translate_chunk(self.g, self.config, clip, self.state)
         output: np.ndarray = translated[0]
         if output.shape != frame.shape:
@@ -84,8 +88,9 @@ class Stream:
         The small frame's sides are the nearest multiples of `g.multiple`, so that the grid ends where the frame does.
         """
         height, width = frame.shape[:2]
-        scale = (self.size or min(height, width)) / min(height, width)
-        rows, columns = (max(1, round(side * scale / g.multiple)) * g.multiple for side in (height, width))
+        wide = round(width * self.aspect)  # in square pixels
+        scale = (self.size or min(height, wide)) / min(height, wide)
+        rows, columns = (max(1, round(side * scale / g.multiple)) * g.multiple for side in (height, wide))
         small = frame if (rows, columns) == (height, width) else resize(frame, columns, rows)
         device = g.guide.weight.device
         grids, self.state = g.decide(to_model(torch.from_numpy(small.copy()).to(device))[None, None], self.state)

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 
+from rlv2v.data.decoding import deinterlaced, open_video, pictures
 from rlv2v.data.index import Source, index_folder
 from rlv2v.data.readers import FrameReader
-from rlv2v.data.video import Upright, centre_crop, fit_size, open_video, resize, stream_of
+from rlv2v.data.scaling import centre_crop, fit_size, resize
+from rlv2v.data.upright import Upright
+from rlv2v.errors import UserError
 from rlv2v.metrics.base import FVD_FRAMES, METRICS, Frame, Kind, Scene, Values
 
 MAX_PLACES = 64  # of all images, evenly over them
@@ -126,10 +128,10 @@ def decode_only(path: Path, numbers: Sequence[int], size: tuple[int, int]) -> It
     upright, wanted = Upright(size), set(numbers)
     with open_video(path) as container:
         try:
-            for number, frame in enumerate(container.decode(stream_of(container))):
+            for number, frame in enumerate(deinterlaced(pictures(path, container), "auto")):
                 if number in wanted:
                     yield upright(frame)
                 if number >= numbers[-1]:
                     return
-        except av.FFmpegError:
+        except UserError:
             return  # the index counts frames that can be decoded; a file that has changed gives fewer

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn.functional import conv2d
 
-from rlv2v.data.video import resize
+from rlv2v.data.scaling import resize
 from rlv2v.metrics.base import Frame, metric
 
 SEED = 20181

@@ -17,9 +17,10 @@ import pytest
 
 from rlv2v import report_page, report_video
 from rlv2v.config import Config
+from rlv2v.data.images import write_image
 from rlv2v.data.synth import Counts, write_dataset
 from rlv2v.data.video import read_frames
-from rlv2v.data.writer import write_clip, write_image
+from rlv2v.data.writer import write_clip
 from rlv2v.errors import UserError
 from rlv2v.metrics import METRICS
 from rlv2v.metrics.base import Scene

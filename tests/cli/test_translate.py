@@ -12,13 +12,13 @@ import torch
 from commands import Command, noise, refusal
 
 from rlv2v.config import Config
+from rlv2v.data.images import write_image
 from rlv2v.data.video import probe, read_frames
-from rlv2v.data.writer import write_image
 from rlv2v.errors import UserError
 from rlv2v.method.translation import Stream, translate_chunk, translate_clip
 from rlv2v.model import Translator
 from rlv2v.runtime.device import pick_device
-from rlv2v.translate import Args, check_paths, main, side_by_side
+from rlv2v.translate import Args, check_args, main, side_by_side
 
 SETTINGS = Config.of(size=16, frames=4)
 
@@ -79,21 +79,24 @@ def test_side_by_side_has_even_sizes():
 def test_paths_are_checked_before_any_work(tmp_path):
     source = tmp_path / "in.mp4"
     source.write_bytes(b"video")
+    (tmp_path / "other.mp4").write_bytes(b"precious")
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "link.mp4").symlink_to(source)
     for out, words in {
-        "out.gif": "expected the suffix .mp4, .mov, .mkv, got .gif",
+        "out.avi": "expected the suffix .mp4, .mov, .mkv, .gif, .webm, got .avi",
         "out": "got none",
         "missing/out.mp4": "does not exist; create it",
         "folder.mp4": "is a folder",
+        "other.mp4": "exists already; choose another name, or give --overwrite",
         "in.mp4": "same file",
         "link.mp4": "same file",
     }.items():
         with pytest.raises(UserError, match=words):
-            check_paths(source, tmp_path / out)
+            check_args(Args(tmp_path, source, tmp_path / out))
     with pytest.raises(UserError, match="no such video"):
-        check_paths(tmp_path / "absent.mp4", tmp_path / "out.mp4")
-    check_paths(source, tmp_path / "out.mp4")
+        check_args(Args(tmp_path, tmp_path / "absent.mp4", tmp_path / "out.mp4"))
+    check_args(Args(tmp_path, source, tmp_path / "out.mp4"))
+    check_args(Args(tmp_path, source, tmp_path / "other.mp4", overwrite=True))
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta:x"])
@@ -140,9 +143,9 @@ def test_a_frame_folder_of_odd_size_and_the_way_back(tiny_run: Path, tmp_path: P
     folder.mkdir()
     for index, frame in enumerate(noise(11, 21, 27)):
         write_image(folder / f"frame{index}.png", frame)  # frame10 comes after frame9
-    main(Args(tiny_run, folder, out))
+    main(Args(tiny_run, folder, out, exact_size=True))
     assert (probe(out).width, probe(out).height, probe(out).num_frames) == (27, 21, 11)
-    main(Args(tiny_run, folder, back, direction="y2x", side_by_side=True))
+    main(Args(tiny_run, folder, back, direction="y2x", side_by_side=True, exact_size=True))
     assert (probe(back).width, probe(back).height) == (54, 22)
     both, one_way = np.stack(list(read_frames(back)))[:, :21], np.stack(list(read_frames(out)))
     left, right = both[:, :, :27], both[:, :, 27:].astype(int)

@@ -15,9 +15,9 @@ import pytest
 from priority import usual_priority
 
 from rlv2v.data.dali import has_dali
+from rlv2v.data.images import write_image
 from rlv2v.data.index import MANIFEST, Dataset, Source
 from rlv2v.data.loader import Loader
-from rlv2v.data.writer import write_image
 
 needs_dali = pytest.mark.skipif(not has_dali(), reason="DALI is not installed")
 BACKENDS = ["auto", pytest.param("dali", marks=needs_dali)]

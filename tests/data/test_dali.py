@@ -16,11 +16,12 @@ from data_clips import encode, needs_dali, numbers_of, open_loader, psnr, smooth
 
 from rlv2v.data import dali
 from rlv2v.data.dali import GraphOptions, GraphReader, GraphRun, decodes, new_graph
+from rlv2v.data.images import write_image
 from rlv2v.data.index import Source, index_folder, open_dataset
 from rlv2v.data.loader import Loader
 from rlv2v.data.readers import FrameReader
 from rlv2v.data.sampler import ClipSample
-from rlv2v.data.writer import write_clip, write_image
+from rlv2v.data.writer import write_clip
 from rlv2v.errors import UserError
 
 pytestmark = needs_dali

@@ -14,9 +14,10 @@ import pytest
 from data_clips import by_name, encode, write_frames
 
 from rlv2v.data import index
+from rlv2v.data.images import write_image
 from rlv2v.data.index import Source, index_folder, open_dataset
 from rlv2v.data.inspect import Stopped
-from rlv2v.data.writer import write_clip, write_image
+from rlv2v.data.writer import write_clip
 from rlv2v.errors import UserError
 
 
@@ -271,7 +272,7 @@ def test_the_manifest_describes_each_file_and_moves_with_its_folder(
     good = manifest["entries"]["good.mp4"]
     older = {**good, "source": {**good["source"], "variable": False}}
     status = (folder / "good.mp4").stat()
-    assert manifest["version"] == 4 and good["key"] == [1, status.st_size, status.st_mtime_ns]
+    assert manifest["version"] == 5 and good["key"] == [1, status.st_size, status.st_mtime_ns]
     assert good["source"].pop("hash") == hashlib.sha256((folder / "good.mp4").read_bytes()).hexdigest()
     assert good["source"] == {
         "kind": "video",
@@ -284,6 +285,7 @@ def test_the_manifest_describes_each_file_and_moves_with_its_folder(
         "pixels": "",
         "status": "ok",
         "reason": "",
+        "interlaced": False,
     }
     assert set(manifest["entries"]) == {p.name for p in index.source_paths(folder)}
     assert str(folder) not in json.dumps(manifest), "no path of this machine"

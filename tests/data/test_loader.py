@@ -13,10 +13,11 @@ import pytest
 import torch
 from data_clips import BACKENDS, open_loader, smooth, write_frames
 
+from rlv2v.data.images import write_image
 from rlv2v.data.index import Dataset, open_dataset
 from rlv2v.data.loader import Batch, evaluation_clips
-from rlv2v.data.video import centre_crop, fit
-from rlv2v.data.writer import write_clip, write_image
+from rlv2v.data.scaling import centre_crop, fit
+from rlv2v.data.writer import write_clip
 from rlv2v.errors import UserError
 
 T, SIZE = 4, 16

@@ -27,9 +27,9 @@ from odd_files import Expected
 
 from rlv2v.data import prepare, video
 from rlv2v.data.dali import decodes, has_dali
+from rlv2v.data.images import read_image, write_image
 from rlv2v.data.index import index_folder, open_dataset
 from rlv2v.data.readers import FrameReader
-from rlv2v.data.writer import write_image
 from rlv2v.errors import UserError
 from rlv2v.prepare import Args, main
 
@@ -176,7 +176,7 @@ def test_cyclegan_layout_becomes_ours_and_pairs_share_a_name(tmp_path: Path) -> 
     sizes = {"trainX": 2, "trainY": 2, "testX": 2, "testTruth": 2, "trainS": 3, "valX": 1, "valTruth": 1}
     assert {name: len(names) for name, names in out.items()} == sizes and out["valX"] == out["valTruth"]
     assert out["testX"] == out["testTruth"] and not set(out["trainX"]) & set(out["trainY"])
-    stills = [video.read_image(tmp_path / "out" / "trainS" / name) for name in out["trainS"]]
+    stills = [read_image(tmp_path / "out" / "trainS" / name) for name in out["trainS"]]
     assert [s.shape for s in stills] == [(32, WIDTH * 32 // HEIGHT, 3)] * 3 and numbers_of(stills) == [0, 1, 2]
     data = open_dataset(tmp_path / "out", frames=6)
     assert [len(data.sets[k]) for k in "xyzs"] == [2, 2, 0, 3] and not data.excluded

@@ -21,6 +21,7 @@ from odd_files import HEIGHT, WIDTH, Expected
 from rlv2v.data import readers, video
 from rlv2v.data.index import Source, index_folder
 from rlv2v.data.readers import FrameReader
+from rlv2v.data.upright import Upright
 from rlv2v.errors import UserError
 
 T = 4
@@ -49,8 +50,8 @@ def test_every_start_and_size_gives_the_bits_of_a_plain_read(sources: dict[str, 
 
 def test_a_video_stays_open_and_few_do(sources: dict[str, Source], monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    real = video.open_video
-    monkeypatch.setattr(video, "open_video", lambda path: (opened.append(path.name), real(path))[1])
+    real = readers.open_video
+    monkeypatch.setattr(readers, "open_video", lambda path: (opened.append(path.name), real(path))[1])
     monkeypatch.setattr(readers, "MAX_OPEN_PIXELS", 2 * WIDTH * HEIGHT)
     reader = FrameReader()
     expected = {name: reader.read(sources[name], 9, T) for name in VIDEOS}
@@ -122,5 +123,5 @@ def test_colours_are_those_of_the_formula(size: tuple[int, int] | None) -> None:
     rgb = np.stack([bright + 1.402 * red, bright - 0.344136 * blue - 0.714136 * red, bright + 1.772 * blue], -1)
     if size:
         rgb = rgb.reshape(32, 4, 32, 4, 3).mean((1, 3))
-    error = video.Upright(size)(frame) - rgb.clip(0, 255)
+    error = Upright(size)(frame) - rgb.clip(0, 255)
     assert np.abs(error.mean((0, 1))).max() < 0.2 and np.abs(error).mean() < 0.6

@@ -12,6 +12,7 @@ import torch
 from data_clips import psnr, smooth, write_frames
 
 from rlv2v.data import to_model, to_uint8, video
+from rlv2v.data.tracks import Tracks
 from rlv2v.data.writer import VideoWriter, write_clip
 from rlv2v.errors import UserError
 
@@ -85,7 +86,7 @@ def test_audio_is_copied_up_to_the_end_of_the_video(tmp_path: Path) -> None:
         samples.sample_rate, samples.pts = rate, 0
         output.mux(sound.encode(samples))
         output.mux(pictures.encode(None) + sound.encode(None))
-    with VideoWriter(tmp_path / "out.mp4", 10, audio_from=tmp_path / "in.mp4") as writer:
+    with VideoWriter(tmp_path / "out.mp4", 10, tracks=Tracks(tmp_path / "in.mp4", Fraction(0))) as writer:
         for frame in clip[:10]:
             writer.write(frame)
     with av.open(str(tmp_path / "out.mp4")) as container:

@@ -4,10 +4,9 @@ Stores. `raw`: a `.npy`, uint8 (T,H,W,3), short side `size`. `video`: VP9 in MP4
 tagged so, constant rate, key frames at most 12 apart, short side max(size, 128) and both sides even: what DALI's CPU
 decoder and NVDEC (VP9: at least 128x128) read. Style images become PNG, short side `size`. The aspect stays.
 
-Time. Output frame k is the source frame nearest to t = k / F, the earlier one of two, for k < duration * F. F is `fps`.
-Without it F is the file's rate if every frame lies within half a step of that rate's grid (each frame is then used
-once), else the average rate (N-1) / (t_last - t_first). Folders of frames and `.npy` have no clock: every frame is used
-once, and `fps` (else 25) is only noted.
+Time. Output frame k is the source frame nearest to t = k / F, the earlier one of two, for k < duration * F. F is `fps`,
+else the source's rate by `rlv2v.data.clock`: where its frames keep to an even grid, each of them is then used once.
+Folders of frames and `.npy` have no clock: every frame is used once, and `fps` (else 25) is only noted.
 """
 
 from __future__ import annotations
@@ -27,11 +26,13 @@ import av
 import numpy as np
 
 from rlv2v.data import video
+from rlv2v.data.decoding import open_video, pictures, stream_of
+from rlv2v.data.images import read_image, write_image
 from rlv2v.data.index import examine
 from rlv2v.data.inspect import Source, excluded_source
 from rlv2v.data.readers import packet_times
-from rlv2v.data.video import fit_size
-from rlv2v.data.writer import VideoWriter, write_image
+from rlv2v.data.scaling import fit_size
+from rlv2v.data.writer import VideoWriter
 from rlv2v.errors import UserError, one_line
 from rlv2v.files import atomic_file
 
@@ -109,11 +110,11 @@ class Format:
         width, height = self.target_size(item.source)
         try:
             if item.source.kind == "image":
-                return video.read_image(path).shape == (height, width, 3)
+                return read_image(path).shape == (height, width, 3)
             if self.store == "raw":
                 return video.raw_shape(path) == ((item.frames, height, width, 3), item.frames)
-            with video.open_video(path) as container:
-                stream = video.stream_of(container)
+            with open_video(path) as container:
+                stream = stream_of(container)
                 return (stream.frames, stream.width, stream.height) == (item.frames, width, height)
         except UserError:
             return False
@@ -141,9 +142,9 @@ def frame_times(source: Source) -> np.ndarray:
     even steps of the file's rate where frames have no times or times run back.
     """
     num, known = source.num_frames, packet_times(source)
-    with video.open_video(source.path) as container:
-        stream = video.stream_of(container)
-        stamps = [f.pts for f in islice(container.decode(stream), num)] if known is None else known[0]
+    with open_video(source.path) as container:
+        stream = stream_of(container)
+        stamps = [f.pts for f in islice(pictures(source.path, container), num)] if known is None else known[0]
         times = np.array([pts for pts in stamps if pts is not None], np.float64) * float(stream.time_base or 0)
     if len(times) != num or (np.diff(times) <= 0).any():
         return np.arange(num) / source.fps
@@ -156,10 +157,8 @@ def time_frames(source: Source, fps: float | None) -> tuple[np.ndarray, Fraction
     if source.kind != "video":
         return np.arange(num), as_rate(fps or source.fps)
     times = frame_times(source)
-    even = np.abs(times * source.fps - np.arange(num)).max() < 0.45  # half a step, less the rounding of the clock
-    own = source.fps if even or num == 1 else (num - 1) / times[-1]
-    rate = as_rate(fps or own)
-    output_times = np.arange(max(1, round((times[-1] + 1 / own) * float(rate)))) / float(rate)
+    rate = as_rate(fps or source.fps)
+    output_times = np.arange(max(1, round((times[-1] + 1 / source.fps) * float(rate)))) / float(rate)
     later = np.minimum(np.searchsorted(times, output_times), num - 1)
     earlier = np.maximum(later - 1, 0)
     return np.where(output_times - times[earlier] <= times[later] - output_times + 1e-6, earlier, later), rate
@@ -194,7 +193,7 @@ def write_output(path: Path, item: Item, output_format: Format) -> None:
     if item.source.kind == "image":
         write_image(path, next(frames))
     elif output_format.store == "video":
-        with VideoWriter(path, rate, "vp9") as writer:
+        with VideoWriter(path, rate, "vp9-601") as writer:
             for frame in frames:
                 writer.write(frame)
     else:
