@@ -75,7 +75,7 @@ class ModelConfig:
     """The same for D and Q; none lets them see the level of a colour, which normalisation removes."""
     chrono: bool = False
     """Addition: start with ConvLSTM biases that remember over all times up to T, a clock for clips that are aligned in
-    time; off: they start at zero."""
+    time, and head grid without burn-in; off: they start at zero."""
     q_positive: bool = False
     """End the critics in a ReLU, as in the paper; it clips negative values to zero."""
 
@@ -227,17 +227,8 @@ def rules() -> Iterator[tuple[Iterable[str], str, Callable[[Any], bool]]]:
     counts = ("rl_every", "replay_capacity", "loader_threads", "keep")
     yield [*BATCH, *counts], "at least 1", lambda value: value >= 1
     weights = ("l_adv", "l_v", "l_tau", "l_rc", "rl_weight", "reward_distance", "replay_alpha", *TERMS)
-    others = (
-        "threads",
-        "disc_frames",
-        "warmup_steps",
-        "replicas",
-        "weight_decay",
-        "clip_grad",
-        "snapshot_seconds",
-        "patience",
-        "batch_pool",
-    )
+    settings = ("threads", "replicas", "disc_frames", "warmup_steps", "weight_decay", "clip_grad")
+    others = (*settings, "snapshot_seconds", "patience", "batch_pool")
     yield [*weights, *others], "a number >= 0", lambda value: value >= 0
     yield ["lr", "disc_lr", "warmup_lr"], "a number > 0", lambda value: value > 0
     yield ["gamma", "average"], "0 <= value < 1", lambda value: 0 <= value < 1

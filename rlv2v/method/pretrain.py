@@ -14,7 +14,6 @@ from rlv2v.data.index import Dataset
 from rlv2v.method.clips import Clips, make_loader, pool_size
 from rlv2v.method.losses import l_tau
 from rlv2v.method.optim import OptimizerStep, autocast
-from rlv2v.model import Translator
 from rlv2v.model.build import Nets
 from rlv2v.runtime.distributed import StepControl, World
 
@@ -31,12 +30,11 @@ def warm_up(nets: Nets, dataset: Dataset, config: Config, world: World, stop: Ca
     if not config.optim.warmup_steps:
         world.broadcast_parameters(nets)
         return True
-    g = nets.g_y if isinstance(nets.g_y, Translator) else None  # a grid is the identity from the start
+    g = None if nets.g_y.starts_as_copy else nets.g_y
     weights = [*(g.parameters() if g else ()), *nets.p_y.parameters()]
     optimizer_step = OptimizerStep(torch.optim.Adam(weights, config.optim.warmup_lr, fused=True), 0.0, config)
-    if g:
-        g.mask_gain.zero_()
-    nets.p_y.mask_gain.zero_()
+    for net in (nets.g_y, nets.p_y):
+        net.limit_copying(torch.zeros(()))
     stopped = False
     pool, share = pool_size(config), config.runtime.replicas // world.size
     steps = tqdm(range(config.optim.warmup_steps), desc="warm-up", unit="step", leave=False, disable=not world.first)

@@ -28,7 +28,6 @@ from rlv2v.method.rl import Transitions, actor_loss, critic_loss, critic_targets
 from rlv2v.method.schedule import Schedule
 from rlv2v.method.terms import domain_gap
 from rlv2v.method.trainer import Generators, Logs, measure_domains
-from rlv2v.model import Translator
 from rlv2v.model.build import build_nets
 from rlv2v.runtime.cuda_graphs import Graphs, Recorder
 from rlv2v.runtime.device import on_device
@@ -162,8 +161,7 @@ class Algorithm:
         """Take the step of G and P, then move the targets; return the logs, G_Y(x), and G_X of y and z."""
         config, nets, ramp = self.config, self.nets, self.schedule.ramp
         for g in (nets.g_x, nets.g_y):
-            if isinstance(g, Translator):
-                g.mask_gain.copy_(ramp if config.loss.term("mask_prior") else torch.zeros_like(ramp))
+            g.limit_copying(ramp if config.loss.term("mask_prior") else torch.zeros_like(ramp))
         with frozen(nets.d_x, nets.d_y, nets.q_x, nets.q_y), autocast(config, self.device):
             terms, of_x, of_yz = generator_losses(nets, clips, config, self.schedule.gains, indices, draws)
             if agent and batch:

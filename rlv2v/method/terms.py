@@ -176,8 +176,8 @@ def roughness(whole: Tensor, local: Tensor) -> Tensor:
 def smoothness_terms(inputs: TermInputs) -> Values:
     """Yield `roughness` of both directions, where the generators have a grid."""
     for domain, rollout in (("x", inputs.x), ("y", inputs.y)):
-        if rollout.details.whole is not None and rollout.details.local is not None:
-            yield domain, roughness(rollout.details.whole, rollout.details.local)
+        if rollout.details.grids is not None:
+            yield domain, roughness(*rollout.details.grids)
 
 
 def inversion(whole: Tensor, local: Tensor) -> Tensor:
@@ -197,8 +197,8 @@ def inversion(whole: Tensor, local: Tensor) -> Tensor:
 def order_terms(inputs: TermInputs) -> Values:
     """Yield `inversion` of both directions, where the generators have a grid."""
     for domain, rollout in (("x", inputs.x), ("y", inputs.y)):
-        if rollout.details.whole is not None and rollout.details.local is not None:
-            yield domain, inversion(rollout.details.whole, rollout.details.local)
+        if rollout.details.grids is not None:
+            yield domain, inversion(*rollout.details.grids)
 
 
 def colour_terms(inputs: TermInputs) -> Values:

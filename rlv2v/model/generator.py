@@ -5,9 +5,25 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from rlv2v.model.frames import State
+
+
+class Grids(NamedTuple):
+    """What a `GridTranslator` decides for each frame: the parts of its grid, beside the identity."""
+
+    whole: Tensor
+    """The same at every place, (B,T,12,bins,1,1)."""
+    local: Tensor
+    """Deviations from it, (B,T,12,bins,h,w)."""
+
+    @property
+    def grid(self) -> Tensor:
+        """The coefficients (B,T,12,bins,h,w)."""
+        eye = torch.eye(3, 4, dtype=self.local.dtype, device=self.local.device).reshape(12, 1, 1, 1)
+        return eye + self.whole + self.local
 
 
 class Details(NamedTuple):
@@ -15,14 +31,13 @@ class Details(NamedTuple):
 
     mask: Tensor | None = None
     """The copy mask (B,T,1,H,W) of `Translator`."""
-    whole: Tensor | None = None
-    """The part of the grid that is the same everywhere, (B,T,12,bins,1,1), of `GridTranslator`."""
-    local: Tensor | None = None
-    """Deviations from it, (B,T,12,bins,h,w)."""
+    grids: Grids | None = None
+    """The grids of `GridTranslator`."""
 
     def first(self, num: int) -> Details:
         """Return those of the first `num` clips."""
-        return Details(*(None if part is None else part[:num] for part in self))
+        mask, grids = self
+        return Details(None if mask is None else mask[:num], grids and Grids(*(part[:num] for part in grids)))
 
 
 class Generator(nn.Module, ABC):
@@ -33,15 +48,20 @@ class Generator(nn.Module, ABC):
 
     Attributes:
         multiple: the number of pixels that H and W must be multiples of.
+        starts_as_copy: whether an untrained one returns its input, so that it needs no warm-up.
         any_size: whether it translates a frame at the frame's own size as well as at the size that it was trained at.
     """
 
     multiple: int = 1
+    starts_as_copy: bool = False
     any_size: bool = False
 
     @abstractmethod
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         """Translate frames from a state."""
+
+    def limit_copying(self, gain: Tensor) -> None:
+        """Scale by gain () in [0,1] how much of its input a generator may copy, if it has a part that does."""
 
     def limit_state(self, state: State, frames: int) -> State:
         """Return the state such that at most about the last `frames` frames weigh in it; by default as it is."""

@@ -9,7 +9,7 @@ Source: Gharbi et al. 2017, arXiv:1707.02880 (HDRNet), on the blocks of RL-V2V-G
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -28,26 +28,11 @@ from rlv2v.model.frames import (
     per_frame,
     space_to_depth,
 )
-from rlv2v.model.generator import Details, Generator
+from rlv2v.model.generator import Details, Generator, Grids
 
 LUMA = (0.299, 0.587, 0.114)  # BT.601
 BURN_IN = 6  # frames
 LOCAL = 0.3  # step of the local deviations beside that of the global part
-
-
-class Grids(NamedTuple):
-    """What a `GridTranslator` decides for each frame: the parts of its grid, beside the identity."""
-
-    whole: Tensor
-    """The same at every place, (B,T,12,bins,1,1)."""
-    local: Tensor
-    """Deviations from it, (B,T,12,bins,h,w)."""
-
-    @property
-    def grid(self) -> Tensor:
-        """The coefficients (B,T,12,bins,h,w)."""
-        eye = torch.eye(3, 4, dtype=self.local.dtype, device=self.local.device).reshape(12, 1, 1, 1)
-        return eye + self.whole + self.local
 
 
 class Guide(nn.Module):
@@ -83,11 +68,14 @@ class GridTranslator(Generator):
         widths: channels after each RPB; a cell of the grid is patch * 2^len(widths) pixels wide.
         patch: space-to-depth factor before the first RPB.
         norm: "clip" or "batch", see `SequenceNorm`.
-        horizon: clip length for which the ConvLSTMs' biases are initialised (0: biases 0), see `ConvLSTM`.
+        horizon: clip length for which the ConvLSTMs' biases are initialised as a clock (0: biases 0), see `ConvLSTM`;
+            with a clock there is no burn-in, which would shift it.
         bins: of the guide.
         hidden: channels of the last ConvLSTM.
         memory: what a training run stores for its backward pass, see `rlv2v.model.activation_memory`.
     """
+
+    starts_as_copy = True
 
     def __init__(
         self,
@@ -102,6 +90,7 @@ class GridTranslator(Generator):
     ) -> None:
         super().__init__()
         self.patch, self.multiple, self.bins = patch, patch * 2 ** len(widths), bins
+        self.burn_in = 0 if horizon else BURN_IN
         ins = [3 * patch**2, *widths[:-1]]
         self.encoder = nn.ModuleList(RPB(c_in, c_out, norm, horizon) for c_in, c_out in zip(ins, widths, strict=True))
         self.last = ConvLSTM(widths[-1] + 2, hidden, horizon=horizon)
@@ -120,21 +109,21 @@ class GridTranslator(Generator):
         self, x: Tensor, state: State = None, **mode: Unpack[RunMode]
     ) -> tuple[Tensor, Details, State]:
         grids, state = self.decide(x, state, **mode)
-        return self.transform(grids, x), Details(whole=grids.whole, local=grids.local), state
+        return self.transform(grids, x), Details(grids=grids), state
 
     def limit_state(self, state: State, frames: int) -> State:
         """Return the state such that the normalisation forgets what is older, see `limit_history`."""
-        return limit_history(state, frames + BURN_IN)
+        return limit_history(state, frames + self.burn_in)
 
     def decide(self, x: Tensor, state: State = None, **mode: Unpack[RunMode]) -> tuple[Grids, State]:
         """Return the grids of frames, from a state.
 
-        Where a video starts, its first frame comes `BURN_IN` times more before it, unseen and without a gradient: the
+        Where a video starts, its first frame comes `burn_in` times more before it, unseen and without a gradient: the
         recurrence has settled when the first frame is translated.
         """
-        if state is None:
+        if state is None and self.burn_in:
             with torch.no_grad():
-                state = self._decide(x[:, :1].expand(-1, BURN_IN, -1, -1, -1))[2]
+                state = self._decide(x[:, :1].expand(-1, self.burn_in, -1, -1, -1))[2]
         whole, local, state = self._decide(x, state, **mode)
         return Grids(whole, local), state
 

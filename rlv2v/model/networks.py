@@ -93,6 +93,10 @@ class Translator(Generator):
         y, mask, state = self.forward_with_mask(x, state, **mode)
         return y, Details(mask), state
 
+    def limit_copying(self, gain: Tensor) -> None:
+        """Set `mask_gain`."""
+        self.mask_gain.copy_(gain)
+
     def limit_state(self, state: State, frames: int) -> State:
         """Return the state such that the normalisation forgets what is older, see `limit_history`."""
         return limit_history(state, frames)

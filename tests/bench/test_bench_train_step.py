@@ -35,6 +35,7 @@ CASES = [
             "l_rc": 10.0,
             "batch_pool": 1,
             "colours": 1.0,
+            "chrono": True,
             "seed": 2,
         },
     ),

@@ -146,9 +146,9 @@ class Translator(nn.Module):
 class GridTranslator(nn.Module):
     """Translate a video by a bilateral grid: encoder, ConvLSTM, y = A x + b, A and b by place and guide."""
 
-    def __init__(self, widths: Sequence[int], *, patch: int, bins: int, norm: str) -> None:
+    def __init__(self, widths: Sequence[int], *, patch: int, bins: int, norm: str, chrono: bool) -> None:
         super().__init__()
-        self.patch, self.bins = patch, bins
+        self.patch, self.bins, self.chrono = patch, bins, chrono
         ins = [3 * patch**2, *widths[:-1]]
         self.encoder = nn.ModuleList(RPB(a, b, norm) for a, b in zip(ins, widths, strict=True))
         self.last = ConvLSTM(widths[-1] + 2, 16)
@@ -160,7 +160,7 @@ class GridTranslator(nn.Module):
 
     def run(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return the translation, and the two parts of the grid, the whole one and the local one."""
-        quiet = 6  # frames of burn-in
+        quiet = 0 if self.chrono else 6  # frames of burn-in
         seen = torch.cat((x[:, :1].expand(-1, quiet, -1, -1, -1), x), 1)
         y = per_frame(F.pixel_unshuffle, seen, self.patch)
         for block in self.encoder:
@@ -225,7 +225,7 @@ class Nets(nn.Module):
         shared: dict[str, Any] = {"patch": model.patch, "norm": model.norm}
         for name in NETS[:4]:
             if name.startswith("g") and model.head == "grid":
-                setattr(self, name, GridTranslator(model.widths, bins=model.bins, **shared))
+                setattr(self, name, GridTranslator(model.widths, bins=model.bins, chrono=model.chrono, **shared))
             else:
                 head = "mask" if model.head == "grid" else model.head
                 setattr(self, name, Translator(model.widths, head=head, **shared))
