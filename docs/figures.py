@@ -40,7 +40,7 @@ def read_list() -> dict[str, Any]:
 
 
 LIST = read_list()
-STYLE = Style(LIST["methods"], LIST["order"], LIST["tasks"], LIST["summary"], LIST["detail"])
+STYLE = Style(LIST["methods"], LIST["order"], LIST["tasks"], LIST["summary"], LIST["detail"], LIST["shown"])
 
 
 @cache

@@ -20,7 +20,6 @@ from rlv2v.metrics import METRICS
 
 WIDTH = 100  # characters of a line
 ARROWS = {"higher": "↑", "lower": "↓", "one": "→1"}
-OURS = ("default", "paint")  # README.md shows the tasks that one of them was measured on
 REFERENCES = ("truth", "target")  # rows that no method can beat
 GROUPS: dict[str, Callable[[set[str]], bool]] = {
     "Against the truth": lambda needs: bool(needs & {"truth", "synthetic", "lpips"}),
@@ -42,6 +41,8 @@ class Style:
     """The metrics of the README."""
     detail: Sequence[str] = ()
     """The methods that only docs/results.md shows (globs)."""
+    shown: Sequence[str] = ()
+    """The tasks of the README; empty: all."""
 
     def place(self, method: str) -> tuple[int, str]:
         """Return where a method stands: the place of the first glob that it matches, then by name."""
@@ -269,7 +270,7 @@ def summary(files: Mapping[str, Mapping[str, Any]], style: Style) -> str:
     metrics = [metric for metric in style.summary if any(row.get(metric) is not None for row in rows)]
     body = []
     for (case, split), own in by_task(rows, style).items():
-        if not any(row["method"] in OURS for row in own):
+        if style.shown and case not in style.shown:
             continue
         lines = [line for line in lines_of(own, style) if not line.file]
         columns = [best_cells(lines, metric) for metric in metrics]
