@@ -19,6 +19,7 @@ from rlv2v.checkpoint.export import load_translator
 from rlv2v.cli import Device, RunFolder, run_command
 from rlv2v.data.batch import Pair, find_pairs, named
 from rlv2v.errors import UserError, first_line, get_logger
+from rlv2v.runtime.device import set_threads
 from rlv2v.runtime.distributed import World, connect
 from rlv2v.translate_file import Settings, check_paths, choose_encoding, translate_file
 
@@ -45,6 +46,8 @@ class Args(Settings):
     skip_existing: bool = False
     """Of many videos, translate only those whose result is not there yet."""
     device: Device = "auto"
+    threads: int = 1
+    """CPU threads of the network; 0: as many as torch finds. Reading and writing have one each besides."""
 
 
 class Plan(NamedTuple):
@@ -84,6 +87,7 @@ def main(args: Args) -> None:
     Of torchrun's n ranks, rank r takes videos r, r + n, ...
     """
     plan = check_args(args)
+    set_threads(args.threads)
     world = connect(args.device)
     try:
         translate_all(args, plan, world)

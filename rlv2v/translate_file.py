@@ -16,7 +16,7 @@ from rlv2v.config import Config
 from rlv2v.data.clock import DEFAULT_FPS, MAX_FPS
 from rlv2v.data.containers import CODECS, choose_codec
 from rlv2v.data.damage import Faults
-from rlv2v.data.decoding import Deinterlace
+from rlv2v.data.decoding import Deinterlace, TimedFrame
 from rlv2v.data.sequence import SequenceWriter, check_sequence, is_sequence
 from rlv2v.data.tracks import Tracks
 from rlv2v.data.video import Probe, kind_of, probe, resampled, timed_frames
@@ -24,6 +24,7 @@ from rlv2v.data.writer import VideoWriter, check_folder
 from rlv2v.errors import UserError, get_logger, one_line
 from rlv2v.method.translation import Stream
 from rlv2v.model import Generator
+from rlv2v.runtime.overlap import read_ahead, write_behind
 
 log = get_logger(__name__)
 
@@ -115,6 +116,7 @@ def open_writer(
 def translate_file(g: Generator, config: Config, source: Path, out: Path, settings: Settings, codec: str) -> str:
     """Translate a source to an output that appears when it is complete, and return a line that describes it.
 
+    Reading and writing have a thread each, so that they overlap with the network.
     g, config: as `load_translator` returns them.  codec: as `choose_encoding` returns it.
     Raises `UserError` for a source or an output that cannot be read or written.
     """
@@ -133,11 +135,18 @@ def translate_file(g: Generator, config: Config, source: Path, out: Path, settin
     )
     if fps:
         frames = resampled(frames, fps)
-    with open_writer(source, out, settings, video, codec, fps) as writer:
-        for frame in tqdm(frames, total=None if fps else video.num_frames, unit="frame", desc=one_line(source.name)):
+    bar = tqdm(total=None if fps else video.num_frames, unit="frame", desc=one_line(source.name))
+    with (
+        bar,
+        open_writer(source, out, settings, video, codec, fps) as writer,
+        write_behind(lambda frame: writer.write(*frame)) as write,
+        read_ahead(frames) as ahead,
+    ):
+        for frame in ahead:
             translated = stream(frame.rgb)
             shown = side_by_side(frame.rgb, translated) if settings.side_by_side else translated
-            writer.write(shown, frame.time, frame.duration)
+            write(TimedFrame(shown, frame.time, frame.duration))
+            bar.update()
     for line in faults.lines():
         log.warning("%s: %s", source, line)
     rate = writer.count / (time.perf_counter() - started)
