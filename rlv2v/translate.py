@@ -8,6 +8,7 @@ the input. See `rlv2v.data.containers` for what each kind of file holds, `docs/t
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -18,9 +19,10 @@ import tyro
 from rlv2v.checkpoint.export import load_translator
 from rlv2v.cli import Device, RunFolder, run_command
 from rlv2v.data.batch import Pair, find_pairs, named
-from rlv2v.errors import UserError, first_line, get_logger
+from rlv2v.errors import UserError, first_line, get_logger, one_line
 from rlv2v.runtime.device import set_threads
 from rlv2v.runtime.distributed import World, connect
+from rlv2v.runtime.interrupt import Stop, raised
 from rlv2v.translate_file import Settings, check_paths, choose_encoding, translate_file
 
 log = get_logger(__name__)
@@ -84,16 +86,22 @@ def check_args(args: Args) -> Plan:
 def main(args: Args) -> None:
     """Check everything, load the model once, then translate one video after the other.
 
-    Of torchrun's n ranks, rank r takes videos r, r + n, ...
+    Of torchrun's n ranks, rank r takes videos r, r + n, ... A signal that asks to end drops the video under way.
     """
     plan = check_args(args)
     set_threads(args.threads)
-    world = connect(args.device)
-    try:
-        translate_all(args, plan, world)
-        world.close()
-    finally:
-        world.abort()
+    with raised():
+        world = connect(args.device)
+        try:
+            translate_all(args, plan, world)
+            world.close()
+        except Stop as stop:
+            if not plan.many:
+                raise
+            print(f"{one_line(args.out)}: stopped by {stop}; --skip-existing goes on with the rest", file=sys.stderr)
+            raise SystemExit(stop.exit_code) from None
+        finally:
+            world.abort()
 
 
 def translate_all(args: Args, plan: Plan, world: World) -> None:
@@ -109,7 +117,6 @@ def translate_all(args: Args, plan: Plan, world: World) -> None:
         try:
             if plan.many:
                 out.parent.mkdir(parents=True, exist_ok=True)
-                check_paths(source, out, overwrite=args.overwrite)
             print(translate_file(g, config, source, out, args, plan.codec))
         except Exception as error:
             if not plan.many:

@@ -22,6 +22,7 @@ from rlv2v.data.tracks import Tracks
 from rlv2v.data.video import Probe, kind_of, probe, resampled, timed_frames
 from rlv2v.data.writer import VideoWriter, check_folder
 from rlv2v.errors import UserError, get_logger, one_line
+from rlv2v.files import output_lock
 from rlv2v.method.translation import Stream
 from rlv2v.model import Generator
 from rlv2v.runtime.overlap import read_ahead, write_behind
@@ -118,8 +119,14 @@ def translate_file(g: Generator, config: Config, source: Path, out: Path, settin
 
     Reading and writing have a thread each, so that they overlap with the network.
     g, config: as `load_translator` returns them.  codec: as `choose_encoding` returns it.
-    Raises `UserError` for a source or an output that cannot be read or written.
+    Raises `UserError` for a source or an output that cannot be read or written, or that another process is writing.
     """
+    with output_lock(out.parent.resolve() if is_sequence(out) else out):
+        check_paths(source, out, overwrite=settings.overwrite)  # another run may have written it since the first check
+        return _translate(g, config, source, out, settings, codec)
+
+
+def _translate(g: Generator, config: Config, source: Path, out: Path, settings: Settings, codec: str) -> str:
     video = probe(source)
     fps = None if settings.fps is None else Fraction(settings.fps).limit_denominator(60060)
     if video.hdr:
