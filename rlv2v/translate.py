@@ -9,6 +9,7 @@ the input. See `rlv2v.data.containers` for what each kind of file holds, `docs/t
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -19,10 +20,12 @@ import tyro
 from rlv2v.checkpoint.export import load_translator
 from rlv2v.cli import Device, RunFolder, run_command
 from rlv2v.data.batch import Pair, find_pairs, named
+from rlv2v.data.live import is_stdin
+from rlv2v.data.y4m import is_stdout
 from rlv2v.errors import UserError, first_line, get_logger, one_line
 from rlv2v.runtime.device import set_threads
 from rlv2v.runtime.distributed import World, connect
-from rlv2v.runtime.interrupt import Stop, raised
+from rlv2v.runtime.interrupt import Interrupt, Stop, raised
 from rlv2v.translate_file import Settings, check_paths, choose_encoding, translate_file
 
 log = get_logger(__name__)
@@ -35,10 +38,11 @@ class Args(Settings):
     run: RunFolder
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
     """Video file that PyAV reads, a folder of numbered images, or many videos: a folder of them at any depth, or
-    @list.txt, a text file with a path a line."""
+    @list.txt, a text file with a path a line. -: stdin, y4m or what else can be read from a pipe."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Video to write (.mp4, .mov, .mkv, .webm, .gif), in a folder that exists, or images (NEW_FOLDER/%05d.png, .jpg,
-    .webp). It appears when all frames are done. Of many videos: a folder, made if need be."""
+    .webp). It appears when all frames are done. Of many videos: a folder, made if need be. -: y4m to stdout, each
+    frame as soon as it is done."""
     direction: Literal["x2y", "y2x"] = "x2y"
     """x2y: source domain to target domain; y2x: back."""
     newest: bool = False
@@ -67,12 +71,12 @@ def check_args(args: Args) -> Plan:
     """Return what is to be done, before any work; raise UserError for what cannot be done or would lose a file."""
     if args.skip_existing and args.overwrite:
         raise UserError("--skip-existing and --overwrite: choose one of them")
-    pairs = find_pairs(args.source, args.out, args.suffix)
+    pairs = None if args.is_live(args.source) else find_pairs(args.source, args.out, args.suffix)
     if pairs is None:
         codec = choose_encoding(args, args.out)
         if args.skip_existing and args.out.exists():
             return Plan([], codec, many=False, num_skipped=1)
-        check_paths(args.source, args.out, overwrite=args.overwrite)
+        check_paths(args.source, args.out, args)
         return Plan([Pair(args.source, args.out)], codec, many=False)
     codec = choose_encoding(args, args.out / f"any{args.suffix}")
     existing = [pair for pair in pairs if pair.out.exists()]
@@ -86,14 +90,16 @@ def check_args(args: Args) -> Plan:
 def main(args: Args) -> None:
     """Check everything, load the model once, then translate one video after the other.
 
-    Of torchrun's n ranks, rank r takes videos r, r + n, ... A signal that asks to end drops the video under way.
+    Of torchrun's n ranks, rank r takes videos r, r + n, ... A signal that asks to end drops the video under way;
+    that of a device, which has no other end, is completed.
     """
     plan = check_args(args)
     set_threads(args.threads)
-    with raised():
+    is_device = args.is_live(args.source) and not is_stdin(args.source)
+    with Interrupt() if is_device else raised() as interrupted:
         world = connect(args.device)
         try:
-            translate_all(args, plan, world)
+            translate_all(args, plan, world, lambda: interrupted is not None and bool(interrupted.by))
             world.close()
         except Stop as stop:
             if not plan.many:
@@ -104,7 +110,7 @@ def main(args: Args) -> None:
             world.abort()
 
 
-def translate_all(args: Args, plan: Plan, world: World) -> None:
+def translate_all(args: Args, plan: Plan, world: World, is_stopping: Callable[[], bool]) -> None:
     """Translate this rank's share of the videos, and say at the end what became of all of them.
 
     Raises:
@@ -117,7 +123,8 @@ def translate_all(args: Args, plan: Plan, world: World) -> None:
         try:
             if plan.many:
                 out.parent.mkdir(parents=True, exist_ok=True)
-            print(translate_file(g, config, source, out, args, plan.codec))
+            line = translate_file(g, config, source, out, args, plan.codec, is_stopping)
+            print(line, file=sys.stderr if is_stdout(out) else sys.stdout)
         except Exception as error:
             if not plan.many:
                 raise

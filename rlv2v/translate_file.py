@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -17,10 +19,12 @@ from rlv2v.data.clock import DEFAULT_FPS, MAX_FPS
 from rlv2v.data.containers import CODECS, choose_codec
 from rlv2v.data.damage import Faults
 from rlv2v.data.decoding import Deinterlace, TimedFrame
+from rlv2v.data.live import is_stdin, open_live
 from rlv2v.data.sequence import SequenceWriter, check_sequence, is_sequence
 from rlv2v.data.tracks import Tracks
 from rlv2v.data.video import Probe, kind_of, probe, resampled, timed_frames
 from rlv2v.data.writer import VideoWriter, check_folder
+from rlv2v.data.y4m import Y4mWriter, check_stdout, is_stdout
 from rlv2v.errors import UserError, get_logger, one_line
 from rlv2v.files import output_lock
 from rlv2v.method.translation import Stream
@@ -56,11 +60,24 @@ class Settings:
     """Keep every value: the file is large, and few players show it."""
     overwrite: bool = False
     """Replace OUT if it exists."""
+    input_format: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """FFmpeg's name of IN's format where stdin does not show it (rawvideo has no size, so it cannot be read), or of a
+    device: v4l2 with IN /dev/video0 is a camera, x11grab with IN :0 a screen."""
+
+    def is_live(self, source: Path) -> bool:
+        """Return whether a source is stdin or a device, which can be read once only."""
+        return is_stdin(source) or self.input_format is not None
 
 
 def choose_encoding(settings: Settings, out: Path) -> str:
-    """Return the codec's key for an output, "" for images; raise UserError for settings that do not fit."""
-    codec = "" if is_sequence(out) else choose_codec(out, settings.codec, lossless=settings.lossless)
+    """Return the codec's key for an output, "" for images and stdout; raise UserError for settings that do not fit."""
+    if is_stdout(out):
+        for name, value in (("--codec", settings.codec), ("--crf", settings.crf), ("--lossless", settings.lossless)):
+            if value not in (None, False):
+                raise UserError(f"{name}: y4m, which stdout gets, is not encoded; leave it out")
+        codec = ""
+    else:
+        codec = "" if is_sequence(out) else choose_codec(out, settings.codec, lossless=settings.lossless)
     if settings.size is not None and settings.size != 0 and settings.size < 8:
         raise UserError(f"--size: expected 0 (the video's own) or at least 8 pixels, got {settings.size}")
     if settings.fps is not None and not 0 < settings.fps <= MAX_FPS:
@@ -74,19 +91,23 @@ def choose_encoding(settings: Settings, out: Path) -> str:
     return codec
 
 
-def check_paths(source: Path, out: Path, *, overwrite: bool) -> None:
+def check_paths(source: Path, out: Path, settings: Settings) -> None:
     """Raise UserError for a source that is not there, and an output that cannot be written or would lose a file."""
-    if not source.exists():
+    live = settings.is_live(source)
+    if not live and not source.exists():
         raise UserError(f"{source}: no such video file or folder of frames")
+    if is_stdout(out):
+        check_stdout()
+        return
     if is_sequence(out):
-        check_sequence(out, overwrite=overwrite)
-        if out.parent.exists() and out.parent.samefile(source):
+        check_sequence(out, overwrite=settings.overwrite)
+        if not live and out.parent.exists() and out.parent.samefile(source):
             raise UserError(f"{out}: output and input are the same folder; choose another one")
     else:
         check_folder(out)
-    if out.exists() and out.samefile(source):
+    if not live and out.exists() and out.samefile(source):
         raise UserError(f"{out}: output and input are the same file; choose another output name")
-    if out.exists() and not overwrite:
+    if out.exists() and not settings.overwrite:
         raise UserError(f"{out}: exists already; choose another name, or give --overwrite")
 
 
@@ -98,10 +119,15 @@ def side_by_side(source: np.ndarray, translated: np.ndarray) -> np.ndarray:
 
 def open_writer(
     source: Path, out: Path, settings: Settings, video: Probe, codec: str, fps: Fraction | None
-) -> VideoWriter | SequenceWriter:
+) -> VideoWriter | SequenceWriter | Y4mWriter:
     """Return the writer of the output, which carries along what a video file holds besides its pictures."""
+    if is_stdout(out):
+        return Y4mWriter(fps or video.fps, even=not settings.exact_size, aspect=video.pixel_aspect)
     if is_sequence(out):
         return SequenceWriter(out, fps or video.fps)
+    tracks = None
+    if kind_of(source) == "video" and not settings.is_live(source):
+        tracks = Tracks(source, video.start, audio=settings.audio)
     return VideoWriter(
         out,
         fps or video.fps,
@@ -110,46 +136,75 @@ def open_writer(
         even=not settings.exact_size,
         tick=None if fps else video.tick,
         aspect=video.pixel_aspect,
-        tracks=Tracks(source, video.start, audio=settings.audio) if kind_of(source) == "video" else None,
+        tracks=tracks,
     )
 
 
-def translate_file(g: Generator, config: Config, source: Path, out: Path, settings: Settings, codec: str) -> str:
+def open_source(
+    source: Path, settings: Settings, fps: Fraction | None, faults: Faults
+) -> tuple[Probe, Iterator[TimedFrame]]:
+    """Return what a source declares, and its frames; fps: frames a second of what has no clock."""
+    if settings.is_live(source):
+        video, frames = open_live(source, settings.input_format, deinterlace=settings.deinterlace, faults=faults)
+        if video.has_audio and settings.audio:
+            log.warning("%s: the sound of a stream is left out", source)
+        return video, frames
+    video = probe(source)
+    size = video.width, video.height
+    rate = fps or DEFAULT_FPS
+    return video, timed_frames(source, size=size, fps=rate, deinterlace=settings.deinterlace, faults=faults)
+
+
+def translate_file(
+    g: Generator,
+    config: Config,
+    source: Path,
+    out: Path,
+    settings: Settings,
+    codec: str,
+    is_stopping: Callable[[], bool] = lambda: False,
+) -> str:
     """Translate a source to an output that appears when it is complete, and return a line that describes it.
 
     Reading and writing have a thread each, so that they overlap with the network.
     g, config: as `load_translator` returns them.  codec: as `choose_encoding` returns it.
+    is_stopping: asked before each frame; once it is true the output is completed without it.
     Raises `UserError` for a source or an output that cannot be read or written, or that another process is writing.
     """
-    with output_lock(out.parent.resolve() if is_sequence(out) else out):
-        check_paths(source, out, overwrite=settings.overwrite)  # another run may have written it since the first check
-        return _translate(g, config, source, out, settings, codec)
+    lock = output_lock(out.parent.resolve() if is_sequence(out) else out)
+    with nullcontext() if is_stdout(out) else lock:
+        check_paths(source, out, settings)  # another run may have written it since the first check
+        return _translate(g, config, source, out, settings, codec, is_stopping)
 
 
-def _translate(g: Generator, config: Config, source: Path, out: Path, settings: Settings, codec: str) -> str:
-    video = probe(source)
+def _translate(
+    g: Generator,
+    config: Config,
+    source: Path,
+    out: Path,
+    settings: Settings,
+    codec: str,
+    is_stopping: Callable[[], bool],
+) -> str:
+    started, faults = time.perf_counter(), Faults(settings.strict)
     fps = None if settings.fps is None else Fraction(settings.fps).limit_denominator(60060)
+    video, frames = open_source(source, settings, fps, faults)
     if video.hdr:
         log.warning("%s: HDR (%s); tone-mapped to BT.709", source, video.hdr)
-    started = time.perf_counter()
-    stream, faults = Stream(g, config, settings.size, video.pixel_aspect), Faults(settings.strict)
-    frames = timed_frames(
-        source,
-        size=(video.width, video.height),
-        fps=fps or DEFAULT_FPS,
-        deinterlace=settings.deinterlace,
-        faults=faults,
-    )
+    if is_stdout(out) and video.tick is not None:
+        fps = fps or video.fps  # y4m has one rate
     if fps:
         frames = resampled(frames, fps)
-    bar = tqdm(total=None if fps else video.num_frames, unit="frame", desc=one_line(source.name))
+    stream = Stream(g, config, settings.size, video.pixel_aspect)
     with (
-        bar,
+        tqdm(total=None if fps else video.num_frames, unit="frame", desc=one_line(source.name)) as bar,
         open_writer(source, out, settings, video, codec, fps) as writer,
-        write_behind(lambda frame: writer.write(*frame)) as write,
+        writing(writer) as write,
         read_ahead(frames) as ahead,
     ):
         for frame in ahead:
+            if is_stopping():
+                break
             translated = stream(frame.rgb)
             shown = side_by_side(frame.rgb, translated) if settings.side_by_side else translated
             write(TimedFrame(shown, frame.time, frame.duration))
@@ -159,3 +214,20 @@ def _translate(g: Generator, config: Config, source: Path, out: Path, settings: 
     rate = writer.count / (time.perf_counter() - started)
     shape = f"{video.width}x{video.height}" + (" twice" if settings.side_by_side else "")
     return f"{out}: {writer.count} frames, {shape}, {float(writer.fps):g} fps; translated {rate:.1f} frames/s"
+
+
+@contextmanager
+def writing(writer: VideoWriter | SequenceWriter | Y4mWriter) -> Iterator[Callable[[TimedFrame], None]]:
+    """Yield a function that writes a frame, in another thread except to a pipe.
+
+    A write to a pipe may wait for ever, and a signal ends that in the main thread only.
+    """
+
+    def write(frame: TimedFrame) -> None:
+        writer.write(*frame)
+
+    if isinstance(writer, Y4mWriter):
+        yield write
+    else:
+        with write_behind(write) as put:
+            yield put

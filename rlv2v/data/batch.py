@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from rlv2v.data.index import source_paths
 from rlv2v.data.video import files_of, kind_of
+from rlv2v.data.y4m import is_stdout
 from rlv2v.errors import UserError, get_logger
 
 LIST = "@"
@@ -126,7 +127,7 @@ def named(names: list[str]) -> str:
 
 def check_out(source: Path, out: Path) -> None:
     """Raise UserError where `out` cannot be the folder of the results of `source`."""
-    if out.is_file() or (out.suffix and not out.is_dir()):
+    if out.is_file() or is_stdout(out) or (out.suffix and not out.is_dir()):
         raise UserError(f"{out}: expected a folder for the results, since {source} holds several videos")
     if not out.absolute().parent.is_dir():
         raise UserError(f"{out}: folder {out.parent} does not exist; create it first")
