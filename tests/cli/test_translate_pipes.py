@@ -10,7 +10,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -21,6 +23,8 @@ from processes import finish, read_until, start
 
 from rlv2v.checkpoint.export import load_translator, pack_translators
 from rlv2v.config import Config
+from rlv2v.data.damage import Faults
+from rlv2v.data.live import open_live
 from rlv2v.data.video import probe, read_frames, timed_frames
 from rlv2v.data.y4m import Y4mWriter
 from rlv2v.errors import UserError
@@ -127,6 +131,31 @@ def test_from_stdin_to_stdout(strange_run: Path, tmp_path: Path) -> None:
     assert distance(expected, smooth(4, 48, 64)) > 8, "the model must change the pictures, or this test says nothing"
 
 
+@pytest.mark.parametrize(("name", "codec"), [("a.ts", "libx264"), ("a.webm", "libvpx-vp9"), ("a.gif", "gif")])
+def test_containers_on_stdin(tmp_path: Path, name: str, codec: str) -> None:
+    """What is read from the pipe of another program, frame by frame, is what is read from the file."""
+    with av.open(str(tmp_path / name), "w") as output:
+        stream: Any = output.add_stream(codec, rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "rgb8" if codec == "gif" else "yuv420p"
+        for frame in smooth(12, 48, 64):
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        output.mux(stream.encode(None))
+    saved = os.dup(0)
+    try:
+        with subprocess.Popen(["cat", tmp_path / name], stdout=subprocess.PIPE) as cat:
+            assert cat.stdout is not None
+            os.dup2(cat.stdout.fileno(), 0)
+            video, frames = open_live(Path("-"), faults=(faults := Faults()))
+            piped = list(frames)
+    finally:
+        os.dup2(saved, 0)
+        os.close(saved)
+    expected = list(timed_frames(tmp_path / name))
+    assert (video.width, video.height, len(piped)) == (64, 48, 12) and faults.lines() == []
+    for a, b in zip(piped, expected, strict=True):
+        assert a.time == b.time and (a.rgb == b.rgb).all()
+
+
 def test_a_signal_ends_a_wait_for_stdin(tiny_run: Path, tmp_path: Path) -> None:
     content = write_y4m(tmp_path / "in.y4m", smooth(4, 48, 64))
     out = tmp_path / "out.mp4"
@@ -201,7 +230,15 @@ def test_a_varying_rate_is_resampled_for_y4m(tiny_run: Path, tmp_path: Path, com
             picture.pts, picture.time_base = time, Fraction(1, 10)
             output.mux(stream.encode(picture))
         output.mux(stream.encode(None))
-    with stdout_to(tmp_path / "out.y4m"):
-        code, _, err = command("translate", tiny_run, tmp_path / "in.mkv", "-", "--fps", 10)
-    assert code == 0 and "-: 10 frames, 16x16, 10 fps" in err
-    assert probe(tmp_path / "out.y4m").fps == 10 and len(list(read_frames(tmp_path / "out.y4m"))) == 10
+    for flags, rate, shown in (
+        (("--fps", 10), Fraction(10), [0, 1, 2, 3, 3, 3, 3, 4, 5, 6]),
+        ((), Fraction(20, 3), [0, 1, 3, 3, 3, 4, 6]),
+    ):
+        with stdout_to(tmp_path / "out.y4m"):
+            code, _, err = command("translate", tiny_run, tmp_path / "in.mkv", "-", *flags)
+        frames = list(read_frames(tmp_path / "out.y4m"))
+        assert code == 0 and f"-: {len(shown)} frames, 16x16, " in err and len(frames) == len(shown)
+        assert probe(tmp_path / "out.y4m").fps == rate
+        same = [bool((a == b).all()) for a, b in pairwise(frames)]
+        assert same == [a == b for a, b in pairwise(shown)]
+        (tmp_path / "out.y4m").unlink()
