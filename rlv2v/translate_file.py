@@ -61,8 +61,8 @@ class Settings:
     overwrite: bool = False
     """Replace OUT if it exists."""
     input_format: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """FFmpeg's name of IN's format where stdin does not show it (rawvideo has no size, so it cannot be read), or of a
-    device: v4l2 with IN /dev/video0 is a camera, x11grab with IN :0 a screen."""
+    """FFmpeg's name of a device, v4l2 with IN /dev/video0 (a camera) or x11grab with IN :0 (a screen), or of the format
+    of stdin if its content does not show it."""
 
     def is_live(self, source: Path) -> bool:
         """Return whether a source is stdin or a device, which can be read once only."""
@@ -168,7 +168,7 @@ def translate_file(
 
     Reading and writing have a thread each, so that they overlap with the network.
     g, config: as `load_translator` returns them.  codec: as `choose_encoding` returns it.
-    is_stopping: asked before each frame; once it is true the output is completed without it.
+    is_stopping: asked after each frame; once it is true the output is completed.
     Raises `UserError` for a source or an output that cannot be read or written, or that another process is writing.
     """
     lock = output_lock(out.parent.resolve() if is_sequence(out) else out)
@@ -203,12 +203,12 @@ def _translate(
         read_ahead(frames) as ahead,
     ):
         for frame in ahead:
-            if is_stopping():
-                break
             translated = stream(frame.rgb)
             shown = side_by_side(frame.rgb, translated) if settings.side_by_side else translated
             write(TimedFrame(shown, frame.time, frame.duration))
             bar.update()
+            if is_stopping():
+                break
     for line in faults.lines():
         log.warning("%s: %s", source, line)
     rate = writer.count / (time.perf_counter() - started)

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from rlv2v.data.containers import CONTAINERS
 from rlv2v.data.index import source_paths
+from rlv2v.data.sequence import is_sequence
 from rlv2v.data.video import files_of, kind_of
 from rlv2v.data.y4m import is_stdout
 from rlv2v.errors import UserError, get_logger
@@ -127,7 +129,8 @@ def named(names: list[str]) -> str:
 
 def check_out(source: Path, out: Path) -> None:
     """Raise UserError where `out` cannot be the folder of the results of `source`."""
-    if out.is_file() or is_stdout(out) or (out.suffix and not out.is_dir()):
+    is_video = out.suffix.lower() in CONTAINERS and not out.is_dir()
+    if out.is_file() or is_video or is_sequence(out) or is_stdout(out):
         raise UserError(f"{out}: expected a folder for the results, since {source} holds several videos")
     if not out.absolute().parent.is_dir():
         raise UserError(f"{out}: folder {out.parent} does not exist; create it first")

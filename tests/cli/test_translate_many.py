@@ -135,6 +135,13 @@ def test_results_never_share_a_name(tmp_path: Path) -> None:
         find_pairs(folder, out, ".mp4")
 
 
+def test_a_folder_of_results_may_have_a_dot(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.b.mp4").touch()
+    pairs = find_pairs(tmp_path / "in", tmp_path / "out.2026", ".webm")
+    assert pairs == [(tmp_path / "in" / "a.b.mp4", tmp_path / "out.2026" / "a.b.webm")]
+
+
 def test_results_do_not_become_sources(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     (folder / "out").mkdir(parents=True)
@@ -147,6 +154,7 @@ def test_results_do_not_become_sources(tmp_path: Path) -> None:
     ("source", "out", "words"),
     [
         ("in", "out.mp4", "out.mp4: expected a folder for the results"),
+        ("in", "images/%d.png", r"%d\.png: expected a folder for the results"),
         ("in", "file", "file: expected a folder for the results"),
         ("in", "no/out", "no/out: folder .*no does not exist"),
         ("in", "in", "same folder"),
