@@ -94,10 +94,13 @@ def read_list(path: Path) -> list[Path]:
         lines = os.fsdecode(path.read_bytes()).splitlines()
     except OSError as error:
         raise UserError(f"{path}: cannot be read as a list of videos: {error.strerror}") from error
-    sources = list(dict.fromkeys(Path(line) for line in lines if line.strip()))
+    sources: dict[Path, Path] = {}
+    for line in lines:
+        if line.strip():
+            sources.setdefault(absolute(Path(line)), Path(line))
     if not sources:
         raise UserError(f"{path}: an empty list; expected the path of a video on each line")
-    return sources
+    return list(sources.values())
 
 
 def may_be_video(path: Path) -> bool:

@@ -92,7 +92,7 @@ def test_a_list_keeps_the_folders_below_the_common_one(tmp_path: Path, monkeypat
     write(tmp_path / "x" / "a.mp4")
     write(tmp_path / "y" / "a.mp4")
     monkeypatch.chdir(tmp_path)
-    Path("list.txt").write_text("x/a.mp4\r\n\n" + f"{tmp_path}/y/a.mp4\nx/a.mp4\n")
+    Path("list.txt").write_text("x/a.mp4\r\n\n" + f"{tmp_path}/y/a.mp4\ny/a.mp4\nx/a.mp4\n")
     pairs = find_pairs(Path("@list.txt"), Path("out"), ".mp4")
     assert pairs == [(Path("x/a.mp4"), Path("out/x/a.mp4")), (tmp_path / "y/a.mp4", Path("out/y/a.mp4"))]
     (tmp_path / "here").mkdir()
