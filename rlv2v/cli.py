@@ -20,6 +20,7 @@ import tyro
 
 from rlv2v import __version__
 from rlv2v.errors import UserError, nearest
+from rlv2v.runtime.interrupt import Stop
 
 Args = TypeVar("Args")
 RunFolder = Annotated[
@@ -51,9 +52,9 @@ COMMANDS = {
 def run_command(main: Callable[[Args], None], args_type: type[Args] | Any, *, description: str | None = None) -> None:
     """Parse the command line as `args_type`, run `main`, and exit with 0 (done) or 2 (the user can mend it).
 
-    A bad flag, a `UserError`, a full disk or a refused path exits with 2 and one line on stderr, Ctrl-C with 130 and
-    one line. Any other exception is a bug and keeps its traceback (exit code 1). description: for `--help`; by default
-    the docstring of `args_type`.
+    A bad flag, a `UserError`, a full disk or a refused path exits with 2 and one line on stderr, Ctrl-C or a `Stop`
+    with 128 + the signal's number and one line. Any other exception is a bug and keeps its traceback (exit code 1).
+    description: for `--help`; by default the docstring of `args_type`.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file name may hold what its encoding has no character for
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -71,9 +72,10 @@ def run_command(main: Callable[[Args], None], args_type: type[Args] | Any, *, de
         if error.errno not in DISK_ERRORS:
             raise
         message = f"{error.filename or 'disk'}: {error.strerror}; free space or choose another folder"
-    except KeyboardInterrupt:
-        print(f"{name}: stopped by SIGINT", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGINT) from None
+    except KeyboardInterrupt as error:
+        stop = error if isinstance(error, Stop) else Stop(signal.SIGINT)
+        print(f"{name}: stopped by {stop}", file=sys.stderr)
+        raise SystemExit(stop.exit_code) from None
     else:
         return
     print(f"{name}: {message}", file=sys.stderr)

@@ -8,6 +8,8 @@ import functools
 import json
 import logging
 import os
+import re
+import shutil
 import socket
 import weakref
 from collections.abc import Iterator
@@ -73,7 +75,52 @@ def lock_folder(run: Path) -> FileIO:
         UserError: another process holds it.
         OSError: the file cannot be opened or written; `run` must exist.
     """
-    path = run / ".lock"
+    return _lock(run / ".lock", f"{run}: another run is at work in it", "choose another --out")[0]
+
+
+@contextmanager
+def output_lock(out: Path) -> Iterator[None]:
+    """Let nobody else write the file or folder `out` while the block runs; the lock, `.lock-NAME` beside it, goes then.
+
+    What a writer of `out` that was killed has left half-written is removed.
+
+    Raises:
+        UserError: another process writes it.
+        OSError: the folder cannot be written to, naming `out`.
+    """
+    path = out.with_name(f".lock-{out.name}")
+    refusal = f"{out}: another run is writing it", "choose another name"
+    try:
+        lock, is_held = _lock(path, *refusal)
+        while not (path.exists() and os.path.samestat(path.stat(), os.fstat(lock.fileno()))):
+            lock.close()  # its holder has ended and removed it meanwhile
+            lock, is_held = _lock(path, *refusal)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(out)) from error
+    try:
+        if is_held:
+            _remove_partial(out)
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held: whoever has it open finds that it is not there any more
+        lock.close()
+
+
+def _remove_partial(out: Path) -> None:
+    """Remove half-written forms of `out`, which nobody else is writing."""
+    for path in out.parent.iterdir():
+        if re.fullmatch(rf"{re.escape(PARTIAL)}\d+-{re.escape(out.name)}", path.name):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _lock(path: Path, refusal: str, remedy: str) -> tuple[FileIO, bool]:
+    """Return the file `path`, open, and whether it is locked: some file systems have no locks.
+
+    refusal, remedy: how the error for a file that another process has locked begins and ends.
+    """
     lock = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+")
     # A forked child shares the open file, and would hold the lock after its parent's death.
     os.register_at_fork(after_in_child=functools.partial(_close, weakref.ref(lock)))
@@ -84,15 +131,14 @@ def lock_folder(run: Path) -> FileIO:
     except BlockingIOError:
         with lock:
             holder = _holder(lock.read(1000))
-        raise UserError(
-            f"{run}: another run is at work in it ({holder}); wait for it, stop it, or choose another --out"
-        ) from None
+        raise UserError(f"{refusal} ({holder}); wait for it, stop it, or {remedy}") from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             lock.close()
             raise OSError(error.errno, error.strerror, str(path)) from error
-        log.warning("%s: no locks here (%s); see to it that no other run uses the folder", path, error.strerror)
-    return lock
+        log.warning("%s: no locks here (%s); see to it that no other run writes there", path, error.strerror)
+        return lock, False
+    return lock, True
 
 
 def _close(reference: weakref.ref[FileIO]) -> None:

@@ -1,163 +1,152 @@
-"""`python -m rlv2v.translate RUN IN OUT.mp4`: translate a video of any length with a trained run, in constant memory.
+"""`python -m rlv2v.translate RUN IN OUT.mp4`: translate videos of any length with a trained run, in constant memory.
 
 The generator runs frame by frame with its recurrent state carried along, so that chunks give what one pass would. A
 frame is scaled so that its short side is the size that the model was trained at, padded by replication to what the
 network needs, cropped and scaled back. The output has the frames, times, size, sound, subtitles, chapters and tags of
-the input. See `rlv2v.data.containers` for what each kind of file holds.
+the input. See `rlv2v.data.containers` for what each kind of file holds, `docs/translate.md` for folders of videos.
 """
 
 from __future__ import annotations
 
-import time
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
-import numpy as np
+import av
 import tyro
-from tqdm import tqdm
 
 from rlv2v.checkpoint.export import load_translator
 from rlv2v.cli import Device, RunFolder, run_command
-from rlv2v.data.clock import DEFAULT_FPS, MAX_FPS
-from rlv2v.data.containers import CODECS, choose_codec
-from rlv2v.data.damage import Faults
-from rlv2v.data.decoding import Deinterlace
-from rlv2v.data.sequence import SequenceWriter, check_sequence, is_sequence
-from rlv2v.data.tracks import Tracks
-from rlv2v.data.video import Probe, kind_of, probe, resampled, timed_frames
-from rlv2v.data.writer import VideoWriter, check_folder
-from rlv2v.errors import UserError, get_logger
-from rlv2v.method.translation import Stream
-from rlv2v.runtime.device import pick_device
+from rlv2v.data.batch import Pair, find_pairs, named
+from rlv2v.data.live import is_stdin
+from rlv2v.data.y4m import is_stdout
+from rlv2v.errors import UserError, first_line, get_logger, one_line
+from rlv2v.runtime.device import set_threads
+from rlv2v.runtime.distributed import World, connect
+from rlv2v.runtime.interrupt import Interrupt, Stop, raised
+from rlv2v.translate_file import Settings, check_paths, choose_encoding, translate_file
 
 log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Args:
-    """Translate a video (or a folder of frames) with a trained run, whose model is read from its folder."""
+class Args(Settings):
+    """Translate a video, a folder of frames or many videos with a trained run, whose model is read from its folder."""
 
     run: RunFolder
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
-    """Video file that PyAV reads, or a folder of numbered images."""
+    """Video file that PyAV reads, a folder of numbered images, or many videos: a folder of them at any depth, or
+    @list.txt, a text file with a path a line. -: stdin, y4m or what else can be read from a pipe."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Video to write (.mp4, .mov, .mkv, .webm, .gif), in a folder that exists, or images (NEW_FOLDER/%05d.png, .jpg,
-    .webp). It appears when all frames are done."""
+    .webp). It appears when all frames are done. Of many videos: a folder, made if need be. -: y4m to stdout, each
+    frame as soon as it is done."""
     direction: Literal["x2y", "y2x"] = "x2y"
     """x2y: source domain to target domain; y2x: back."""
     newest: bool = False
     """Use the newest checkpoint's model instead of the best one by the criterion."""
-    side_by_side: bool = False
-    """Show the source on the left of the translation."""
-    size: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """Short side in pixels that the model sees; default: what it was trained at; 0: the video's own."""
-    fps: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
-    """Constant rate to translate at: of a video the frame shown then; default: the video's own times, 25 for images."""
-    audio: bool = True
-    """Carry the sound along."""
-    deinterlace: Deinterlace = "auto"
-    """auto: frames that are flagged as interlaced; on: all; off: none."""
-    strict: bool = False
-    """Stop at the first damaged frame instead of showing the last good one."""
-    exact_size: bool = False
-    """Keep an odd width or height, which few players show, instead of repeating the last column or row."""
-    codec: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """h264, hevc, vp9, av1 or ffv1, as far as the kind of file holds it; default: h264, for .webm vp9."""
-    crf: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """Quality of the codec, 0 (best) to 63; default: hardly any visible loss."""
-    lossless: bool = False
-    """Keep every value: the file is large, and few players show it."""
-    overwrite: bool = False
-    """Replace OUT if it exists."""
+    suffix: Literal[".mp4", ".mov", ".mkv", ".webm", ".gif"] = ".mp4"
+    """What many videos are written as."""
+    skip_existing: bool = False
+    """Of many videos, translate only those whose result is not there yet."""
     device: Device = "auto"
+    threads: int = 1
+    """CPU threads of the network; 0: as many as torch finds. Reading and writing have one each besides."""
 
 
-def check_args(args: Args) -> str:
-    """Return the codec's key, before any work; raise UserError for what cannot be done or would lose a file."""
-    if not args.source.exists():
-        raise UserError(f"{args.source}: no such video file or folder of frames")
-    codec = ""
-    if is_sequence(args.out):
-        check_sequence(args.out, overwrite=args.overwrite)
-        if args.out.parent.exists() and args.out.parent.samefile(args.source):
-            raise UserError(f"{args.out}: output and input are the same folder; choose another one")
-    else:
-        codec = choose_codec(args.out, args.codec, lossless=args.lossless)
-        check_folder(args.out)
-    if args.out.exists() and args.out.samefile(args.source):
-        raise UserError(f"{args.out}: output and input are the same file; choose another output name")
-    if args.out.exists() and not args.overwrite:
-        raise UserError(f"{args.out}: exists already; choose another name, or give --overwrite")
-    if args.size is not None and args.size != 0 and args.size < 8:
-        raise UserError(f"--size: expected 0 (the video's own) or at least 8 pixels, got {args.size}")
-    if args.fps is not None and not 0 < args.fps <= MAX_FPS:
-        raise UserError(f"--fps: expected more than 0 and up to {MAX_FPS}, got {args.fps:g}")
-    if args.crf is not None:
-        most = 51 if codec in ("h264", "hevc") else 63
-        if not codec or "crf" not in CODECS[codec].options:
-            raise UserError(f"--crf: {codec or 'images'} have no such quality")
-        if not 0 <= args.crf <= most:
-            raise UserError(f"--crf: expected 0 to {most} for {codec}, got {args.crf}")
-    return codec
+class Plan(NamedTuple):
+    """Hold what is to be done."""
+
+    pairs: list[Pair]
+    """Sources and outputs, without those that are there already."""
+    codec: str
+    many: bool
+    """Whether the user named several videos: the failure of one does not end the others."""
+    num_skipped: int = 0
 
 
-def side_by_side(source: np.ndarray, translated: np.ndarray) -> np.ndarray:
-    """Return both frames in one, source left; an odd height gains a row, so that every player shows it (yuv420p)."""
-    both = np.concatenate([source, translated], axis=1)
-    return np.pad(both, ((0, len(both) % 2), (0, 0), (0, 0)), mode="edge")
-
-
-def open_writer(args: Args, video: Probe, codec: str, fps: Fraction | None) -> VideoWriter | SequenceWriter:
-    """Return the writer of the output, which carries along what a video file holds besides its pictures."""
-    if is_sequence(args.out):
-        return SequenceWriter(args.out, fps or video.fps)
-    tracks = None
-    if kind_of(args.source) == "video":
-        tracks = Tracks(args.source, video.start, audio=args.audio)
-    return VideoWriter(
-        args.out,
-        fps or video.fps,
-        codec,
-        options={} if args.crf is None else {"crf": str(args.crf)},
-        even=not args.exact_size,
-        tick=None if fps else video.tick,
-        aspect=video.pixel_aspect,
-        tracks=tracks,
-    )
+def check_args(args: Args) -> Plan:
+    """Return what is to be done, before any work; raise UserError for what cannot be done or would lose a file."""
+    if args.skip_existing and args.overwrite:
+        raise UserError("--skip-existing and --overwrite: choose one of them")
+    pairs = None if args.is_live(args.source) else find_pairs(args.source, args.out, args.suffix)
+    if pairs is None:
+        codec = choose_encoding(args, args.out)
+        if args.skip_existing and args.out.exists():
+            return Plan([], codec, many=False, num_skipped=1)
+        check_paths(args.source, args.out, args)
+        return Plan([Pair(args.source, args.out)], codec, many=False)
+    codec = choose_encoding(args, args.out / f"any{args.suffix}")
+    existing = [pair for pair in pairs if pair.out.exists()]
+    if existing and not (args.skip_existing or args.overwrite):
+        names = named([str(pair.out) for pair in existing])
+        raise UserError(f"{args.out}: exists already: {names}; give --skip-existing or --overwrite")
+    todo = [pair for pair in pairs if not (args.skip_existing and pair.out.exists())]
+    return Plan(todo, codec, many=True, num_skipped=len(pairs) - len(todo))
 
 
 def main(args: Args) -> None:
-    """Check everything, then translate frame by frame."""
-    codec = check_args(args)
-    video = probe(args.source)
-    fps = None if args.fps is None else Fraction(args.fps).limit_denominator(60060)
-    g, config = load_translator(args.run, args.direction, device=pick_device(args.device), newest=args.newest)
+    """Check everything, load the model once, then translate one video after the other.
 
-    if video.hdr:
-        log.warning("%s: HDR (%s); tone-mapped to BT.709", args.source, video.hdr)
-    started = time.perf_counter()
-    stream, faults = Stream(g, config, args.size, video.pixel_aspect), Faults(args.strict)
-    frames = timed_frames(
-        args.source,
-        size=(video.width, video.height),
-        fps=fps or DEFAULT_FPS,
-        deinterlace=args.deinterlace,
-        faults=faults,
-    )
-    if fps:
-        frames = resampled(frames, fps)
-    with open_writer(args, video, codec, fps) as writer:
-        for frame in tqdm(frames, total=None if fps else video.num_frames, unit="frame", desc=args.source.name):
-            translated = stream(frame.rgb)
-            shown = side_by_side(frame.rgb, translated) if args.side_by_side else translated
-            writer.write(shown, frame.time, frame.duration)
-    for line in faults.lines():
-        log.warning("%s: %s", args.source, line)
-    rate = writer.count / (time.perf_counter() - started)
-    shape = f"{video.width}x{video.height}" + (" twice" if args.side_by_side else "")
-    print(f"{args.out}: {writer.count} frames, {shape}, {float(writer.fps):g} fps; translated {rate:.1f} frames/s")
+    Of torchrun's n ranks, rank r takes videos r, r + n, ... A signal that asks to end drops the video under way;
+    that of a device, which has no other end, is completed.
+    """
+    plan = check_args(args)
+    set_threads(args.threads)
+    is_device = args.is_live(args.source) and not is_stdin(args.source)
+    with Interrupt() if is_device else raised() as interrupted:
+        world = connect(args.device)
+        try:
+            translate_all(args, plan, world, lambda: interrupted is not None and bool(interrupted.by))
+            world.close()
+        except Stop as stop:
+            if not plan.many:
+                raise
+            print(f"{one_line(args.out)}: stopped by {stop}; --skip-existing goes on with the rest", file=sys.stderr)
+            raise SystemExit(stop.exit_code) from None
+        finally:
+            world.abort()
+
+
+def translate_all(args: Args, plan: Plan, world: World, is_stopping: Callable[[], bool]) -> None:
+    """Translate this rank's share of the videos, and say at the end what became of all of them.
+
+    Raises:
+        UserError: a video could not be translated.
+    """
+    failures: list[str] = []
+    if plan.pairs:
+        g, config = load_translator(args.run, args.direction, device=world.device, newest=args.newest)
+    for source, out in plan.pairs[world.rank :: world.size]:
+        try:
+            if plan.many:
+                out.parent.mkdir(parents=True, exist_ok=True)
+            line = translate_file(g, config, source, out, args, plan.codec, is_stopping)
+            print(line, file=sys.stderr if is_stdout(out) else sys.stdout)
+        except Exception as error:
+            if not plan.many:
+                raise
+            failures.append(str(source))
+            if isinstance(error, UserError):
+                log.warning("%s", error)
+            else:
+                log.warning(
+                    "%s: %s", source, first_line(error), exc_info=not isinstance(error, (OSError, av.FFmpegError))
+                )
+    if not plan.many:
+        if plan.num_skipped:
+            print(f"{args.out}: exists already, skipped")
+        return
+    failures = [name for names in world.gather_objects(failures) for name in names]
+    counts = f"{len(plan.pairs) - len(failures)} translated, {plan.num_skipped} skipped, {len(failures)} failed"
+    if failures and world.first:
+        raise UserError(f"{counts}: {', '.join(failures)}")
+    if failures:
+        raise SystemExit(2)
+    if world.first:
+        print(counts)
 
 
 if __name__ == "__main__":

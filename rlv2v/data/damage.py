@@ -70,7 +70,12 @@ def ending(container: av.container.InputContainer, stream: av.VideoStream, path:
 
 
 def has_end(form: str, path: Path) -> bool:
-    """Return whether a GIF has its last byte and an MPEG-TS complete packets: both can be cut without an error."""
+    """Return whether a GIF has its last byte and an MPEG-TS complete packets: both can be cut without an error.
+
+    Of what is no file, such as stdin, nobody can tell.
+    """
+    if not path.is_file():
+        return True
     if form == "gif":
         return path.read_bytes().rstrip(b"\0").endswith(b";")
     return form != "mpegts" or any(path.stat().st_size % packet == 0 for packet in (188, 192, 204))

@@ -38,9 +38,16 @@ class TimedFrame(NamedTuple):
 
 def open_video(path: Path) -> av.container.InputContainer:
     """Open with PyAV and check that there is a video in it (see `stream_of`); the caller closes it."""
-    name = path.as_posix() if path.is_absolute() else f"./{path.as_posix()}"
+    return open_named(path.as_posix() if path.is_absolute() else f"./{path.as_posix()}", path)
+
+
+def open_named(name: str, path: Path, form: str | None = None) -> av.container.InputContainer:
+    """Open what FFmpeg calls `name` as `open_video` does; errors call it `path`.
+
+    form: FFmpeg's name of the format or device; None: found by the content.
+    """
     try:
-        container = av.open(name, metadata_errors="replace")
+        container = av.open(name, format=form, metadata_errors="replace")
     except (av.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be opened as a video: {reason}") from error

@@ -207,20 +207,26 @@ def probe_video(path: Path) -> Probe:
         first = next(pictures(path, container, Faults()), None)
         if first is None:
             raise UserError(f"{path}: no frame can be decoded")
-        tick, aspect, transposed = Fraction(stream.time_base or 0), pixel_aspect(stream), turn_of(first)[0]
-        start = first.dts if first.pts is None or container.format.name in DECODING_CLOCK else first.pts
-        sides = (first.height, first.width) if transposed else (first.width, first.height)
-        return Probe(
-            stream.codec_context.codec.canonical_name,
-            *sides,
-            measured_rate(first_times(path), declared_rate(stream)),
-            stream.frames or None,
-            bool(container.streams.audio),
-            1 / aspect if transposed else aspect,
-            tick,
-            CURVES.get(first.color_trc, ""),
-            (start or 0) * tick,
-        )
+        return describe(container, first, measured_rate(first_times(path), declared_rate(stream)))
+
+
+def describe(container: av.container.InputContainer, first: av.VideoFrame, fps: Fraction) -> Probe:
+    """Describe an open video by its header, its first frame and its rate."""
+    stream = stream_of(container)
+    tick, aspect, transposed = Fraction(stream.time_base or 0), pixel_aspect(stream), turn_of(first)[0]
+    start = first.dts if first.pts is None or container.format.name in DECODING_CLOCK else first.pts
+    sides = (first.height, first.width) if transposed else (first.width, first.height)
+    return Probe(
+        stream.codec_context.codec.canonical_name,
+        *sides,
+        fps,
+        stream.frames or None,
+        bool(container.streams.audio),
+        1 / aspect if transposed else aspect,
+        tick,
+        CURVES.get(first.color_trc, ""),
+        (start or 0) * tick,
+    )
 
 
 def first_times(path: Path) -> list[Fraction]:

@@ -137,10 +137,7 @@ class VideoWriter:
         if self._palette is not None:
             return self._palette(picture)
         if self._yuv:
-            matrix, limited = self._codec.matrix, ColorRange.MPEG
-            form = self._stream.pix_fmt
-            picture = picture.reformat(format=form, dst_colorspace=matrix, dst_color_range=limited)
-            picture.colorspace, picture.color_range = matrix, limited
+            return to_yuv(picture, self._stream.pix_fmt, self._codec.matrix)
         return picture
 
     def _encode(self, end: int) -> None:
@@ -205,6 +202,13 @@ class VideoWriter:
         finally:
             with suppress(av.FFmpegError):  # the end of a file that is thrown away, perhaps because the disk is full
                 self._output.close()
+
+
+def to_yuv(picture: av.VideoFrame, form: str, matrix: Colorspace) -> av.VideoFrame:
+    """Return an RGB frame as YUV of the pixel format `form`, in limited range, tagged so."""
+    yuv = picture.reformat(format=form, dst_colorspace=matrix, dst_color_range=ColorRange.MPEG)
+    yuv.colorspace, yuv.color_range = matrix, ColorRange.MPEG
+    return yuv
 
 
 class PaletteFilter:

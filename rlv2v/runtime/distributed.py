@@ -62,6 +62,14 @@ class World:
                 dist.broadcast_object_list(value, group=self._control, device=torch.device("cpu"))
         return value[0]  # type: ignore[return-value]
 
+    def gather_objects(self, value: T) -> list[T]:
+        """Return every rank's `value` on all ranks, in their order."""
+        values = [value] * self.size
+        if self._control:
+            with peer_errors():
+                dist.all_gather_object(values, value, group=self._control)
+        return values
+
     def broadcast_parameters(self, *modules: nn.Module) -> None:
         """Give all ranks the parameters and buffers of rank 0."""
         if not self._control:

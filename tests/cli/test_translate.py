@@ -18,7 +18,8 @@ from rlv2v.errors import UserError
 from rlv2v.method.translation import Stream, translate_chunk, translate_clip
 from rlv2v.model import Translator
 from rlv2v.runtime.device import pick_device
-from rlv2v.translate import Args, check_args, main, side_by_side
+from rlv2v.translate import Args, check_args, main
+from rlv2v.translate_file import side_by_side
 
 SETTINGS = Config.of(size=16, frames=4)
 
