@@ -105,7 +105,8 @@ def pictures(
     """Yield the decoded frames of a file on one clock (see `Timeline`); faults as in `decode`."""
     stream = stream_of(container)
     decoder, timeline, tally = decoder_of(stream), Timeline(container, stream), Tally()
-    mender, gaps = Mender(path, faults), Gaps(stream.codec_context.codec.canonical_name)
+    codec = stream.codec_context.codec.canonical_name
+    mender, gaps = Mender(path, faults), Gaps("" if timeline.misguessed else codec)
     waiting: list[av.VideoFrame] = []
     spoiled: set[int] = set()
 
