@@ -72,7 +72,7 @@ class Clock:
         """Times of the last frame and of the one before it."""
 
     def time_of(self, frame: av.VideoFrame) -> Fraction:
-        """Return the next frame's time; without one in the file, or after a leap of `MAX_GAP`, a step after the last."""
+        """Return the next frame's time; without one in the file, or after a leap, a step after the last."""
         ticks = frame.dts if frame.pts is None else frame.pts
         if self.start is None:
             self.start = (ticks or 0) * self._tick

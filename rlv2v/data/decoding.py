@@ -19,6 +19,8 @@ from rlv2v.data.upright import Upright, pixel_aspect
 from rlv2v.errors import UserError
 
 Deinterlace = Literal["auto", "on", "off"]
+MAX_PIXELS = 2**27
+"""Of a picture, 16384x8192: FFmpeg takes memory for what a header says, a frame for each of its threads."""
 MAX_LATE = 4
 """After damage a decoder may give frames out of order; so many are waited for."""
 TEXT_FORMATS = {"tty", "bin", "xbin", "adf", "idf", "concat", "hls", "dash", "sdp", "svg_pipe"}
@@ -54,6 +56,8 @@ def open_video(path: Path) -> av.container.InputContainer:
         fault = "a picture stored in tiles; expected one in a piece: convert it to PNG or JPEG"
     elif getattr(stream_of(container), "codec_context", None) is None:
         fault = "PyAV does not know its codec; expected H.264, VP9 or another common one"
+    elif (width := stream_of(container).width) * (height := stream_of(container).height) > MAX_PIXELS:
+        fault = f"pictures of {width}x{height}; expected at most {MAX_PIXELS} pixels, as of 16384x8192"
     else:
         return container
     container.close()
@@ -71,10 +75,12 @@ def decoder_of(stream: av.VideoStream) -> av.VideoCodecContext:
     """Return the decoder of a stream: its own, or the one that reads the transparency of VP8 and VP9."""
     codec = stream.codec_context.codec.canonical_name
     decoder = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(codec)
-    if decoder is None or stream.metadata.get("alpha_mode") != "1" or decoder not in av.codecs_available:
-        return stream.codec_context
-    context = av.CodecContext.create(decoder, "r")
-    assert isinstance(context, av.VideoCodecContext)
+    context = stream.codec_context
+    if decoder is not None and stream.metadata.get("alpha_mode") == "1" and decoder in av.codecs_available:
+        created = av.CodecContext.create(decoder, "r")
+        assert isinstance(created, av.VideoCodecContext)
+        context = created
+    context.options = {"max_pixels": str(MAX_PIXELS)}
     return context
 
 

@@ -11,7 +11,6 @@ import threading
 from array import array
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
