@@ -1,4 +1,4 @@
-"""bench/fuzz_videos.py: damaged videos are read, left out or refused, and a child that crashes or hangs is found out."""
+"""bench/fuzz_videos.py: damaged videos are read or refused, and a child that crashes or hangs is found out."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from rlv2v.data.writer import VideoWriter
 
 EVEN = [Fraction(k, 25) for k in range(15)]
 VARIABLE = [Fraction(0), Fraction(1, 25), Fraction(1, 10), Fraction(3, 10), Fraction(31, 100), Fraction(1, 2)]
-FFPROBE = ["ffprobe", *"-v error -threads 1 -show_streams -show_format -show_frames -of json".split()]
+FFPROBE = ["ffprobe", "-v", "error", "-threads", "1", "-show_streams", "-show_format", "-show_frames", "-of", "json"]
 LAST = Fraction(1, 10)
 """Seconds that the last frame is shown."""
 CASES: dict[str, tuple[str, int, int, list[Fraction], tuple[int, int]]] = {
