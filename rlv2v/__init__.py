@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PrioritizedReplay", "__version__"]
 __version__ = "0.1.0"
+# Of an image, 16384x8192: OpenCV takes memory by what a header says, however short the file. It reads this when loaded.
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**27))
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,8 @@ ONE_PICTURE_A_PACKET = {"h264", "hevc", "vp9", "av1"}
 """Codecs of which an intact file shows each packet once, at the packet's time."""
 MAX_LISTED, MAX_KEPT = 8, 1000
 CUT_OFF = "the file is cut off"
+BLOCK = 2**16
+"""Bytes of a file that are searched at a time."""
 
 
 @dataclass
@@ -77,8 +79,21 @@ def has_end(form: str, path: Path) -> bool:
     if not path.is_file():
         return True
     if form == "gif":
-        return path.read_bytes().rstrip(b"\0").endswith(b";")
+        return last_byte(path) == b";"
     return form != "mpegts" or any(path.stat().st_size % packet == 0 for packet in (188, 192, 204))
+
+
+def last_byte(path: Path) -> bytes:
+    """Return the last byte of a file that is not 0, empty if there is none; a block at a time is in memory."""
+    with path.open("rb") as file:
+        end = file.seek(0, 2)
+        while end:
+            start = max(0, end - BLOCK)
+            file.seek(start)
+            if block := file.read(end - start).rstrip(b"\0"):
+                return block[-1:]
+            end = start
+    return b""
 
 
 def seconds_missing(container: av.container.InputContainer, stream: av.VideoStream, tally: Tally) -> float:

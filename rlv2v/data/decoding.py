@@ -19,6 +19,8 @@ from rlv2v.data.upright import Upright, pixel_aspect
 from rlv2v.errors import UserError
 
 Deinterlace = Literal["auto", "on", "off"]
+MAX_PIXELS = 2**27
+"""Of a picture, 16384x8192: FFmpeg takes memory for what a header says, a frame for each of its threads."""
 MAX_LATE = 4
 """After damage a decoder may give frames out of order; so many are waited for."""
 TEXT_FORMATS = {"tty", "bin", "xbin", "adf", "idf", "concat", "hls", "dash", "sdp", "svg_pipe"}
@@ -61,6 +63,8 @@ def open_named(name: str, path: Path, form: str | None = None) -> av.container.I
         fault = "a picture stored in tiles; expected one in a piece: convert it to PNG or JPEG"
     elif getattr(stream_of(container), "codec_context", None) is None:
         fault = "PyAV does not know its codec; expected H.264, VP9 or another common one"
+    elif (width := stream_of(container).width) * (height := stream_of(container).height) > MAX_PIXELS:
+        fault = f"pictures of {width}x{height}; expected at most {MAX_PIXELS} pixels, as of 16384x8192"
     else:
         return container
     container.close()
@@ -78,10 +82,12 @@ def decoder_of(stream: av.VideoStream) -> av.VideoCodecContext:
     """Return the decoder of a stream: its own, or the one that reads the transparency of VP8 and VP9."""
     codec = stream.codec_context.codec.canonical_name
     decoder = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(codec)
-    if decoder is None or stream.metadata.get("alpha_mode") != "1" or decoder not in av.codecs_available:
-        return stream.codec_context
-    context = av.CodecContext.create(decoder, "r")
-    assert isinstance(context, av.VideoCodecContext)
+    context = stream.codec_context
+    if decoder is not None and stream.metadata.get("alpha_mode") == "1" and decoder in av.codecs_available:
+        created = av.CodecContext.create(decoder, "r")
+        assert isinstance(created, av.VideoCodecContext)
+        context = created
+    context.options = {"max_pixels": str(MAX_PIXELS)}
     return context
 
 
@@ -112,7 +118,8 @@ def pictures(
     """Yield the decoded frames of a file on one clock (see `Timeline`); faults as in `decode`."""
     stream = stream_of(container)
     decoder, timeline, tally = decoder_of(stream), Timeline(container, stream), Tally()
-    mender, gaps = Mender(path, faults), Gaps(stream.codec_context.codec.canonical_name)
+    codec = stream.codec_context.codec.canonical_name
+    mender, gaps = Mender(path, faults), Gaps("" if timeline.misguessed else codec)
     waiting: list[av.VideoFrame] = []
     spoiled: set[int] = set()
 

@@ -8,13 +8,14 @@ before which none is missing.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
 import av
+import numpy as np
 
 from rlv2v.data import video
 from rlv2v.data.clock import Timeline, declared_rate, measured_rate
@@ -24,6 +25,9 @@ from rlv2v.data.hdr import CURVES
 from rlv2v.data.upright import has_alpha, is_limited_601, pixel_aspect, square_size, turn_of
 from rlv2v.data.video import Kind
 from rlv2v.errors import UserError, one_line
+
+UNKNOWN = -(2**63)
+"""The time of a frame that has none, as FFmpeg writes it."""
 
 
 @dataclass(frozen=True)
@@ -110,13 +114,13 @@ def decode_video(path: Path, stop: threading.Event) -> Source:
         UserError: no frame is usable.
         Stopped: `stop` is set.
     """
-    times: list[int | None] = []
-    packets: list[tuple[int | None, int | None]] = []
+    times, shown = array("q"), array("q")
     sizes, plain, interlaced, damage, first, tally = set(), True, False, "", None, Tally()
     with open_video(path) as container:
         stream = stream_of(container)
         decoder, timeline, aspect = decoder_of(stream), Timeline(container, stream), pixel_aspect(stream)
         codec = stream.codec_context.codec.canonical_name
+        check = codec in ONE_PICTURE_A_PACKET and not timeline.misguessed
         pixels = stream.codec_context.pix_fmt
         try:
             for packet in container.demux(stream):
@@ -124,8 +128,8 @@ def decode_video(path: Path, stop: threading.Event) -> Source:
                     raise Stopped
                 timeline.move(packet, timeline.part_of(packet))
                 tally.add_packet(packet)
-                if packet.size and not packet.is_discard:
-                    packets.append((packet.pts, packet.dts))
+                if packet.size and not packet.is_discard and packet.pts is not None and check:
+                    shown.append(packet.pts)
                 if packet.is_corrupt:
                     raise UserError("the file is cut off or damaged there")
                 for frame in decoder.decode(packet if packet.size else None):
@@ -135,16 +139,19 @@ def decode_video(path: Path, stop: threading.Event) -> Source:
                     sizes.add((frame.width, frame.height))
                     interlaced |= frame.interlaced_frame
                     plain &= not any(turn_of(frame)) and frame.color_trc not in CURVES
-                    times.append(frame.pts)
+                    ticks = frame.dts if timeline.misguessed else frame.pts
+                    times.append(UNKNOWN if ticks is None else ticks)
                     tally.add_frame(frame.pts)
-            num, damage = trusted_frames(codec, times, packets, ending(container, stream, path, tally))
+            cut = ending(container, stream, path, tally)
+            num, damage = trusted_frames(np.asarray(times), np.asarray(shown), tally.last_dts, cut)
         except (av.FFmpegError, OSError, UserError) as error:
             damage = f"decoding stops after frame {len(times)}: {getattr(error, 'strerror', None) or error}"
             num = max(len(times) - 1, 0)
         if first is None or num == 0:
             raise UserError(f"{path}: no frame can be decoded{': ' + damage if damage else ''}")
-        tick = Fraction(stream.time_base or 0)
-        fps = measured_rate([time * tick for time in known(times[:num])], declared_rate(stream))
+        ticks_shown = np.asarray(times)[:num]
+        seconds = ticks_shown[ticks_shown != UNKNOWN] * float(stream.time_base or 0)
+        fps = measured_rate(seconds, declared_rate(stream))
         trimmed = stream.frames not in (0, num) or timeline.num_parts > 1  # DALI may number what an edit list hides
         plain &= len(sizes) == 1 and not (interlaced or trimmed or damage or has_alpha(first)) and aspect == 1
         shown = square_size(first.width, first.height, aspect)
@@ -156,31 +163,23 @@ def decode_video(path: Path, stop: threading.Event) -> Source:
     )
 
 
-def trusted_frames(
-    codec: str,
-    times: Sequence[int | None],
-    packets: Sequence[tuple[int | None, int | None]],
-    cut: str,
-) -> tuple[int, str]:
+def trusted_frames(times: np.ndarray, shown: np.ndarray, last_decoded: int | None, cut: str) -> tuple[int, str]:
     """Return how many frames of a video that decoded without an error can be trusted, and why no more (empty: all).
 
-    times: of the frames as decoded.  packets: (time to show, time to decode) as read.  cut: how the file ends early.
+    times: int64 (N,), of the frames as decoded.  shown: int64 (P,), of the packets as read; empty where not each of
+    them is a picture.  last_decoded: when the last packet is decoded.  cut: how the file ends early.
     """
     num = len(times)
-    if codec in ONE_PICTURE_A_PACKET and times and times[0] is not None:
-        shown = sorted(p for p, _ in packets if p is not None and p >= times[0])
-        wrong = next((i for i, (time, packet) in enumerate(zip(times, shown, strict=False)) if time != packet), num)
-        if wrong < len(shown) == len(set(shown)):
+    if num and times[0] != UNKNOWN:
+        shown = np.sort(shown[shown >= times[0]])
+        both = min(num, len(shown))
+        differing = np.flatnonzero(times[:both] != shown[:both])
+        wrong = int(differing[0]) if len(differing) else num
+        if wrong < len(shown) and (np.diff(shown) > 0).all():
             return max(wrong - 1, 0), f"frame {wrong} cannot be decoded"
     if not cut:
         return num, ""
     num = max(num - 1, 0) if cut == CUT_OFF else num
-    decoded = packets[-1][1] if packets else None
-    if decoded is not None:  # what is still to come would be shown later than it is decoded
-        num = min(num, sum(t is None or t <= decoded for t in times))
+    if last_decoded is not None:  # what is still to come would be shown later than it is decoded
+        num = min(num, int((times <= last_decoded).sum()))
     return num, cut
-
-
-def known(times: Sequence[int | None]) -> list[int]:
-    """Return the times without those that the file does not hold."""
-    return [time for time in times if time is not None]

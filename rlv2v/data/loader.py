@@ -23,7 +23,7 @@ import torch
 from rlv2v.data.dali import Device, GraphReader, decodes, has_dali
 from rlv2v.data.index import Dataset, Source, describe_change, index_folder, name_in, usable_sources
 from rlv2v.data.inspect import short_reason
-from rlv2v.data.readers import FrameReader, Times
+from rlv2v.data.readers import FrameReader, PacketTimes
 from rlv2v.data.sampler import SETS, Augment, ClipSample, ClipSampler, Unreadable, restore_dataset
 from rlv2v.data.scaling import centre_crop, fit, fit_size
 from rlv2v.data.video import read_frames
@@ -53,7 +53,7 @@ class ClipReader:
     def __init__(self, size: int, cache_bytes: int) -> None:
         self.size, self.free_bytes = size, cache_bytes
         self._local, self._lock = threading.local(), threading.Lock()
-        self._times: dict[Path, Times | None] = {}
+        self._times = PacketTimes()
         self._cache: dict[Path, np.ndarray | None] = {}
         """None: a thread is reading the source, or could not."""
 

@@ -7,8 +7,11 @@ clip to clip, each wanted frame is scaled and converted in one pass from the dec
 
 from __future__ import annotations
 
+import threading
+from array import array
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,16 +34,20 @@ Times = tuple[np.ndarray, np.ndarray]
 MAX_OPEN_FILES = 32
 MAX_OPEN_PIXELS = 4 * 1920 * 1080
 """Videos stay open while they are few and their frames small: a decoder holds up to 17 of them."""
+MAX_OPEN_FRAMES = 200_000
+"""And while they are not long, two hours in all: FFmpeg's table of an open file takes 30 to 60 bytes a frame."""
+OPENER = ThreadPoolExecutor(1, thread_name_prefix="rlv2v-opener")
+"""The thread that opens videos: FFmpeg builds its table of a long one there, and what that takes meanwhile is used
+again for the next, while each thread that allocates keeps memory of its own."""
 SKIPPABLE = {"h264", "hevc"}
 """Codecs of which a decoder can leave out the frames that no other refers to."""
 
 
 def packet_times(source: Source) -> Times | None:
     """Return the times of the frames that the index counts; None where the file's packets do not number them."""
-    shown: list[int] = []
-    keys: list[int] = []
+    shown, keys = array("q"), array("q")
     num = 0
-    with open_video(source.path) as container:
+    with OPENER.submit(open_video, source.path).result() as container:
         stream = stream_of(container)
         timeline = Timeline(container, stream)
         try:
@@ -58,19 +65,46 @@ def packet_times(source: Source) -> Times | None:
         except av.FFmpegError:
             return None  # the sequential read that follows names the fault
     enough = len(shown) >= source.num_frames if source.status == "truncated" else len(shown) == source.num_frames
-    if not enough or len(set(shown)) != num or timeline.num_parts > 1:
+    times = np.sort(np.asarray(shown, np.int64))
+    if not enough or len(times) != num or (np.diff(times) == 0).any() or timeline.num_parts > 1:
         return None
-    return np.array(sorted(shown)[: source.num_frames], np.int64), np.array(sorted(keys), np.int64)
+    return times[: source.num_frames].copy(), np.sort(np.asarray(keys, np.int64))
+
+
+class PacketTimes:
+    """Hold the packet times of the videos of a set for all threads, so that each file's packets are read once.
+
+    They take 8 bytes a frame, and 8 a key frame.
+    """
+
+    def __init__(self) -> None:
+        self._times: dict[Path, Times | None] = {}
+        self._lock = threading.Lock()
+        self._reading: dict[Path, threading.Lock] = {}
+
+    def of(self, source: Source) -> Times | None:
+        """Return what `packet_times` does; a thread that needs them while another reads them waits for it."""
+        path = source.path
+        with self._lock:
+            if path in self._times:
+                return self._times[path]
+            lock = self._reading.setdefault(path, threading.Lock())
+        with lock:
+            if path not in self._times:
+                self._times[path] = packet_times(source)
+        with self._lock:
+            self._reading.pop(path, None)
+            return self._times[path]
 
 
 class OpenVideo:
     """Decode a video file that stays open, in one thread."""
 
     def __init__(self, source: Source, times: Times, size: Size) -> None:
-        self.size, self.pixels = size, source.width * source.height
+        self.size, self.pixels, self.num_frames = size, source.width * source.height, source.num_frames
         self._times, self._upright, self._interlaced = times, Upright(size), source.interlaced
         self._skips = source.codec in SKIPPABLE and not source.interlaced
-        self.container = open_video(source.path)
+        self.container = OPENER.submit(open_video, source.path).result()
         self._stream = stream_of(self.container)
         self._decoder = decoder_of(self._stream)
         self._decoder.thread_count = 1
@@ -114,14 +148,20 @@ class OpenVideo:
                         return
 
 
+def is_too_much(videos: Sequence[OpenVideo]) -> bool:
+    """Return whether fewer of these should stay open."""
+    pixels, frames = sum(v.pixels for v in videos), sum(v.num_frames for v in videos)
+    return len(videos) > MAX_OPEN_FILES or pixels > MAX_OPEN_PIXELS or frames > MAX_OPEN_FRAMES
+
+
 class FrameReader:
     """Read any source, and leave videos open. Not for two threads at once: one reader a thread.
 
-    times: the videos' packet times; readers that share this dictionary read each file's packets once.
+    times: the videos' packet times, which the readers of several threads share.
     """
 
-    def __init__(self, times: dict[Path, Times | None] | None = None) -> None:
-        self._times = {} if times is None else times
+    def __init__(self, times: PacketTimes | None = None) -> None:
+        self._times = times or PacketTimes()
         self._videos: OrderedDict[Path, OpenVideo] = OrderedDict()
 
     def read(self, source: Source, start: int, num: int, size: Size | None = None) -> np.ndarray:
@@ -150,9 +190,7 @@ class FrameReader:
 
     def _read_video(self, source: Source, start: int, num: int, size: Size) -> np.ndarray:
         path, videos = source.path, self._videos
-        if path not in self._times:
-            self._times[path] = packet_times(source)
-        times = self._times[path]
+        times = self._times.of(source)
         if times is not None and start + num <= len(times[0]):
             opened = videos.pop(path, None)
             if opened is None or opened.size != size:
@@ -160,7 +198,7 @@ class FrameReader:
             frames = opened.read(start, num)
             if frames is not None:
                 videos[path] = opened  # the last one used; those not used for the longest time are closed
-                while len(videos) > MAX_OPEN_FILES or sum(v.pixels for v in videos.values()) > MAX_OPEN_PIXELS:
+                while is_too_much(list(videos.values())):
                     videos.popitem(last=False)[1].container.close()
                 return frames
             opened.container.close()

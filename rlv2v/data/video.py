@@ -14,12 +14,13 @@ from fractions import Fraction
 from io import BufferedReader
 from itertools import islice
 from pathlib import Path
+from tokenize import TokenError
 from typing import Literal, NamedTuple
 
 import av
 import numpy as np
 
-from rlv2v.data.clock import DEFAULT_FPS, Timeline, declared_rate, measured_rate
+from rlv2v.data.clock import DECODING_CLOCK, DEFAULT_FPS, Timeline, declared_rate, measured_rate
 from rlv2v.data.damage import Faults
 from rlv2v.data.decoding import Deinterlace, TimedFrame, decode, open_video, pictures, stream_of
 from rlv2v.data.hdr import CURVES
@@ -29,8 +30,6 @@ from rlv2v.data.upright import pixel_aspect, turn_of
 from rlv2v.errors import UserError
 
 Kind = Literal["video", "frames", "raw", "image"]
-DECODING_CLOCK = {"avi"}
-"""Formats that say when a picture is decoded; FFmpeg guesses, often too late, when it is shown."""
 RATE_PACKETS = 256
 """Packets whose times tell a video's rate before it is read."""
 
@@ -70,7 +69,7 @@ def open_raw(path: Path) -> Iterator[tuple[BufferedReader, tuple[int, int, int, 
             yield file, shape
     except UserError:
         raise
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    except (OSError, ValueError, EOFError, KeyError, SyntaxError, TokenError) as error:  # NumPy parses the header
         raise UserError(f"{path}: cannot be read as .npy: {getattr(error, 'strerror', None) or error}") from error
 
 

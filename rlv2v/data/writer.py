@@ -157,8 +157,10 @@ class VideoWriter:
         for packet in packets[-1:]:
             last = self._durations.pop(packet.pts, packet.duration)
             if self._container.in_decoding_order:
+                # players take the length from the times of decoding, or from those of showing: both end with the video
                 first = packet.dts if self._first_dts is None else self._first_dts
-                last = max(1, end - (packet.dts - first))
+                packet.dts = max(packet.dts, min(packet.pts, packet.pts + first))
+                last = max(1, min(end - (packet.dts - first), end - packet.pts))
             packet.duration = last
             self._output.mux(packet)
 

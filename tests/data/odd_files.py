@@ -23,6 +23,7 @@ LONG_FILES: dict[str, tuple[str, dict[str, str]]] = {
     "open_gop.mp4": ("libx264", {"g": "20", "bf": "3", "x264-params": "open-gop=1:scenecut=0"}),
     "one_key.mkv": ("libx264", {"g": "250"}),
     "h264.ts": ("libx264", {"g": "12", "bf": "2"}),
+    "b_frames.avi": ("libx264", {"g": "15", "bf": "3", "b_strategy": "0"}),
     "alt_ref_vp8.webm": ("libvpx", {"g": "30", "auto-alt-ref": "1", "lag-in-frames": "16"}),
     "alt_ref_vp9.webm": ("libvpx-vp9", {"g": "30", "auto-alt-ref": "1", "lag-in-frames": "25"}),
     "b_mpeg4.mp4": ("mpeg4", {"g": "12", "bf": "2"}),
@@ -137,6 +138,7 @@ def intact_files(folder: Path) -> dict[str, Expected]:
     write(folder / "a.gif", "gif", "rgb8")
     write(folder / "vfr.mp4", times=[10 * n + 3 * (n % 3) for n in range(NUM)])
     write(folder / "vfr.webm", "libvpx-vp9", times=[n * n for n in range(NUM)], **VP9_FAST)
+    (folder / "padded.gif").write_bytes((folder / "a.gif").read_bytes() + bytes(150_000))
     for num in (5, 7):  # at a key frame, and between two
         trim(write(folder / f"trimmed{num}.mp4", clip=hidden_start(num), bf="2"), num)
     write(folder / "one_frame.mp4", clip=CLIP[:1])
@@ -239,6 +241,7 @@ def useless_files(folder: Path, scratch: Path) -> dict[str, Expected]:
         "text.mp4": b"not a video\n" * 99,
         "README.txt": b"about these videos\n" * 99,
         "list.ffconcat": b"ffconcat version 1.0\nfile plain.mp4\n",
+        "header.npy": b"\x93NUMPY\x01\x00\x10\x00{'descr': \x80 '\n",
         "v9.npy": b"\x93NUMPY\x09\x00" + bytes(120),
         "random.mp4": np.random.default_rng(0).bytes(5000),
     }
@@ -275,6 +278,7 @@ def useless_files(folder: Path, scratch: Path) -> dict[str, Expected]:
         "objects.npy": r"^expected uint8 \(T,H,W,3\), got object",
         "turned.npy": r"got uint8 \(9, 5, 4, 3\) in Fortran order$",
         "several.npy": "^cannot be read as .npy",
+        "header.npy": "^cannot be read as .npy",
         "v9.npy": "^cannot be read as .npy",
         "empty": "^a folder without images",
         "folder.mp4": "^a folder without images",

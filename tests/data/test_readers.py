@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +17,12 @@ import av
 import numpy as np
 import pytest
 from av.video.reformatter import ColorRange, Colorspace
-from data_clips import by_name
+from data_clips import by_name, numbers_of
 from odd_files import HEIGHT, WIDTH, Expected
 
 from rlv2v.data import readers, video
 from rlv2v.data.index import Source, index_folder
-from rlv2v.data.readers import FrameReader
+from rlv2v.data.readers import FrameReader, PacketTimes
 from rlv2v.data.upright import Upright
 from rlv2v.errors import UserError
 
@@ -65,6 +67,43 @@ def test_a_video_stays_open_and_few_do(sources: dict[str, Source], monkeypatch: 
     if handles.is_dir():
         paths = [os.readlink(link) for link in handles.iterdir() if link.exists()]
         assert sum(path.startswith(str(sources["vp9.mp4"].path.parent)) for path in paths) == 2
+
+
+def test_long_videos_do_not_stay_open(sources: dict[str, Source], monkeypatch: pytest.MonkeyPatch) -> None:
+    """FFmpeg's table of an open file grows with its frames."""
+    opened: list[str] = []
+    real = readers.open_video
+    monkeypatch.setattr(readers, "open_video", lambda path: (opened.append(path.name), real(path))[1])
+    monkeypatch.setattr(readers, "MAX_OPEN_FRAMES", sum(sources[name].num_frames for name in VIDEOS[1:3]))
+    reader = FrameReader()
+    for name in VIDEOS[1:3] * 3:
+        reader.read(sources[name], 9, T)
+    assert sorted(opened) == sorted(VIDEOS[1:3] * 2), "both stay open: once for the times, once to be read"
+    for name in (VIDEOS[0], *VIDEOS[1:3]):
+        reader.read(sources[name], 9, T)
+    assert opened[4:] == [VIDEOS[0], VIDEOS[0], *VIDEOS[1:3]], "the long one took the place of both"
+
+
+def test_threads_that_share_packet_times_read_them_once(
+    sources: dict[str, Source], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    real = readers.packet_times
+    monkeypatch.setattr(readers, "packet_times", lambda source: (calls.append(source.path.name), real(source))[1])
+    times, start = PacketTimes(), threading.Barrier(8)
+
+    def read(number: int) -> np.ndarray:
+        start.wait()
+        return FrameReader(times).read(sources[VIDEOS[0]], number, T)
+
+    with ThreadPoolExecutor(8) as pool:
+        clips = list(pool.map(read, range(8)))
+    assert calls == [VIDEOS[0]]
+    for number, clip in enumerate(clips):
+        assert numbers_of(clip) == list(range(number, number + T))
+    kept = times.of(sources[VIDEOS[0]])
+    assert kept is not None
+    assert all(array.dtype == np.int64 and array.base is None for array in kept), "no more than the times are kept"
 
 
 def test_a_fault_names_the_file_and_the_next_one_is_read(sources: dict[str, Source], tmp_path: Path) -> None:

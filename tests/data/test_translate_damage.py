@@ -21,6 +21,7 @@ SOURCES: dict[str, tuple[str, dict[str, str]]] = {
     "h264.mp4": ("libx264", {"bf": "0"}),
     "h264_b.mp4": ("libx264", {"bf": "2"}),
     "h264.ts": ("libx264", {"bf": "2"}),
+    "h264.avi": ("libx264", {"bf": "2"}),
     "vp9.webm": ("libvpx-vp9", VP9_FAST),
     "mpeg4.mp4": ("mpeg4", {}),
 }

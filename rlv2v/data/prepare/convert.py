@@ -26,6 +26,7 @@ import av
 import numpy as np
 
 from rlv2v.data import video
+from rlv2v.data.clock import without_leaps
 from rlv2v.data.decoding import open_video, pictures, stream_of
 from rlv2v.data.images import read_image, write_image
 from rlv2v.data.index import examine
@@ -148,7 +149,7 @@ def frame_times(source: Source) -> np.ndarray:
         times = np.array([pts for pts in stamps if pts is not None], np.float64) * float(stream.time_base or 0)
     if len(times) != num or (np.diff(times) <= 0).any():
         return np.arange(num) / source.fps
-    return times - times[0]
+    return without_leaps(times - times[0], 1 / source.fps)
 
 
 def time_frames(source: Source, fps: float | None) -> tuple[np.ndarray, Fraction]:

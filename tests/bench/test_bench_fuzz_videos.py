@@ -1,0 +1,63 @@
+"""bench/fuzz_videos.py: damaged videos are read or refused, and a child that crashes or hangs is found out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import fuzz_videos
+import pytest
+from data_damage import NAMES, damaged
+from fuzz_videos import Args, examine_all, main, make_originals
+
+from rlv2v.data.index import index_folder
+
+CHILD = """
+import json, os, sys, time
+for line in sys.stdin:
+    print("begin", line, end="", flush=True)
+    if int(line) == 3:
+        os.abort()
+    if int(line) == 5:
+        time.sleep(600)
+    print(json.dumps({"index": "ok"}), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("originals")
+    make_originals(folder)
+    return folder
+
+
+def test_the_originals_are_whole(originals: Path) -> None:
+    sources = index_folder(originals, frames=1)
+    assert sorted(source.path.name for source in sources) == sorted(NAMES)
+    assert [(s.path.name, s.reason) for s in sources if s.status != "ok"] == []
+
+
+def test_a_number_decides_the_damage(originals: Path, tmp_path: Path) -> None:
+    first = [(path.read_bytes(), done) for path, done in (damaged(seed, originals, tmp_path) for seed in range(40))]
+    again = [(path.read_bytes(), done) for path, done in (damaged(seed, originals, tmp_path) for seed in range(40))]
+    assert first == again and len({data for data, _ in first}) > 35
+    same = sum(data == (originals / done.split(":")[0]).read_bytes() for data, done in first)
+    assert same < 10, "nearly all are damaged"
+
+
+def test_crashes_and_hangs_are_failures_of_their_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "child.py").write_text(CHILD)
+    monkeypatch.setattr(fuzz_videos, "CHILD", tmp_path / "child.py")
+    results = dict(examine_all(range(8), tmp_path, tmp_path, limit=5.0))
+    assert sorted(results) == list(range(8))
+    assert {seed for seed, result in results.items() if "failure" in result} == {3, 5}
+    assert results[3]["failure"].startswith("crash: exit code -6") and results[5]["failure"].startswith("hang: no")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the memory of a process is limited by POSIX alone")
+def test_two_hundred_damaged_files_do_no_harm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(Args(files=200, limit=120.0, json=tmp_path / "out.json"))
+    assert json.loads((tmp_path / "out.json").read_text())["rows"][-1]["failures"] == 0
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert row["ok"] > 20 and row["truncated"] > 20 and row["excluded"] > 20, "the damage is of every degree"
