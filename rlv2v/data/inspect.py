@@ -154,8 +154,8 @@ def decode_video(path: Path, stop: threading.Event) -> Source:
         fps = measured_rate(seconds, declared_rate(stream))
         trimmed = stream.frames not in (0, num) or timeline.num_parts > 1  # DALI may number what an edit list hides
         plain &= len(sizes) == 1 and not (interlaced or trimmed or damage or has_alpha(first)) and aspect == 1
-        shown = square_size(first.width, first.height, aspect)
-        width, height = shown[::-1] if turn_of(first)[0] else shown
+        sides = square_size(first.width, first.height, aspect)
+        width, height = sides[::-1] if turn_of(first)[0] else sides
     plain &= pixels == "gbrp" or is_limited_601(first)
     form = pixels or "" if plain else ""
     return Source(
