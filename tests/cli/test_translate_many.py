@@ -97,9 +97,9 @@ def test_a_list_keeps_the_folders_below_the_common_one(tmp_path: Path, monkeypat
     assert pairs == [(Path("x/a.mp4"), Path("out/x/a.mp4")), (tmp_path / "y/a.mp4", Path("out/y/a.mp4"))]
     (tmp_path / "here").mkdir()
     monkeypatch.chdir("here")
-    Path("list.txt").write_text("../x/a.mp4\n../y/a.mp4")
+    Path("list.txt").write_text("../x/a.mp4\nb.mp4")
     pairs = find_pairs(Path("@list.txt"), Path("out"), ".mp4")
-    assert pairs is not None and [pair.out for pair in pairs] == [Path("out/x/a.mp4"), Path("out/y/a.mp4")]
+    assert pairs is not None and [pair.out for pair in pairs] == [Path("out/x/a.mp4"), Path("out/here/b.mp4")]
     Path("list.txt").write_text("\n")
     with pytest.raises(UserError, match=r"list\.txt: an empty list"):
         find_pairs(Path("@list.txt"), Path("out"), ".mp4")
