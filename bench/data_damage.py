@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import av
-import cv2
 import numpy as np
 
+from rlv2v.data.images import write_image
 from rlv2v.data.writer import write_clip
 
 NUM, WIDTH, HEIGHT, RATE = 12, 80, 64, 10
@@ -78,7 +78,7 @@ def make_original(path: Path) -> None:
     elif path.name == "array.npy":
         np.save(path, np.stack([frame(n) for n in range(NUM)]))
     elif path.name in STILLS:
-        path.write_bytes(cv2.imencode(path.suffix, frame(0))[1].tobytes())
+        write_image(path, frame(0))
     else:
         encode(path, KINDS[path.name])
 

@@ -26,7 +26,7 @@ def read_image(path: Path) -> np.ndarray:
         if path.suffix.lower() in HEIC_SUFFIXES:
             return read_heic(path)
         encoded = np.fromfile(path, np.uint8)
-        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR) if encoded.size else None
+        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR) if encoded.size and not is_cut_png(encoded) else None
         transparent = image is not None and may_be_transparent(encoded)
         whole = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED) if transparent else None
     except (OSError, cv2.error) as error:
@@ -40,6 +40,17 @@ def read_image(path: Path) -> np.ndarray:
         image = image if image.dtype == np.uint8 else (image // 256).astype(np.uint8)
     rgb: np.ndarray = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
     return rgb
+
+
+def is_cut_png(encoded: np.ndarray) -> bool:
+    """Return whether a PNG, uint8 (N,), ends within a chunk, for which OpenCV takes as much memory as it declares."""
+    place = 8
+    while encoded[:4].tobytes() == b"\x89PNG" and place + 8 <= encoded.size:
+        length = int.from_bytes(encoded[place : place + 4].tobytes(), "big")
+        if encoded[place + 4 : place + 8].tobytes() == b"IEND":
+            return False
+        place += 12 + length
+    return place > encoded.size
 
 
 def is_animated(encoded: np.ndarray) -> bool:

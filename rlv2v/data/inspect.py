@@ -114,7 +114,7 @@ def decode_video(path: Path, stop: threading.Event) -> Source:
         UserError: no frame is usable.
         Stopped: `stop` is set.
     """
-    times, shown = array("q"), array("q")
+    times, expected = array("q"), array("q")
     sizes, plain, interlaced, damage, first, tally = set(), True, False, "", None, Tally()
     with open_video(path) as container:
         stream = stream_of(container)
@@ -129,7 +129,7 @@ def decode_video(path: Path, stop: threading.Event) -> Source:
                 timeline.move(packet, timeline.part_of(packet))
                 tally.add_packet(packet)
                 if packet.size and not packet.is_discard and packet.pts is not None and check:
-                    shown.append(packet.pts)
+                    expected.append(packet.pts)
                 if packet.is_corrupt:
                     raise UserError("the file is cut off or damaged there")
                 for frame in decoder.decode(packet if packet.size else None):
@@ -143,7 +143,7 @@ def decode_video(path: Path, stop: threading.Event) -> Source:
                     times.append(UNKNOWN if ticks is None else ticks)
                     tally.add_frame(frame.pts)
             cut = ending(container, stream, path, tally)
-            num, damage = trusted_frames(np.asarray(times), np.asarray(shown), tally.last_dts, cut)
+            num, damage = trusted_frames(np.asarray(times), np.asarray(expected), tally.last_dts, cut)
         except (av.FFmpegError, OSError, UserError) as error:
             damage = f"decoding stops after frame {len(times)}: {getattr(error, 'strerror', None) or error}"
             num = max(len(times) - 1, 0)
