@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -161,8 +162,11 @@ def test_a_signal_ends_a_wait_for_stdin(tiny_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.mp4"
     process = start("-m", "rlv2v.translate", tiny_run, "-", out, stdin=subprocess.PIPE)
     assert process.stdin is not None
-    process.stdin.buffer.write(content)
-    process.stdin.buffer.flush()
+    quarter = -(-len(content) // 4)
+    for begin in range(0, len(content), quarter):  # the bar is drawn anew at most ten times a second
+        process.stdin.buffer.write(content[begin : begin + quarter])
+        process.stdin.buffer.flush()
+        time.sleep(0.2)
     read_until(process, "[1-4]frame")
     process.send_signal(signal.SIGTERM)
     process.wait(60)
