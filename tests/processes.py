@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import re
 import resource
+import select
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+PATIENCE = 120.0
+"""Seconds that a test waits for what a process is to say."""
 
 
 def start(*arguments: object, environment: Mapping[str, str] = {}, **options: Any) -> subprocess.Popen[str]:
@@ -30,10 +34,13 @@ def finish(*processes: subprocess.Popen[str]) -> tuple[list[int], list[str]]:
 
 def read_until(process: subprocess.Popen[str], pattern: str) -> None:
     """Read stderr up to the line or state of a progress bar that has the pattern. It reads past `process.stderr`'s own
-    buffer, so that `communicate` gets all the rest. Raises AssertionError if stderr ends before."""
+    buffer, so that `communicate` gets all the rest. Raises AssertionError, and kills the process, if stderr ends before
+    or the pattern does not come within `PATIENCE` seconds."""
     assert process.stderr is not None
-    text = b""
+    text, end = b"", time.monotonic() + PATIENCE
     while not re.search(pattern.encode(), text):
+        if not select.select([process.stderr], [], [], max(0.0, end - time.monotonic()))[0]:
+            process.kill()
         part = os.read(process.stderr.fileno(), 2**16)
         assert part, text.decode(errors="replace")
         text += part

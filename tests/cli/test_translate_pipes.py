@@ -161,12 +161,14 @@ def test_a_signal_ends_a_wait_for_stdin(tiny_run: Path, tmp_path: Path) -> None:
     content = write_y4m(tmp_path / "in.y4m", smooth(4, 48, 64))
     out = tmp_path / "out.mp4"
     process = start("-m", "rlv2v.translate", tiny_run, "-", out, stdin=subprocess.PIPE)
-    assert process.stdin is not None
-    quarter = -(-len(content) // 4)
-    for begin in range(0, len(content), quarter):  # the bar is drawn anew at most ten times a second
-        process.stdin.buffer.write(content[begin : begin + quarter])
-        process.stdin.buffer.flush()
-        time.sleep(0.2)
+    stdin, last = process.stdin, content.rindex(b"FRAME")
+    assert stdin is not None
+    stdin.buffer.write(content[:last])
+    stdin.buffer.flush()
+    read_until(process, "0frame")
+    time.sleep(0.5)  # the bar is drawn anew at most ten times a second
+    stdin.buffer.write(content[last:])
+    stdin.buffer.flush()
     read_until(process, "[1-4]frame")
     process.send_signal(signal.SIGTERM)
     process.wait(60)
