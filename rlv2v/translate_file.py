@@ -174,46 +174,34 @@ def translate_file(
     lock = output_lock(out.parent.resolve() if is_sequence(out) else out)
     with nullcontext() if is_stdout(out) else lock:
         check_paths(source, out, settings)  # another run may have written it since the first check
-        return _translate(g, config, source, out, settings, codec, is_stopping)
-
-
-def _translate(
-    g: Generator,
-    config: Config,
-    source: Path,
-    out: Path,
-    settings: Settings,
-    codec: str,
-    is_stopping: Callable[[], bool],
-) -> str:
-    started, faults = time.perf_counter(), Faults(settings.strict)
-    fps = None if settings.fps is None else Fraction(settings.fps).limit_denominator(60060)
-    video, frames = open_source(source, settings, fps, faults)
-    if video.hdr:
-        log.warning("%s: HDR (%s); tone-mapped to BT.709", source, video.hdr)
-    if is_stdout(out) and video.tick is not None:
-        fps = fps or video.fps  # y4m has one rate
-    if fps:
-        frames = resampled(frames, fps)
-    stream = Stream(g, config, settings.size, video.pixel_aspect)
-    with (
-        tqdm(total=None if fps else video.num_frames, unit="frame", desc=one_line(source.name)) as bar,
-        open_writer(source, out, settings, video, codec, fps) as writer,
-        writing(writer) as write,
-        read_ahead(frames) as ahead,
-    ):
-        for frame in ahead:
-            translated = stream(frame.rgb)
-            shown = side_by_side(frame.rgb, translated) if settings.side_by_side else translated
-            write(TimedFrame(shown, frame.time, frame.duration))
-            bar.update()
-            if is_stopping():
-                break
-    for line in faults.lines():
-        log.warning("%s: %s", source, line)
-    rate = writer.count / (time.perf_counter() - started)
-    shape = f"{video.width}x{video.height}" + (" twice" if settings.side_by_side else "")
-    return f"{out}: {writer.count} frames, {shape}, {float(writer.fps):g} fps; translated {rate:.1f} frames/s"
+        started, faults = time.perf_counter(), Faults(settings.strict)
+        fps = None if settings.fps is None else Fraction(settings.fps).limit_denominator(60060)
+        video, frames = open_source(source, settings, fps, faults)
+        if video.hdr:
+            log.warning("%s: HDR (%s); tone-mapped to BT.709", source, video.hdr)
+        if is_stdout(out) and video.tick is not None:
+            fps = fps or video.fps  # y4m has one rate
+        if fps:
+            frames = resampled(frames, fps)
+        stream = Stream(g, config, settings.size, video.pixel_aspect)
+        with (
+            tqdm(total=None if fps else video.num_frames, unit="frame", desc=one_line(source.name)) as bar,
+            open_writer(source, out, settings, video, codec, fps) as writer,
+            writing(writer) as write,
+            read_ahead(frames) as ahead,
+        ):
+            for frame in ahead:
+                translated = stream(frame.rgb)
+                shown = side_by_side(frame.rgb, translated) if settings.side_by_side else translated
+                write(TimedFrame(shown, frame.time, frame.duration))
+                bar.update()
+                if is_stopping():
+                    break
+        for line in faults.lines():
+            log.warning("%s: %s", source, line)
+        rate = writer.count / (time.perf_counter() - started)
+        shape = f"{video.width}x{video.height}" + (" twice" if settings.side_by_side else "")
+        return f"{out}: {writer.count} frames, {shape}, {float(writer.fps):g} fps; translated {rate:.1f} frames/s"
 
 
 @contextmanager
