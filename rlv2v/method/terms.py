@@ -201,6 +201,30 @@ def order_terms(inputs: TermInputs) -> Values:
             yield domain, inversion(*rollout.details.grids)
 
 
+def mixing(whole: Tensor, local: Tensor) -> Tensor:
+    """Return how much a bilateral grid makes a channel of the other two, beyond their share of brightness.
+
+    whole, local: as in `roughness`. Of A x + b, row c has two coefficients of other channels, o. A part t l, t >= 0, of
+    their luma weights l makes the colours greyer, and is free; the mean over the grid and the rows of |o - t l|^2 / 2,
+    t = max(0, o . l / l . l), is not: with it red becomes violet and leaves turn blue.
+    """
+    rows = (whole + local).unflatten(2, (3, 4))  # (B,T,3,4,bins,h,w)
+    values = []
+    for c in range(3):
+        (i, u), (k, v) = ((n, weight) for n, weight in enumerate(LUMA) if n != c)
+        a, b = rows[:, :, c, i], rows[:, :, c, k]
+        share = ((u * a + v * b) / (u * u + v * v)).clamp(min=0)
+        values.append(((a - share * u).square() + (b - share * v).square()).mean() / 2)
+    return torch.stack(values).mean()
+
+
+def hue_terms(inputs: TermInputs) -> Values:
+    """Yield `mixing` of both directions, where the generators have a grid."""
+    for domain, rollout in (("x", inputs.x), ("y", inputs.y)):
+        if rollout.details.grids is not None:
+            yield domain, mixing(*rollout.details.grids)
+
+
 def colour_terms(inputs: TermInputs) -> Values:
     """Yield `domain_gap` between translated and target clips, in both directions."""
     yield "y", domain_gap(inputs.x.fake, inputs.clips.yz, inputs.draws.colours)
@@ -220,6 +244,7 @@ IDENTITY = "|G_Y(z) - z|, |G_Y(s) - s|, |G_X(x) - x|"
 MASK_PRIOR = "prior of the copy mask; 0: the mask stays shut and nothing is copied"
 COLOURS = "distance between the colours of translated and target clips, by frame index"
 ORDER = "brightness of which a grid head turns the order around, at a place"
+HUE = "what a grid head makes a channel of the others, beyond grey"
 PATCHES = "distance of the patches of translated clips to those of the target domain"
 TERMS: dict[str, Term] = {
     term.name: term
@@ -231,6 +256,7 @@ TERMS: dict[str, Term] = {
         Term("colours", COLOURS, 0.0, colour_terms, paint=3.0),
         Term("patches", PATCHES, 10.0, patch_terms),
         Term("order", ORDER, 10000.0, order_terms),
+        Term("hue", HUE, 100.0, hue_terms),
         Term("smoothness", "deviations of a grid head from one transform of all pixels", 300.0, smoothness_terms),
     )
 }

@@ -134,8 +134,8 @@ OFF = [(name,) for name in (*TERMS, "l_v", "l_tau", "l_rc")] + [("l_tau", "l_rc"
 @pytest.mark.parametrize("off", OFF, ids="+".join)
 def test_a_weight_of_zero_leaves_its_terms_out_and_changes_no_other(off: tuple[str, ...]) -> None:
     config = Config.of("paint", **CLIP_NORM)
-    if {"smoothness", "patches", "order"} & {*off}:
-        config = config.replace(head="grid", smoothness=1.0, patches=1.0, order=1.0)
+    if {"smoothness", "patches", "order", "hue"} & {*off}:
+        config = config.replace(head="grid", smoothness=1.0, patches=1.0, order=1.0, hue=1.0)
     nets, clips = random_nets(config), random_clips()
 
     def losses(config: Config) -> tuple[dict[str, Tensor], Rollout, Rollout]:

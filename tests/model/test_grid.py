@@ -11,7 +11,7 @@ from rlv2v.config import Config
 from rlv2v.data import to_model, to_uint8
 from rlv2v.errors import UserError
 from rlv2v.kernels.bilateral import slice_apply_frame
-from rlv2v.method.terms import inversion, roughness
+from rlv2v.method.terms import LUMA, inversion, mixing, roughness
 from rlv2v.method.translation import Stream, translate_chunk
 from rlv2v.model import GridTranslator
 
@@ -118,3 +118,26 @@ def test_inversion_is_of_a_transform_that_makes_light_dark() -> None:
         torch.testing.assert_close(inversion(whole, local), torch.tensor(want))
     local[0, 0, 3::4, 1, 0, 0] = 0.8  # all three channels brighter in one bin of one cell: its step down is 0.3
     torch.testing.assert_close(inversion(torch.zeros(1, 1, 12, 4, 1, 1), local), torch.tensor(0.09 / 18))
+
+
+def test_mixing_is_of_what_makes_another_colour_and_not_of_grey() -> None:
+    def matrix(*rows: tuple[float, float, float]) -> Tensor:
+        changes = torch.cat((torch.tensor(rows) - torch.eye(3), torch.zeros(3, 1)), 1)
+        return changes.reshape(1, 1, 12, 1, 1, 1).expand(-1, -1, -1, 4, -1, -1)
+
+    def of(*rows: tuple[float, float, float]) -> float:
+        return float(mixing(matrix(*rows), torch.zeros(1, 1, 12, 4, 2, 3)))
+
+    assert of((1, 0, 0), (0, 1, 0), (0, 0, 1)) == of((0.3, 0, 0), (0, -1, 0), (0, 0, 9)) == 0
+    grey = [tuple(0.6 * weight + 0.4 * (k == c) for k, weight in enumerate(LUMA)) for c in range(3)]
+    assert of(*grey) == pytest.approx(0, abs=1e-12)
+    red, green, blue = LUMA
+    across = 0.5 * torch.tensor([blue, -green]) / torch.tensor([blue, green]).norm()  # of the row of red
+    assert of((1, *across.tolist()), (0, 1, 0), (0, 0, 1)) == pytest.approx(0.25 / 2 / 3)
+    negative = of((1, -0.5 * green, -0.5 * blue), (0, 1, 0), (0, 0, 1))
+    assert negative == pytest.approx(0.25 * (green**2 + blue**2) / 6)
+    local = torch.zeros(1, 1, 12, 4, 2, 3)
+    local[0, 0, 4, 1, 0, 2] = 0.7  # green of red, in one bin of one cell
+    share = 0.7 * red / (red**2 + blue**2)
+    want = ((0.7 - share * red) ** 2 + (share * blue) ** 2) / 2 / 3 / 24
+    torch.testing.assert_close(mixing(torch.zeros(1, 1, 12, 4, 1, 1), local), torch.tensor(want))

@@ -34,7 +34,7 @@ from rlv2v.method.clips import Clips
 from rlv2v.method.collector import annealed
 from rlv2v.method.schedule import Schedule
 from rlv2v.method.step import DISCRIMINATORS, GENERATORS, Algorithm
-from rlv2v.method.terms import contrast_loss, domain_gap, gap_floor, inversion, mask_prior, roughness
+from rlv2v.method.terms import contrast_loss, domain_gap, gap_floor, inversion, mask_prior, mixing, roughness
 from rlv2v.method.trainer import MEASURE_EVERY
 
 NUM_COLOURS, NUM_PATCHES, NUM_DIRECTIONS = 4, 4096, 16
@@ -393,6 +393,8 @@ class Plain:
                 terms[f"smoothness_{name}"] = config.loss.term("smoothness") * roughness(*fake.beside)
             if config.loss.term("order") and isinstance(fake.beside, tuple):
                 terms[f"order_{name}"] = config.loss.term("order") * inversion(*fake.beside)
+            if config.loss.term("hue") and isinstance(fake.beside, tuple):
+                terms[f"hue_{name}"] = config.loss.term("hue") * mixing(*fake.beside)
         if config.loss.term("colours"):
             terms["colours_y"] = config.loss.term("colours") * domain_gap(fake_y.video, yz, directions)
             terms["colours_x"] = config.loss.term("colours") * domain_gap(fake_x.video, x, directions)
