@@ -46,6 +46,7 @@ FLAGS: dict[str, tuple[str, ...]] = OURS | {
     name: ("--preset", "default", "--method", name) for name in METHODS if name != "rlv2v"
 }
 """The flags of each method: ours in several settings, and the baselines of the registry."""
+TIMELESS = ("default", "rl", "bf16")  # of ours, those that do not know by themselves that clips start together
 BUDGET = 300.0  # seconds
 
 
@@ -140,6 +141,7 @@ class Plan:
             seed,
             "--augment",
             case.augment,
+            *(["--chrono"] if case.starts_together and method in TIMELESS else []),
         ]
         flags += [] if lr is None else ["--lr", f"{lr:g}", "--disc-lr", f"{lr:g}"]
         name = "-".join([case.name, method, *([f"few{few}"] if few else []), *([f"lr{lr:g}"] if lr else []), str(seed)])

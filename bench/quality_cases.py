@@ -61,6 +61,11 @@ class Case:
         """The augmentation of every method on it."""
         return "dihedral" if self.kind == "synth" else "flip"  # the shapes of synth have no up and down
 
+    @property
+    def starts_together(self) -> bool:
+        """Whether a user would say of its clips that time in the clip matters (`--chrono`)."""
+        return self.kind == "synth"
+
     def data(self, out: Path, seed: int) -> Path:
         """Return the dataset folder for a run's seed, made in `out` if it is not there."""
         if self.kind == "folder":

@@ -87,6 +87,7 @@ def test_named_cases(case: str, expected: Case) -> None:
     assert make_case(case, frames=8) == expected
     assert expected.is_synthetic == (expected.kind != "region")
     assert (expected.augment == "dihedral") == (expected.kind == "synth"), "a transpose breaks the cue, and streets"
+    assert expected.starts_together == (expected.kind == "synth"), "the cue comes at any time"
 
 
 def test_a_seed_has_its_own_synthetic_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,9 +268,12 @@ def test_runs_have_names_and_fingerprints_of_their_own(data: Path, tmp_path: Pat
     assert len({run.fingerprint for run in runs}) == len({run.folder for run in runs}) == len(runs) == 16
     few = plan.run("paper", 1, 1, 0.1)
     assert few.folder.name == "mine-paper-few1-lr0.1-1" and few.data == tmp_path / "data-mine-few1"
-    assert few.flags[-4:] == ("--lr", "0.1", "--disc-lr", "0.1") and "flip" in few.flags
+    assert few.flags[-4:] == ("--lr", "0.1", "--disc-lr", "0.1") and "flip" in few.flags and "--chrono" not in few.flags
     assert plan.run("tiny", None, 0, None).fingerprint == runs[0].fingerprint
     assert plan.budgets == (300.0,) and plan.select == "psnr" and plan.split == "test"
+    plan.case = replace(plan.case, kind="synth")
+    told = {m: "--chrono" in plan.run(m, None, 0, None).flags for m in ("default", "rl", "paint", "paper", "cyclegan")}
+    assert told == {"default": True, "rl": True, "paint": False, "paper": False, "cyclegan": False}
 
 
 def test_the_best_learning_rate_is_that_of_val(data: Path, tmp_path: Path) -> None:
