@@ -51,7 +51,8 @@ def full_run(config: Config) -> Algorithm:
     run = Algorithm(config.replace(replicas=1), torch.device("cpu"))
     for step in run.optimizer_steps.values():
         step(torch.stack([weight.sum() for weight in step.weights]).sum())
-    rng, shape = np.random.default_rng(0), (config.data.size, config.data.size, 3)
+    size = config.data.size
+    rng, shape = np.random.default_rng(0), (size.height, size.width, 3)
     for replay in run.replays()[0].values():
         while len(replay) < replay.capacity:
             clip = replay.put_clip(rng.integers(0, 256, (config.data.frames, *shape), np.uint8))

@@ -20,6 +20,7 @@ import av
 import cv2
 import numpy as np
 
+from rlv2v.crop_size import CropSize
 from rlv2v.data.index import Dataset, index_folder
 from rlv2v.data.loader import ClipReader, Loader
 from rlv2v.data.sampler import ClipSample
@@ -74,7 +75,7 @@ def sources_of(files: Sequence[str]) -> list[Any]:
 
 def ours(files: Sequence[str]) -> Read:
     """Do what a thread of the loader does for one draw, cache off."""
-    sources, reader = sources_of(files), ClipReader(SIZE, cache_bytes=0)
+    sources, reader = sources_of(files), ClipReader(CropSize(SIZE, SIZE), cache_bytes=0)
 
     def read(draws: list[Place]) -> Iterator[tuple[int, int, Array]]:
         for file, start in draws:

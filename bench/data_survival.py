@@ -19,6 +19,7 @@ from pathlib import Path
 
 from data_damage import damaged
 
+from rlv2v.crop_size import CropSize
 from rlv2v.data.damage import Faults
 from rlv2v.data.index import index_folder
 from rlv2v.data.inspect import Source
@@ -62,7 +63,7 @@ def prepare(path: Path, seed: int, out: Path) -> None:
     item, _ = survey_source(path, fps)
     if not item.usable or item.frames > MAX_FRAMES:
         return
-    form = Format(32, "video" if seed % 3 == 0 else "raw", fps)
+    form = Format(CropSize(32, 32), "video" if seed % 3 == 0 else "raw", fps)
     name = form.output_name(path, item.source, item.source.hash)
     convert_source(replace(item, output=name), out, form)
 

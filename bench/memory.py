@@ -1,6 +1,6 @@
 """Count what a training step needs, and the longest clips and largest batch that fit a card.
 
-    python bench/memory.py --preset workstation [--size 128 --frames 16 --memory frames] [--json F]
+    python bench/memory.py --preset workstation [--size 96x160 --frames 16 --memory frames] [--json F]
 
 Bytes by weights, gradients, optimiser, activations and workspace: counted (`rlv2v.method.memory`) everywhere, on a
 GPU also measured, as the allocator's own peak over real steps, with CUDA graphs and without. Then, counted, what fits a
@@ -20,7 +20,7 @@ import torch
 from harness import Bench, Contender, Row, compare
 from torch import Tensor
 
-from rlv2v.cli import run_command
+from rlv2v.cli import SizeFlag, run_command
 from rlv2v.config import Config
 from rlv2v.method.memory import CONTEXT_BYTES, FRAGMENTATION, GB, RUN, count, estimate, largest, some_clips
 from rlv2v.method.optim import autocast
@@ -43,8 +43,8 @@ class Args(harness.Args):
 
     preset: str = "workstation"
     """Preset whose step is counted."""
-    size: int | None = None
-    """Side of the frames instead of the preset's, pixels."""
+    size: SizeFlag | None = None
+    """Size of the crops instead of the preset's, pixels."""
     frames: int | None = None
     """Clip length T instead of the preset's."""
     memory: Literal["store", "recompute", "frames"] | None = None
@@ -70,7 +70,8 @@ def row_of(case: str, backend: str, config: Config, **fields: Any) -> Row:
 
 def name_of(config: Config) -> str:
     """Return the sizes of a step."""
-    return f"{config.data.size}x{config.data.size} T={config.data.frames}"
+    size = config.data.size
+    return f"{size.height}x{size.width} T={config.data.frames}"
 
 
 def counted_row(config: Config) -> Row:

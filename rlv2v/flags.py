@@ -14,7 +14,9 @@ from typing import Annotated, Any, Literal, TypedDict, cast, get_type_hints
 
 import tyro
 
+from rlv2v.cli import SizeFlag
 from rlv2v.config import FLAGS, Config
+from rlv2v.crop_size import CropSize
 from rlv2v.method.baselines import METHODS
 from rlv2v.method.rewards import REWARDS
 from rlv2v.method.terms import TERMS
@@ -41,6 +43,7 @@ def flags_type() -> Any:
         if flag in choices:
             hint = literal[tuple(choices[flag])]
             text += "".join(f" {key}: {meaning}." for key, meaning in choices[flag].items() if meaning)
+        hint = SizeFlag if hint is CropSize else hint
         setting = tyro.conf.arg(
             name=flag.replace("_", "-"), help=text, help_behavior_hint=f"(default: {as_typed(default.get(flag))})"
         )

@@ -6,13 +6,14 @@ or one flat folder of videos, frame folders or numbered images, which goes into 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from rlv2v.cli import run_command
+from rlv2v.cli import SizeFlag, run_command
+from rlv2v.crop_size import CropSize
 from rlv2v.data.prepare import prepare_dataset
 
 
@@ -24,8 +25,9 @@ class Args:
     """Dataset folder (trainX, trainY ...; CycleGAN's trainA, trainB), or a folder of videos, frame folders, images."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for the prepared dataset; the same command again goes on where it was stopped."""
-    size: int = 64
-    """Short side in pixels, the aspect stays; `video` uses at least 128, so that GPUs can decode it."""
+    size: SizeFlag = field(default=CropSize(64, 64))
+    """That of training, in pixels: each video just covers it, and its aspect stays; 64 is a short side of 64. `video`
+    uses at least 128 a side, so that GPUs can decode it."""
     store: Literal["auto", "raw", "video"] = "auto"
     """raw: a .npy for each video, the fastest. video: VP9, far smaller. auto: raw if it fits in half the free disk."""
     fps: float | None = None

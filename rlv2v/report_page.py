@@ -162,7 +162,7 @@ def run_facts(run: Run) -> dict[str, Any]:
         "label": run.label,
         "method": run.config.method,
         "preset": run.config.preset,
-        "size": f"{run.config.data.size}x{run.config.data.size}, {run.config.data.frames} frames",
+        "size": f"{run.config.data.size.height}x{run.config.data.size.width}, {run.config.data.frames} frames",
         "seed": run.config.seed,
         "steps": last.get("step", "-"),
         "seconds": f"{seconds:.0f}" if is_number(seconds) else "-",

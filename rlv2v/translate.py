@@ -1,7 +1,7 @@
 """`python -m rlv2v.translate RUN IN OUT.mp4`: translate videos of any length with a trained run, in constant memory.
 
 The generator runs frame by frame with its recurrent state carried along, so that chunks give what one pass would. A
-frame is scaled so that its short side is the size that the model was trained at, padded by replication to what the
+frame is scaled so that its short side is that of the training crops, padded by replication to what the
 network needs, cropped and scaled back. The output has the frames, times, size, sound, subtitles, chapters and tags of
 the input. See `rlv2v.data.containers` for what each kind of file holds, `docs/translate.md` for folders of videos.
 """

@@ -41,7 +41,7 @@ class Settings:
     side_by_side: bool = False
     """Show the source on the left of the translation."""
     size: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """Short side in pixels that the model sees; default: what it was trained at; 0: the video's own."""
+    """Short side in pixels that the model sees; default: that of its training crops; 0: the video's own."""
     fps: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     """Constant rate to translate at: of a video the frame shown then; default: the video's own times, 25 for images."""
     audio: bool = True

@@ -54,11 +54,12 @@ def settle(config: Config, num_ranks: int) -> Config:
         raise UserError(f"{config.out}: expected a folder for the run, got a file; choose another --out")
     config = config.replace(replicas=settled_replicas(config.runtime.replicas, saved_replicas, num_ranks))
     if config.data.folder == SYNTHETIC:
-        folder = Path("data") / f"synth-{config.data.size}x{config.data.frames}"
+        side = max(config.data.size.height, config.data.size.width)
+        folder = Path("data") / f"synth-{side}x{config.data.frames}"
         if not (folder / "dataset.json").exists():
             log.warning("no --data: writing the synthetic set to %s", folder)
             try:
-                write_dataset(folder, size=config.data.size, frames=config.data.frames)
+                write_dataset(folder, size=side, frames=config.data.frames)
             except OSError as error:
                 reason = str(error.strerror).lower()
                 raise UserError(f"{folder}: cannot be written: {reason}; name a dataset by --data") from None

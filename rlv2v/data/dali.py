@@ -1,7 +1,7 @@
-"""Read the batches of a set whose videos DALI decodes as PyAV does, by a DALI graph, uint8 (B,T,size,size,3) out.
+"""Read the batches of a set whose videos DALI decodes as PyAV does, by a DALI graph, uint8 (B,T,H,W,3) out.
 
     fn.experimental.readers.video, fed a list `file label start end`, the sampled frames
-    then resize (short side `size`, antialias), crop, flips, transposition of the sample
+    then resize (to cover the crop, antialias), crop, flips, transposition of the sample
 
 On the CPU DALI decodes VP8, VP9 and MJPEG; on a GPU NVDEC decodes. DALI converts by BT.601 whatever a file says, so a
 set with a file that is tagged otherwise goes by the loader's threads, as does one that is not all videos. The reader
@@ -25,9 +25,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from rlv2v.crop_size import CropSize
 from rlv2v.data.inspect import Source, short_reason
 from rlv2v.data.sampler import ClipSample, ClipSampler, Unreadable
-from rlv2v.data.scaling import fit_size
+from rlv2v.data.scaling import cover_size
 from rlv2v.errors import UserError
 
 Device = Literal["cpu", "gpu"]
@@ -58,12 +59,12 @@ def decodes(source: Source, device: Device) -> bool:
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """Hold what a graph is built for; `size` and `frames` are H = W and T of the clips that come out."""
+    """Hold what a graph is built for; `size` and `frames` are H, W and T of the clips that come out."""
 
     device: Device
     batch: int
     frames: int
-    size: int
+    size: CropSize
     threads: int = 1
     prefetch: int = PREFETCH
     device_id: int | None = None
@@ -74,7 +75,7 @@ def new_graph(options: GraphOptions, listed: str) -> Any:
     """Return the graph, not yet built, with outputs clips (device), shape as read (CPU), label (CPU).
 
     listed: the path of the list. Fed for each clip: `target` (height, width after the resize), `corner` (top, left),
-    `flip` (left-right, up-down), `transpose` (255 or 0).
+    `flip` (left-right, up-down), and for squares `transpose` (255 or 0).
     """
     from nvidia import dali
 
@@ -90,12 +91,15 @@ def new_graph(options: GraphOptions, listed: str) -> Any:
         target = fn.external_source(name="target", dtype=types.FLOAT, ndim=1)
         corner = fn.external_source(name="corner", dtype=types.INT32, ndim=1)
         flip = fn.external_source(name="flip", dtype=types.INT32, ndim=1)
-        mask = fn.external_source(name="transpose", dtype=types.UINT8, ndim=0)
         clips = fn.resize(frames, name="resize", size=target, antialias=True)
-        clips = fn.slice(clips, name="crop", start=corner, shape=[options.size, options.size], axis_names="HW")
+        clips = fn.slice(
+            clips, name="crop", start=corner, shape=[options.size.height, options.size.width], axis_names="HW"
+        )
         clips = fn.flip(clips, name="flips", horizontal=flip[0], vertical=flip[1])
-        transposed = fn.transpose(clips, name="transposed", perm=[0, 2, 1, 3], transpose_layout=False)
-        clips = clips ^ ((clips ^ transposed) & mask)  # a choice for each clip, without a branch in the graph
+        if options.size.is_square:
+            mask = fn.external_source(name="transpose", dtype=types.UINT8, ndim=0)
+            transposed = fn.transpose(clips, name="transposed", perm=[0, 2, 1, 3], transpose_layout=False)
+            clips = clips ^ ((clips ^ transposed) & mask)  # a choice for each clip, without a branch in the graph
         graph.set_outputs(clips, frames.shape(), label.cpu())
     return graph
 
@@ -134,13 +138,14 @@ class GraphRun:
     def _feed(self) -> None:
         """Give the graph what it needs for one more step, and run it in the background."""
         options, samples = self._options, self._steps[self._num_fed]
-        sizes = [fit_size(s.source.width, s.source.height, options.size) for s in samples]
+        sizes = [cover_size(s.source.width, s.source.height, options.size) for s in samples]
         inputs = {
             "target": [np.array([height, width], np.float32) for width, height in sizes],
             "corner": [np.array(s.corner(options.size), np.int32) for s in samples],
             "flip": [np.array(s.flips[:2], np.int32) for s in samples],
-            "transpose": [np.array(255 * s.flips[2], np.uint8) for s in samples],
         }
+        if options.size.is_square:
+            inputs["transpose"] = [np.array(255 * s.flips[2], np.uint8) for s in samples]
         for name, values in inputs.items():
             self._graph.feed_input(name, values)
         self._num_fed += 1
@@ -185,10 +190,10 @@ class GraphRun:
 class GraphReader:
     """Read the batches of one set by a graph, as `rlv2v.data.loader.ThreadReader` does by threads.
 
-    sampler, name: what to read; DALI `decodes` that set.  size: H = W of the clips.  device: where the batches are.
+    sampler, name: what to read; DALI `decodes` that set.  size: of the clips.  device: where the batches are.
     """
 
-    def __init__(self, sampler: ClipSampler, name: str, *, size: int, device: Device, threads: int = 1) -> None:
+    def __init__(self, sampler: ClipSampler, name: str, *, size: CropSize, device: Device, threads: int = 1) -> None:
         device_id = torch.cuda.current_device() if device == "gpu" else None  # of this thread, not of the builder
         sources, batch = sampler.dataset.sets[name], sampler.batch[name]
         self.options = GraphOptions(device, batch, sampler.length(name), size, threads, PREFETCH, device_id)

@@ -20,12 +20,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
+from rlv2v.crop_size import CropSize
 from rlv2v.data.dali import Device, GraphReader, decodes, has_dali
 from rlv2v.data.index import Dataset, Source, describe_change, index_folder, name_in, usable_sources
 from rlv2v.data.inspect import short_reason
 from rlv2v.data.readers import FrameReader, PacketTimes
 from rlv2v.data.sampler import SETS, Augment, ClipSample, ClipSampler, Unreadable, restore_dataset
-from rlv2v.data.scaling import centre_crop, fit, fit_size
+from rlv2v.data.scaling import centre_crop, cover, cover_size
 from rlv2v.data.video import read_frames
 from rlv2v.errors import UserError
 from rlv2v.runtime.device import on_device
@@ -44,13 +45,13 @@ class Batch:
 
 
 class ClipReader:
-    """Read clips of H = W = `size`, with one `FrameReader` a thread, and cache sources, resized.
+    """Read clips of H and W of `size`, with one `FrameReader` a thread, and cache sources, resized.
 
     The first sources read stay, until `cache_bytes` are full. Clips are drawn in random order, each once an epoch: to
     evict the oldest would only drop what comes next.
     """
 
-    def __init__(self, size: int, cache_bytes: int) -> None:
+    def __init__(self, size: CropSize, cache_bytes: int) -> None:
         self.size, self.free_bytes = size, cache_bytes
         self._local, self._lock = threading.local(), threading.Lock()
         self._times = PacketTimes()
@@ -58,15 +59,15 @@ class ClipReader:
         """None: a thread is reading the source, or could not."""
 
     def read(self, source: Source, start: int, num: int) -> np.ndarray:
-        """Return frames `start .. start+num`, short side `size`, by this thread's reader."""
+        """Return frames `start .. start+num`, scaled to cover `size`, by this thread's reader."""
         if not hasattr(self._local, "reader"):
             self._local.reader = FrameReader(self._times)
         reader: FrameReader = self._local.reader
-        return reader.read(source, start, num, fit_size(source.width, source.height, self.size))
+        return reader.read(source, start, num, cover_size(source.width, source.height, self.size))
 
     def _cached(self, source: Source) -> np.ndarray | None:
         """Return all frames of a source that is in memory or that there is room for, else None."""
-        width, height = fit_size(source.width, source.height, self.size)
+        width, height = cover_size(source.width, source.height, self.size)
         num_bytes = source.num_frames * width * height * 3
         with self._lock:
             if source.path in self._cache or num_bytes > self.free_bytes:
@@ -81,12 +82,12 @@ class ClipReader:
         return None
 
     def clip(self, sample: ClipSample, num: int) -> np.ndarray:
-        """Return the frames of a sample, cropped and flipped, uint8 (num,size,size,3)."""
+        """Return the frames of a sample, cropped and flipped, uint8 (num,H,W,3)."""
         frames = self._cached(sample.source)
         first = sample.start
         clip = self.read(sample.source, first, num) if frames is None else frames[first : first + num]
         top, left = sample.corner(self.size)
-        clip = clip[:, top : top + self.size, left : left + self.size]
+        clip = clip[:, top : top + self.size.height, left : left + self.size.width]
         left_right, up_down, transposed = sample.flips
         clip = clip[:, :, ::-1] if left_right else clip
         clip = clip[:, ::-1] if up_down else clip
@@ -107,7 +108,7 @@ class ThreadReader:
         self._pending = {sample: pending.get(sample) or self._pool.submit(self._read, sample) for sample in samples}
 
     def take(self, step: int) -> torch.Tensor:
-        """Return the batch of `step`, uint8 (B,T,size,size,3). Raises `Unreadable`; may then be prepared again."""
+        """Return the batch of `step`, uint8 (B,T,H,W,3). Raises `Unreadable`; may then be prepared again."""
         clips, faults = [], {}
         for sample in self._samples(step):
             try:
@@ -127,10 +128,11 @@ class Loader:
     """Iterate endlessly over `Batch`; `next(loader)` is step `loader.step`, prepared while the last one was in use.
 
     dataset: from `open_dataset`, opened for at least `frames` frames.  batch: clips a rank and step, by set, such as
-    {"x": 2, "y": 1, "z": 2, "s": 2}; a set that is missing or 0 gives None.  frames, size: T and H = W.
-    seed: same seed, same batches.  augment: `none`, `flip` (left-right), `dihedral` (also up-down and transposed); the
-    crop is random in all three.  threads: background readers, without influence on what is drawn.  cache_mib: memory
-    for sources, resized; 0 = none; a DALI graph uses none.
+    {"x": 2, "y": 1, "z": 2, "s": 2}; a set that is missing or 0 gives None.  frames: T.  size: H and W of crops, see
+    `CropSize.of`; a video just covers one.  seed: same seed, same batches.  augment: `none`, `flip`
+    (left-right), `dihedral` (also up-down and transposed, squares alone); the crop is random in all three.
+    threads: background readers, without influence on what is drawn.  cache_mib: memory for sources, resized; 0 = none;
+    a DALI graph uses none.
     device: where the batches are; on `gpu`, which is torch's current CUDA device, DALI decodes what NVDEC can.
     backend: `dali` runs the GPU's graph on the CPU, `auto` the faster threads. `dali` and `gpu` raise where DALI is
     missing.
@@ -145,7 +147,7 @@ class Loader:
         *,
         batch: Mapping[str, int],
         frames: int,
-        size: int,
+        size: CropSize | int | str,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
@@ -160,11 +162,14 @@ class Loader:
         for value, choices in ((augment, Augment), (backend, Backend), (device, Device)):
             if value not in get_args(choices):
                 raise UserError(f"loader: expected {' or '.join(get_args(choices))}, got {value}")
+        self.size = CropSize.of(size)
+        if augment == "dihedral" and not self.size.is_square:
+            raise UserError(f"augment: expected none or flip for crops of {self.size}, got dihedral, which transposes")
         if not 0 <= rank < world_size:
             raise UserError(f"rank: expected 0 to world_size-1 = {world_size - 1}, got {rank}")
         self._uses_dali = needs_dali(device, backend)
-        self.size, self.threads, self.device, self.step = size, threads, device, 0
-        self.clips = ClipReader(size, cache_mib * 2**20)
+        self.threads, self.device, self.step = threads, device, 0
+        self.clips = ClipReader(self.size, cache_mib * 2**20)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rlv2v-loader")
         self._open(ClipSampler(dataset, batch, frames, seed, rank, world_size, augment))
 
@@ -211,7 +216,7 @@ class Loader:
             "contents": sampler.dataset.contents(),
             "seed": sampler.seed,
             "frames": sampler.frames,
-            "size": self.size,
+            "size": self.size.plain,
             "augment": sampler.augment,
             "batch": {name: num * sampler.world_size for name, num in sampler.batch.items()},
         }
@@ -266,15 +271,15 @@ def needs_dali(device: Device, backend: Backend) -> bool:
     return True
 
 
-def evaluation_clips(folder: Path, *, frames: int | None, size: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (path in the folder without suffix, uint8 (T,size,size,3)) for each video of a folder in natural order.
+def evaluation_clips(folder: Path, *, frames: int | None, size: CropSize) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (path in the folder without suffix, uint8 (T,H,W,3)) for each video of a folder in natural order.
 
-    The first `frames` frames (None: all), short side resized to `size`, centre crop, no augmentation. Sources that are
+    The first `frames` frames (None: all), scaled to cover `size`, centre crop, no augmentation. Sources that are
     damaged or too short for that are warned about by name and left out; `UserError` when none is left.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected a folder of videos")
     for source in usable_sources(index_folder(folder, frames=frames or 1), folder, "clip", required=True):
         num = source.num_frames if frames is None else frames
-        clip = [centre_crop(fit(f[None], size), size)[0] for f in read_frames(source.path, num=num)]
+        clip = [centre_crop(cover(f[None], size), size)[0] for f in read_frames(source.path, num=num)]
         yield name_in(folder, source.path), np.stack(clip)

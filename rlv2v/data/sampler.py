@@ -17,9 +17,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rlv2v.crop_size import CropSize
 from rlv2v.data.index import Dataset, fingerprint_of
 from rlv2v.data.inspect import Source
-from rlv2v.data.scaling import fit_size
+from rlv2v.data.scaling import cover_size
 from rlv2v.errors import UserError, get_logger
 
 Augment = Literal["none", "flip", "dihedral"]
@@ -46,10 +47,10 @@ class ClipSample:
     flips: tuple[bool, bool, bool]
     """Left-right, up-down, transposed."""
 
-    def corner(self, size: int) -> tuple[int, int]:
-        """Return top and left of the crop, in pixels of the frame whose short side was scaled to `size`."""
-        width, height = fit_size(self.source.width, self.source.height, size)
-        return int(self.crop[0] * (height - size + 1)), int(self.crop[1] * (width - size + 1))
+    def corner(self, size: CropSize) -> tuple[int, int]:
+        """Return top and left of the crop, in pixels of the frame that was scaled to cover `size`."""
+        width, height = cover_size(self.source.width, self.source.height, size)
+        return int(self.crop[0] * (height - size.height + 1)), int(self.crop[1] * (width - size.width + 1))
 
 
 class Unreadable(Exception):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
+from rlv2v.crop_size import CropSize
+
 
 def on_black(image: np.ndarray) -> np.ndarray:
     """Return uint8 or uint16 (H,W,4), the last channel alpha, over black: (H,W,3) of that dtype, rounded to nearest."""
@@ -26,17 +28,23 @@ def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
 
 def fit_size(width: int, height: int, size: int) -> tuple[int, int]:
     """Return (width, height) scaled so that the short side is `size`; the aspect stays."""
-    short = min(width, height)
-    return max(size, round(width * size / short)), max(size, round(height * size / short))
+    return cover_size(width, height, CropSize(size, size))
 
 
-def fit(frames: np.ndarray, size: int) -> np.ndarray:
-    """Resize (T,H,W,3) so that the short side is `size`."""
-    target = fit_size(frames.shape[2], frames.shape[1], size)
+def cover_size(width: int, height: int, crop: CropSize) -> tuple[int, int]:
+    """Return (width, height) scaled so that it just covers a crop: one side is the crop's; the aspect stays."""
+    if crop.width * height >= crop.height * width:
+        return crop.width, round(height * crop.width / width)
+    return round(width * crop.height / height), crop.height
+
+
+def cover(frames: np.ndarray, crop: CropSize) -> np.ndarray:
+    """Resize (T,H,W,3) so that it just covers a crop."""
+    target = cover_size(frames.shape[2], frames.shape[1], crop)
     return np.stack([resize(frame, *target) for frame in frames])
 
 
-def centre_crop(frames: np.ndarray, size: int) -> np.ndarray:
-    """Return the middle `size` x `size` of (T,H,W,3)."""
-    top, left = (frames.shape[1] - size) // 2, (frames.shape[2] - size) // 2
-    return np.ascontiguousarray(frames[:, top : top + size, left : left + size])
+def centre_crop(frames: np.ndarray, crop: CropSize) -> np.ndarray:
+    """Return the middle of (T,H,W,3), of a crop's size."""
+    top, left = (frames.shape[1] - crop.height) // 2, (frames.shape[2] - crop.width) // 2
+    return np.ascontiguousarray(frames[:, top : top + crop.height, left : left + crop.width])

@@ -193,7 +193,7 @@ def build_agents(
         seed = np.random.SeedSequence([config.seed, replica, rl.DOMAINS.index(domain)])
         return PrioritizedReplay(
             config.rl.replay_capacity,
-            (config.data.size, config.data.size, 3),
+            (config.data.size.height, config.data.size.width, 3),
             config.data.frames - 1,
             alpha=config.rl.replay_alpha,
             beta=config.rl.replay_beta,

@@ -121,8 +121,8 @@ def count(config: Config, phase: str, num_replicas: int = 1, mode: type[CountSto
 
 
 def random_videos(num: int, frames: int, config: Config) -> Tensor:
-    """Return noise (num,frames,3,size,size)."""
-    return torch.rand(num, frames, 3, config.data.size, config.data.size) * 2 - 1
+    """Return noise (num,frames,3,H,W)."""
+    return torch.rand(num, frames, 3, config.data.size.height, config.data.size.width) * 2 - 1
 
 
 def some_clips(config: Config, num_replicas: int) -> Clips:
@@ -139,8 +139,9 @@ def some_clips(config: Config, num_replicas: int) -> Clips:
 def some_transitions(config: Config, num_replicas: int) -> ddpg.Transitions:
     """Return a rank's mini-batch M of noise; its states are T-1 frames long."""
     num, length = num_replicas * config.rl.transitions, config.data.frames - 1
-    states = torch.rand(num, length, 3, config.data.size, config.data.size)
-    action, true = (torch.rand(num, 3, config.data.size, config.data.size) for _ in range(2))
+    height, width = config.data.size.height, config.data.size.width
+    states = torch.rand(num, length, 3, height, width)
+    action, true = (torch.rand(num, 3, height, width) for _ in range(2))
     lengths = torch.full((num,), length)
     return ddpg.Transitions(states, lengths, action, torch.rand(num), true, torch.rand(num) < 0.5, torch.rand(num))
 

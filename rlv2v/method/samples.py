@@ -18,7 +18,7 @@ MAX_FRAMES = 64  # of more than the least clips together, so that a checkpoint t
 
 @dataclass(frozen=True)
 class Sample:
-    """Hold a clip of X, uint8 (T,size,size,3), and its hidden truth where that is known."""
+    """Hold a clip of X, uint8 (T,H,W,3), and its hidden truth where that is known."""
 
     source: np.ndarray
     truth: np.ndarray | None = None

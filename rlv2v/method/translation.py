@@ -56,13 +56,13 @@ def translate_clip(g: Generator, config: Config, frames: np.ndarray) -> np.ndarr
 class Stream:
     """Translate a video frame by frame, with the recurrent state carried along and one frame in memory.
 
-    size: the short side in pixels that the model sees; None: what it was trained at, or the video's own where the
+    size: the short side in pixels that the model sees; None: that of its training crops, or the video's own where the
     generator takes any size; 0: the video's own.  aspect: how many times as wide as high the frames' pixels are; the
     model sees square ones, as in training.
     """
 
     def __init__(self, g: Generator, config: Config, size: int | None = None, aspect: Fraction = Fraction(1)) -> None:
-        default = 0 if g.any_size else config.data.size
+        default = 0 if g.any_size else config.data.size.short_side
         self.g, self.config, self.size = g, config, default if size is None else size
         self.aspect = aspect
         self.state: State = None

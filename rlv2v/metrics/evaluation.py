@@ -140,20 +140,15 @@ def evaluate_run(
     return Evaluation(run, data, split, means, spread, clips)
 
 
-def open_references(
-    data: Path, split: Split, networks: Mapping[str, Any] | None = None, *, square: bool = False
-) -> References:
-    """Return what clips of a dataset are compared with: the target set is all of Y and Z, and the split's own Y.
-
-    square: of each frame the middle square, as training sees it.
-    """
+def open_references(data: Path, split: Split, networks: Mapping[str, Any] | None = None) -> References:
+    """Return what clips of a dataset are compared with: the target set is all of Y and Z, and the split's own Y."""
     both: frozenset[Kind] = frozenset({"target", "training"})
     folders = {data / name: both for name in ("trainY", "trainB", "trainZ")}
     style: frozenset[Kind] = frozenset({"training"})
     held_out: frozenset[Kind] = frozenset({"target"})
     folders |= {data / "trainS": style}
     folders |= {data / f"{split}{letter}": held_out for letter in "YB" if split != "train"}
-    return References.open(folders, networks, square=square)
+    return References.open(folders, networks)
 
 
 def measure_pair(

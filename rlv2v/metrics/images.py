@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from rlv2v.crop_size import CropSize
 from rlv2v.data.decoding import deinterlaced, open_video, pictures
 from rlv2v.data.index import Source, index_folder
 from rlv2v.data.readers import FrameReader
-from rlv2v.data.scaling import centre_crop, fit_size, resize
+from rlv2v.data.scaling import centre_crop, cover_size, fit_size, resize
 from rlv2v.data.upright import Upright
 from rlv2v.errors import UserError
 from rlv2v.metrics.base import FVD_FRAMES, METRICS, Frame, Kind, Scene, Values
@@ -27,24 +28,21 @@ class References:
     Args:
         sources: usable sources, each with the sets that it belongs to; the frames are spaced evenly over all of them.
         networks: by metric, see `rlv2v.metrics.learned`; with `fvd` each frame is the last of a run of 16.
-        square: measure the middle square of each frame, as training sees it, instead of the whole frame.
     """
 
     def __init__(
         self,
         sources: Sequence[tuple[Source, frozenset[Kind]]],
         networks: Mapping[str, Any] | None = None,
-        *,
-        square: bool = False,
     ) -> None:
-        self.sources, self.networks, self.square = list(sources), networks or {}, square
+        self.sources, self.networks = list(sources), networks or {}
         self.kinds: set[Kind] = set().union(*(kinds for _, kinds in self.sources))
         self.run = FVD_FRAMES if "fvd" in self.networks else 1
         lengths = [source.num_frames for source, _ in self.sources]
         every = [(n, k) for n, length in enumerate(lengths) for k in range(min(self.run, length) - 1, length)]
         picked = np.linspace(0, len(every) - 1, min(MAX_PLACES, len(every))).round().astype(int)
         self.places = [every[k] for k in picked]
-        self._measured: dict[int, dict[Kind, list[tuple[int, dict[str, np.ndarray]]]]] = {}
+        self._measured: dict[int | CropSize, dict[Kind, list[tuple[int, dict[str, np.ndarray]]]]] = {}
         self._thumbnails: list[np.ndarray] = []
 
     @classmethod
@@ -52,37 +50,39 @@ class References:
         cls,
         folders: Mapping[Path, frozenset[Kind]],
         networks: Mapping[str, Any] | None = None,
-        *,
-        square: bool = False,
     ) -> References:
         """Return the usable sources of those folders that exist, each of the given kinds."""
         sources = []
         for folder, kinds in folders.items():
             found = index_folder(folder, frames=1, stills=folder.name.endswith("S")) if folder.is_dir() else []
             sources += [(source, kinds) for source in found if source.status != "excluded"]
-        return cls(sources, networks, square=square)
+        return cls(sources, networks)
 
-    def clips(self, short: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (number of the source, the clip that ends with a picked frame), uint8 (1 or 16,H,W,3), scaled."""
+    def clips(self, size: int | CropSize) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (number of the source, the clip that ends with a picked frame), uint8 (1 or 16,H,W,3), scaled.
+
+        size: a short side, of whole frames; or the size of crops, which are their middle, as training sees them.
+        """
         reader = FrameReader()
         for number, (source, _) in enumerate(self.sources):
             ends = [end for n, end in self.places if n == number]
-            size = fit_size(source.width, source.height, short)
+            sides = source.width, source.height
+            scaled = cover_size(*sides, size) if isinstance(size, CropSize) else fit_size(*sides, size)
             if self.run == 1 and source.kind == "video" and len(ends) * SEEK_FRAMES > source.num_frames:
-                for frame in decode_only(source.path, ends, size):  # less work than to seek
+                for frame in decode_only(source.path, ends, scaled):  # less work than to seek
                     yield number, frame[None]
             else:
                 for end in ends:
                     first = max(0, end - self.run + 1)
-                    yield number, reader.read(source, first, end - first + 1, size)
+                    yield number, reader.read(source, first, end - first + 1, scaled)
 
-    def measure(self, short: int) -> dict[Kind, list[tuple[int, dict[str, np.ndarray]]]]:
-        """Return of each kind what its metrics measure of the frames at a short side, with the source's number."""
-        if short not in self._measured:
+    def measure(self, size: int | CropSize) -> dict[Kind, list[tuple[int, dict[str, np.ndarray]]]]:
+        """Return of each kind what its metrics measure of frames at a size, see `clips`, with the source's number."""
+        if size not in self._measured:
             measured: dict[Kind, list[tuple[int, dict[str, np.ndarray]]]] = {kind: [] for kind in self.kinds}
             thumbnails = []
-            for index, (number, frames) in enumerate(self.clips(short)):
-                clip = centre_crop(frames, short) if self.square else frames
+            for index, (number, frames) in enumerate(self.clips(size)):
+                clip = centre_crop(frames, size) if isinstance(size, CropSize) else frames
                 last = index if self.run == 1 else (index + 1) * FVD_FRAMES - 1  # of a run
                 frame = Frame(clip[-1], Scene(clip[-1]), last, recent=tuple(clip), networks=self.networks)
                 for kind in self.sources[number][1]:
@@ -92,12 +92,12 @@ class References:
                     measured[kind].append((number, values))
                     if kind == "target":
                         thumbnails.append(resize(frame.small, *THUMBNAIL))
-            self._measured[short], self._thumbnails = measured, thumbnails
-        return self._measured[short]
+            self._measured[size], self._thumbnails = measured, thumbnails
+        return self._measured[size]
 
-    def values(self, short: int) -> dict[Kind, Values]:
-        """Return of each kind what its metrics measure of the frames at a short side, {kind: {name: (N,...)}}."""
-        return {kind: stacked([values for _, values in frames]) for kind, frames in self.measure(short).items()}
+    def values(self, size: int | CropSize) -> dict[Kind, Values]:
+        """Return of each kind what its metrics measure of the frames of a size, {kind: {name: (N,...)}}."""
+        return {kind: stacked([values for _, values in frames]) for kind, frames in self.measure(size).items()}
 
     def halves(self, short: int) -> tuple[Values, Values]:
         """Return the target's values in two parts: of every other source, or, of a single one, every other frame."""

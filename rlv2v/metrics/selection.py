@@ -52,7 +52,7 @@ class Selection:
         self._write()
         self.samples = pick_samples(config)
         split = "val" if any((config.data.folder / f"val{letter}").is_dir() for letter in "XA") else "train"
-        self.references = open_references(config.data.folder, split, square=True)  # type: ignore[arg-type]
+        self.references = open_references(config.data.folder, split)  # type: ignore[arg-type]
         with opencv_threads():
             self.scenes = [list(remembered(sample)) for sample in self.samples]
             self.identity, self.identity_truth = self.rows([sample.source for sample in self.samples])

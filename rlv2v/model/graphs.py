@@ -113,8 +113,8 @@ def state_names(state: State) -> list[str]:
 def write_graphs(g: Generator, horizon: int, size: int, out: Path, about: Mapping[str, str] = {}) -> list[Path]:
     """Write `start` and `step` of a generator into a folder, as ONNX and as `torch.export`; return the files.
 
-    Sides of frames are dynamic, the batch is 1. The files carry metadata: `size`, the short side of `small` that the
-    generator was trained at, `multiple`, and what `about` adds.
+    Sides of frames are dynamic, the batch is 1. The files carry metadata: `size`, the short side of the crops that
+    the generator was trained on, `multiple`, and what `about` adds.
 
     Raises:
         UserError: a package is missing, the generator is of another kind or was trained at less than two multiples, or

@@ -87,7 +87,7 @@ def test_the_flags_of_training_are_grouped_by_section(command: Command) -> None:
             "--method: expected rlv2v, colour-map, colour-map-index, colour-map-transport, cyclegan, recycle-gan, got "
             "'cylegan'; did you mean cyclegan?",
         ),
-        ("train --size", "--size: expected INT, got nothing"),
+        ("train --size", "--size: expected SIDE|HEIGHTxWIDTH, got nothing"),
         ("train --budget --seed 3", "--budget: expected FLOAT, got nothing"),
         ("train --betas 1", "--betas: expected FLOAT FLOAT, got '1'"),
         ("train --steps x", "--steps: expected INT, got 'x'"),

@@ -172,7 +172,7 @@ def test_flags_go_on_top_of_preset_and_method() -> None:
     assert resolve({"preset": "tiny", "budget": 9.0}).steps is None
     assert resolve({"preset": "paper", "method": "cyclegan"}).optim.lr == 2e-4
     config = resolve({"preset": "tiny", "data": {"size": 24}, "loss": {"cycle": 1.5}})
-    assert (config.data.size, config.data.frames, config.loss.term("cycle"), config.steps) == (24, 4, 1.5, 4)
+    assert (config.data.size.plain, config.data.frames, config.loss.term("cycle"), config.steps) == (24, 4, 1.5, 4)
     assert Config().length == ("s", 300.0)
 
 
@@ -189,7 +189,7 @@ def test_a_config_survives_its_file(preset: str) -> None:
         (lambda values: values.pop("loss"), "one without 'loss'"),
         (lambda values: values["data"].update(odd=1), "a setting more than it has"),
         (lambda values: values.update(data="folder"), "one without 'the sections of settings'"),
-        (lambda values: values["data"].update(size="big"), "not supported"),
+        (lambda values: values["data"].update(frames="big"), "not supported"),
     ],
 )
 def test_a_config_of_another_version_is_refused(change: Callable[[dict[str, Any]], object], got: str) -> None:
@@ -202,7 +202,7 @@ def test_a_config_of_another_version_is_refused(change: Callable[[dict[str, Any]
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        ("--size 20", "--size: expected a multiple of 8 (patch * 2 ** number of widths), got 20"),
+        ("--size 20", "--size: expected a multiple of 8 (patch * 2 ** number of widths): 16 or 24, got 20"),
         ("--frames 1", "--frames: expected at least 2, got 1"),
         ("--lr 0", "--lr: expected a number > 0, got 0.0"),
         ("--cycle nan", "--cycle: expected a number >= 0, got nan"),
@@ -289,7 +289,7 @@ def test_a_run_starts_from_an_earlier_ones_weights(data: Path, trained: Path, tm
     assert first["adam_generators"]["param_groups"][0]["lr"] == 1e-9
     assert first["schedule"]["step"] == 0 and store_of(out).steps == [0, 1]
     config = Config.read(out / "config.json")
-    assert (config.from_run, config.data.size, config.data.folder, config.seed) == (trained, 16, few, 5)
+    assert (config.from_run, config.data.size.plain, config.data.folder, config.seed) == (trained, 16, few, 5)
     code, _, err = command("train", "--resume", "--out", out, "--steps", 2)
     assert code == 0 and "started from" not in err and store_of(out).steps[-1] == 2
 

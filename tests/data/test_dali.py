@@ -14,6 +14,7 @@ import pytest
 import torch
 from data_clips import encode, needs_dali, numbers_of, open_loader, psnr, smooth, stamped_clip, trim
 
+from rlv2v.crop_size import CropSize
 from rlv2v.data import dali
 from rlv2v.data.dali import GraphOptions, GraphReader, GraphRun, decodes, new_graph
 from rlv2v.data.images import write_image
@@ -94,6 +95,18 @@ def test_resampling_is_close_to_the_cpu_path(tmp_path: Path, height: int, width:
         assert max(psnr(clip, other) for clip, other in zip(a[0].numpy(), shifted, strict=True)) < 40, "a shift shows"
 
 
+def test_a_rectangle_has_the_samples_of_the_cpu_path(tmp_path: Path) -> None:
+    root = fill(tmp_path / "data")
+    for size, exact in (("24x32", True), ("40x20", False)):  # the first needs no resize
+        graph, threads = (loader(root, size=size, augment="flip", backend=backend) for backend in ("dali", "auto"))
+        for a, b in zip(take(graph, 12), take(threads, 12), strict=True):
+            for x, y in zip(a, b, strict=True):
+                assert x.shape == y.shape and f"{x.shape[-3]}x{x.shape[-2]}" == size
+                assert torch.equal(x, y) if exact else psnr(x.numpy(), y.numpy()) >= 40
+        assert {s.flips[0] for step in range(12) for s in graph.sampler.samples("x", step)} == {False, True}
+        graph.close()
+
+
 def test_resume_threads_and_the_ends_of_lists_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = fill(tmp_path / "data")
     reference = loader(root, size=16)
@@ -138,7 +151,7 @@ def graph_reader(sources: list[Source], samples: list[ClipSample], device: Devic
         samples=at_step,
         compute=at_step,
     )
-    return GraphReader(sampler, "x", size=128, device=device)
+    return GraphReader(sampler, "x", size=CropSize(128, 128), device=device)
 
 
 def unchanged(source: Source, start: int) -> ClipSample:
@@ -204,7 +217,7 @@ def test_what_dali_decodes_as_pyav_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_the_serialised_graph_differs_in_its_device_alone(tmp_path: Path, device: Device) -> None:
     (tmp_path / "list.txt").write_text("none.mp4 0 0 4\n")
-    built = new_graph(GraphOptions(device, batch=2, frames=T, size=16), str(tmp_path / "list.txt"))
+    built = new_graph(GraphOptions(device, batch=2, frames=T, size=CropSize(16, 16)), str(tmp_path / "list.txt"))
     serialised = built.serialize()
     # in protocol buffers, an operator's output is field 3: its name, field 1, and its device, field 2
     outputs = dict(re.findall(rb"\x1a.\x0a.(\w+)(?:\[0\])?\x12.(cpu|gpu)", serialised, re.DOTALL))

@@ -13,10 +13,11 @@ import pytest
 import torch
 from data_clips import BACKENDS, open_loader, smooth, write_frames
 
+from rlv2v.crop_size import CropSize
 from rlv2v.data.images import write_image
 from rlv2v.data.index import Dataset, open_dataset
 from rlv2v.data.loader import Batch, evaluation_clips
-from rlv2v.data.scaling import centre_crop, fit
+from rlv2v.data.scaling import centre_crop, cover
 from rlv2v.data.writer import write_clip
 from rlv2v.errors import UserError
 
@@ -219,12 +220,13 @@ def test_cache_is_bounded_and_changes_nothing(tmp_path: Path) -> None:
 def test_evaluation_clips_are_the_centre_in_name_order(tmp_path: Path) -> None:
     for name, length in (("clip10", 9), ("clip2", 7), ("tiny", 2)):
         write_clip(tmp_path / f"{name}.mp4", smooth(length, 30, 41), 8, "vp9-lossless")
-    clips = list(evaluation_clips(tmp_path, frames=5, size=12))
+    size = CropSize(12, 12)
+    clips = list(evaluation_clips(tmp_path, frames=5, size=size))
     assert [name for name, _ in clips] == ["clip2", "clip10"]
     assert clips[1][1].shape == (5, 12, 12, 3)
-    np.testing.assert_array_equal(clips[1][1], centre_crop(fit(smooth(9, 30, 41)[:5], 12), 12))
-    assert [len(clip) for _, clip in evaluation_clips(tmp_path, frames=None, size=12)] == [7, 9, 2]
+    np.testing.assert_array_equal(clips[1][1], centre_crop(cover(smooth(9, 30, 41)[:5], size), size))
+    assert [len(clip) for _, clip in evaluation_clips(tmp_path, frames=None, size=size)] == [7, 9, 2]
     with pytest.raises(UserError, match=r"no usable clip: clip2\.mp4: 7 frames"):
-        list(evaluation_clips(tmp_path, frames=50, size=12))
+        list(evaluation_clips(tmp_path, frames=50, size=size))
     with pytest.raises(UserError, match="no such folder"):
-        list(evaluation_clips(tmp_path / "none", frames=5, size=12))
+        list(evaluation_clips(tmp_path / "none", frames=5, size=size))

@@ -37,7 +37,9 @@ def clips_of(config: Config, seed: int) -> Clips:
     rng = torch.Generator().manual_seed(seed)
 
     def noise(num: int, frames: int) -> torch.Tensor:
-        return (torch.rand(num, frames, 3, config.data.size, config.data.size, generator=rng) * 2 - 1).cuda()
+        return (
+            torch.rand(num, frames, 3, config.data.size.height, config.data.size.width, generator=rng) * 2 - 1
+        ).cuda()
 
     x, y, z = (
         noise(num, config.data.frames) for num in (config.data.batch_x, config.data.batch_y, config.data.batch_z)

@@ -172,10 +172,19 @@ def test_the_clips_of_the_pool_are_counted() -> None:
     assert many - few > 4 * pixels
 
 
+@pytest.mark.parametrize("method", ["rlv2v", "cyclegan", "recycle-gan"])
+def test_a_rectangle_needs_more_than_its_short_side_and_less_than_its_long_one(method: str) -> None:
+    small = {"graphs": False, "widths": (2, 4), "disc_widths": (2, 3), "patch": 1 if method != "rlv2v" else 2}
+    configs = [Config.of("tiny", method, size=size, **small).check() for size in (16, "16x24", "24x16", 24)]
+    square, wide, high, large = (estimate(config).activations for config in configs)
+    assert square < wide < large and abs(wide - high) < 0.01 * wide
+    assert abs((wide - square) / (large - square) - (16 * 24 - 16**2) / (24**2 - 16**2)) < 0.05
+
+
 @pytest.mark.thorough
 def test_the_workstation_fits_its_card() -> None:
     config = Config.of("workstation").check()
-    assert (config.data.size, config.data.frames, config.runtime.precision) == (128, 16, "bf16")
+    assert (config.data.size.plain, config.data.frames, config.runtime.precision) == (128, 16, "bf16")
     assert all(width % 16 == 0 for width in (*config.model.widths, *config.model.disc_widths))
     assert 5.5 * GB <= estimate(config).reserved <= 7.5 * GB
 

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from rlv2v.config import Config
+from rlv2v.crop_size import CropSize
 from rlv2v.data.synth import Counts, write_dataset
 from rlv2v.method.samples import translate_samples
 from rlv2v.metrics import METRICS, Row
 from rlv2v.metrics.criterion import CRITERIA, DEFAULT, criterion
+from rlv2v.metrics.images import References
 from rlv2v.metrics.selection import Selection
 from rlv2v.model.build import build_nets
 
@@ -62,6 +64,18 @@ def test_the_criterion_ranks_a_nearly_trained_model_first(selection: Selection, 
         < good
         < score(selection, outputs_of(selection, BAD[name]))
     )
+
+
+def test_references_are_measured_in_the_middle_of_their_frames(tmp_path: Path) -> None:
+    """At the size of crops, which are cut as the samples are; the second video has no more than the crop."""
+    clip = np.random.default_rng(0).integers(0, 256, (9, 16, 40, 3), dtype=np.uint8)
+    values = []
+    for name, frames, size in (("wide", clip, CropSize(16, 24)), ("middle", clip[:, :, 8:32], 16)):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "a.npy", frames)
+        values.append(References.open({tmp_path / name: frozenset({"target"})}).values(size)["target"])
+    assert values[0].keys() == values[1].keys() and len(values[0]) > 2
+    assert all(np.array_equal(value, values[1][name]) for name, value in values[0].items())
 
 
 def test_the_criterion_ranks_an_untrained_model_last(selection: Selection) -> None:

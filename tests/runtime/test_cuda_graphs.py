@@ -93,7 +93,7 @@ def clips_of(config: Config, seed: int) -> Clips:
     rng = torch.Generator().manual_seed(seed)
 
     def noise(num: int, frames: int) -> Tensor:
-        return torch.rand(num, frames, 3, config.data.size, config.data.size, generator=rng) * 2 - 1
+        return torch.rand(num, frames, 3, config.data.size.height, config.data.size.width, generator=rng) * 2 - 1
 
     sets = [noise(num, config.data.frames) for num in (config.data.batch_x, config.data.batch_y, config.data.batch_z)]
     return Clips(*sets, noise(config.data.batch_s, 1))
@@ -126,7 +126,7 @@ def run(config: Config, steps: int, *, record: bool) -> tuple[list[dict[str, flo
     ],
 )
 def test_a_recorded_run_is_the_plain_run(preset: str, precision: str) -> None:
-    small = {"size": 8, "frames": 3, "widths": (4,), "disc_widths": (4, 4), "rl_every": 1, "steps": 40}
+    small = {"size": "8x12", "frames": 3, "widths": (4,), "disc_widths": (4, 4), "rl_every": 1, "steps": 40}
     config = Config.of(preset, replicas=1, precision=precision, replay_alpha=0.5, **small).check()
     steps = 2 * NUM_PLAIN + 4  # each domain's turn comes every second step
     recorded, ours = run(config, steps, record=True)

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from rlv2v.crop_size import CropSize
 from rlv2v.data.index import is_unchanged, name_in, source_paths
 from rlv2v.data.inspect import Source, excluded_source
 from rlv2v.data.prepare.convert import MAX_FPS, Format, Item, Store, convert_source, survey_source
@@ -40,10 +41,10 @@ PROGRESS: dict[str, Any] = {"unit": "file", "delay": 1, "disable": None}
 class Report:
     """Hold and save the settings, a row for every source, and the surveys by the source's absolute path."""
 
-    def __init__(self, out: Path, *, size: int, fps: float | None, store: Choice) -> None:
+    def __init__(self, out: Path, *, size: CropSize, fps: float | None, store: Choice) -> None:
         """Load the report in `out`, if any. Raises `UserError` if its outputs were made with other settings."""
         self.path, self._next_save = out / REPORT, time.monotonic() + 2
-        asked: dict[str, Any] = {"size": size, "fps": fps}
+        asked: dict[str, Any] = {"size": size.plain, "fps": fps}
         self.settings: dict[str, Any] = {**asked, "store": None, "why": ""}
         self.rows: dict[tuple[str, str], dict[str, Any]] = {}
         self.surveys: dict[str, Any] = {}
@@ -156,7 +157,16 @@ class Report:
 
 
 def prepare_dataset(
-    src: Path, out: Path, *, size: int, store: Choice, fps: float | None, frames: int, into: str, jobs: int, yes: bool
+    src: Path,
+    out: Path,
+    *,
+    size: CropSize | int | str,
+    store: Choice,
+    fps: float | None,
+    frames: int,
+    into: str,
+    jobs: int,
+    yes: bool,
 ) -> None:
     """Find, read, plan, ask, write and report; the arguments are the command's (`rlv2v.prepare.Args`).
 
@@ -165,7 +175,10 @@ def prepare_dataset(
         OSError: the disk fails.
         SystemExit: a signal asked to stop.
     """
-    for name, value, low, high in (("size", size, 1, 4096), ("frames", frames, 1, 10**9), ("jobs", jobs, 0, 1024)):
+    size = CropSize.of(size)
+    if not 1 <= size.short_side <= max(size.height, size.width) <= 4096:
+        raise UserError(f"--size: expected 1 to 4096, got {size}")
+    for name, value, low, high in (("frames", frames, 1, 10**9), ("jobs", jobs, 0, 1024)):
         if not low <= value <= high:
             raise UserError(f"--{name}: expected {low} to {high}, got {value}")
     if fps is not None and not 0 < fps <= MAX_FPS:
@@ -258,7 +271,7 @@ def survey_all(
     return items
 
 
-def choose_store(store: Choice, items: list[Item], size: int, report: Report, free: int) -> tuple[Store, str]:
+def choose_store(store: Choice, items: list[Item], size: CropSize, report: Report, free: int) -> tuple[Store, str]:
     """Return the store and why; `auto` stays with what an earlier run into the same folder chose."""
     if store != "auto":
         return store, "as asked"

@@ -1,8 +1,8 @@
 """Convert one source to one prepared clip: decode it again, resize, time evenly, write under a hidden name, rename.
 
-Stores. `raw`: a `.npy`, uint8 (T,H,W,3), short side `size`. `video`: VP9 in MP4, yuv420p, BT.601 limited range and
-tagged so, constant rate, key frames at most 12 apart, short side max(size, 128) and both sides even: what DALI's CPU
-decoder and NVDEC (VP9: at least 128x128) read. Style images become PNG, short side `size`. The aspect stays.
+Stores. `raw`: a `.npy`, uint8 (T,H,W,3), just covering `size`. `video`: VP9 in MP4, yuv420p, BT.601 limited range and
+tagged so, constant rate, key frames at most 12 apart, covering at least 128x128 as well, and both sides even: what
+DALI's CPU decoder and NVDEC (VP9: at least 128x128) read. Style images become PNG, covering `size`. The aspect stays.
 
 Time. Output frame k is the source frame nearest to t = k / F, the earlier one of two, for k < duration * F. F is `fps`,
 else the source's rate by `rlv2v.data.clock`: where its frames keep to an even grid, each of them is then used once.
@@ -25,6 +25,7 @@ from typing import Literal
 import av
 import numpy as np
 
+from rlv2v.crop_size import CropSize
 from rlv2v.data import video
 from rlv2v.data.clock import without_leaps
 from rlv2v.data.decoding import open_video, pictures, stream_of
@@ -32,7 +33,7 @@ from rlv2v.data.images import read_image, write_image
 from rlv2v.data.index import examine
 from rlv2v.data.inspect import Source, excluded_source
 from rlv2v.data.readers import packet_times
-from rlv2v.data.scaling import fit_size
+from rlv2v.data.scaling import cover_size
 from rlv2v.data.writer import VideoWriter
 from rlv2v.errors import UserError, one_line
 from rlv2v.files import atomic_file
@@ -75,8 +76,8 @@ class Item:
 class Format:
     """Hold the settings that shape every output of one command."""
 
-    size: int
-    """Short side, pixels."""
+    size: CropSize
+    """What each output just covers."""
     store: Store
     fps: float | None
     """Frames a second; None: the rate of each source."""
@@ -84,8 +85,9 @@ class Format:
     def target_size(self, source: Source) -> tuple[int, int]:
         """Return (width, height) of the output."""
         if self.store == "raw" or source.kind == "image":
-            return fit_size(source.width, source.height, self.size)
-        width, height = fit_size(source.width, source.height, max(self.size, MIN_VIDEO_SIDE))
+            return cover_size(source.width, source.height, self.size)
+        size = CropSize(*(max(side, MIN_VIDEO_SIDE) for side in (self.size.height, self.size.width)))
+        width, height = cover_size(source.width, source.height, size)
         return width + width % 2, height + height % 2
 
     def estimate_bytes(self, item: Item) -> int:
@@ -102,7 +104,7 @@ class Format:
         """
         stem = re.sub(r"[^\w.-]+", "_", path.name if path.is_dir() else path.stem).strip("._-")
         stem = stem.encode()[:MAX_NAME_BYTES].decode(errors="ignore") or "clip"
-        settings = json.dumps([VERSION, sha256, self.size, self.store, self.fps])
+        settings = json.dumps([VERSION, sha256, self.size.plain, self.store, self.fps])
         suffix = ".png" if source.kind == "image" else {"raw": ".npy", "video": ".mp4"}[self.store]
         return f"{stem}-{hashlib.sha256(settings.encode()).hexdigest()[:10]}{suffix}"
 

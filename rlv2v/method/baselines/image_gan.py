@@ -255,7 +255,7 @@ class ImageGan(ABC):
 
         def some_frames(num_replicas: int) -> Tensor:
             size = config.data.size
-            return torch.rand(num_replicas * config.data.batch_x, cls.frames, 3, size, size) * 2 - 1
+            return torch.rand(num_replicas * config.data.batch_x, cls.frames, 3, size.height, size.width) * 2 - 1
 
         def generators(nets: Any, config: Config, num_replicas: int) -> Callable[[], Tensor]:
             x, y = some_frames(num_replicas), some_frames(num_replicas)
