@@ -86,7 +86,7 @@ def run_command(main: Callable[[Args], None], args_type: type[Args] | Any, *, de
         message = f"{error.filename or 'disk'}: {error.strerror}; free space or choose another folder"
     except KeyboardInterrupt as error:
         stop = error if isinstance(error, Stop) else Stop(signal.SIGINT)
-        print(f"{name}: stopped by {stop}", file=sys.stderr)
+        print("; ".join(filter(None, (f"{name}: stopped by {stop}", stop.remedy))), file=sys.stderr)
         raise SystemExit(stop.exit_code) from None
     else:
         return

@@ -27,6 +27,7 @@ from rlv2v.runtime.device import set_threads
 from rlv2v.runtime.distributed import World, connect
 from rlv2v.runtime.interrupt import Interrupt, Stop, raised
 from rlv2v.translate_file import Settings, check_paths, choose_encoding, translate_file
+from rlv2v.translate_resume import is_stopped, is_there, reason_against
 
 log = get_logger(__name__)
 
@@ -69,29 +70,34 @@ class Plan(NamedTuple):
 
 def check_args(args: Args) -> Plan:
     """Return what is to be done, before any work; raise UserError for what cannot be done or would lose a file."""
-    if args.skip_existing and args.overwrite:
-        raise UserError("--skip-existing and --overwrite: choose one of them")
+    skip = args.skip_existing or args.resume
+    if skip and args.overwrite:
+        raise UserError(f"{'--resume' if args.resume else '--skip-existing'} and --overwrite: choose one of them")
     pairs = None if args.is_live(args.source) else find_pairs(args.source, args.out, args.suffix)
     if pairs is None:
         codec = choose_encoding(args, args.out)
-        if args.skip_existing and args.out.exists():
+        if skip and not is_stdout(args.out) and is_there(args.out):
             return Plan([], codec, many=False, num_skipped=1)
         check_paths(args.source, args.out, args)
         return Plan([Pair(args.source, args.out)], codec, many=False)
     codec = choose_encoding(args, args.out / f"any{args.suffix}")
-    existing = [pair for pair in pairs if pair.out.exists()]
-    if existing and not (args.skip_existing or args.overwrite):
-        names = named([str(pair.out) for pair in existing])
-        raise UserError(f"{args.out}: exists already: {names}; give --skip-existing or --overwrite")
-    todo = [pair for pair in pairs if not (args.skip_existing and pair.out.exists())]
+    if args.resume and (reason := reason_against(pairs[0].source, pairs[0].out, None)):
+        raise UserError(f"--resume: {reason}; give --skip-existing")
+    existing = [str(pair.out) for pair in pairs if is_there(pair.out)]
+    if existing and not (skip or args.overwrite):
+        raise UserError(f"{args.out}: exists already: {named(existing)}; give --skip-existing or --overwrite")
+    stopped = [str(pair.out) for pair in pairs if is_stopped(pair.out)]
+    if stopped and not (args.resume or args.overwrite):
+        raise UserError(f"{args.out}: was stopped: {named(stopped)}; --resume goes on, --overwrite starts over")
+    todo = [pair for pair in pairs if not (skip and is_there(pair.out))]
     return Plan(todo, codec, many=True, num_skipped=len(pairs) - len(todo))
 
 
 def main(args: Args) -> None:
     """Check everything, load the model once, then translate one video after the other.
 
-    Of torchrun's n ranks, rank r takes videos r, r + n, ... A signal that asks to end drops the video under way;
-    that of a device, which has no other end, is completed.
+    Of torchrun's n ranks, rank r takes videos r, r + n, ... A signal that asks to end stops the video under way, which
+    `--resume` goes on with; that of a device, which has no other end, is completed.
     """
     plan = check_args(args)
     set_threads(args.threads)
@@ -104,7 +110,8 @@ def main(args: Args) -> None:
         except Stop as stop:
             if not plan.many:
                 raise
-            print(f"{one_line(args.out)}: stopped by {stop}; --skip-existing goes on with the rest", file=sys.stderr)
+            flag = "--skip-existing" if args.suffix == ".gif" else "--resume"
+            print(f"{one_line(args.out)}: stopped by {stop}; {flag} goes on with the rest", file=sys.stderr)
             raise SystemExit(stop.exit_code) from None
         finally:
             world.abort()

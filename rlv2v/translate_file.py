@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -30,6 +30,7 @@ from rlv2v.files import output_lock
 from rlv2v.method.translation import Stream
 from rlv2v.model import Generator
 from rlv2v.runtime.overlap import read_ahead, write_behind
+from rlv2v.translate_resume import PIECE, Work, is_stopped, is_there, kept_work, made_of, reason_against
 
 log = get_logger(__name__)
 
@@ -59,7 +60,9 @@ class Settings:
     lossless: bool = False
     """Keep every value: the file is large, and few players show it."""
     overwrite: bool = False
-    """Replace OUT if it exists."""
+    """Replace OUT if it exists; drop what a stopped translation to it has done."""
+    resume: bool = False
+    """Go on with a translation that was stopped, by the same command. What is there already is skipped."""
     input_format: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """FFmpeg's name of a device, v4l2 with IN /dev/video0 (a camera) or x11grab with IN :0 (a screen), or of the format
     of stdin if its content does not show it."""
@@ -96,18 +99,24 @@ def check_paths(source: Path, out: Path, settings: Settings) -> None:
     live = settings.is_live(source)
     if not live and not source.exists():
         raise UserError(f"{source}: no such video file or folder of frames")
+    reason = reason_against(source, out, settings.input_format)
+    if settings.resume and reason:
+        raise UserError(f"--resume: {reason}; leave it out")
     if is_stdout(out):
         check_stdout()
         return
+    if is_stopped(out) and not (settings.resume or settings.overwrite):
+        raise UserError(f"{out}: a translation to it was stopped; --resume goes on, --overwrite starts over")
+    overwrite = settings.overwrite or (settings.resume and not is_there(out))
     if is_sequence(out):
-        check_sequence(out, overwrite=settings.overwrite)
+        check_sequence(out, overwrite=overwrite)
         if not live and out.parent.exists() and out.parent.samefile(source):
             raise UserError(f"{out}: output and input are the same folder; choose another one")
     else:
         check_folder(out)
     if not live and out.exists() and out.samefile(source):
         raise UserError(f"{out}: output and input are the same file; choose another output name")
-    if out.exists() and not settings.overwrite:
+    if out.exists() and not overwrite:
         raise UserError(f"{out}: exists already; choose another name, or give --overwrite")
 
 
@@ -118,13 +127,14 @@ def side_by_side(source: np.ndarray, translated: np.ndarray) -> np.ndarray:
 
 
 def open_writer(
-    source: Path, out: Path, settings: Settings, video: Probe, codec: str, fps: Fraction | None
+    source: Path, out: Path, settings: Settings, video: Probe, codec: str, fps: Fraction | None, work: Work | None
 ) -> VideoWriter | SequenceWriter | Y4mWriter:
     """Return the writer of the output, which carries along what a video file holds besides its pictures."""
+    keep, position = (work.folder, work.position) if work else (None, None)
     if is_stdout(out):
         return Y4mWriter(fps or video.fps, even=not settings.exact_size, aspect=video.pixel_aspect)
     if is_sequence(out):
-        return SequenceWriter(out, fps or video.fps)
+        return SequenceWriter(out, fps or video.fps, keep=keep, position=position)
     tracks = None
     if kind_of(source) == "video" and not settings.is_live(source):
         tracks = Tracks(source, video.start, audio=settings.audio)
@@ -137,6 +147,8 @@ def open_writer(
         tick=None if fps else video.tick,
         aspect=video.pixel_aspect,
         tracks=tracks,
+        keep=keep,
+        position=position,
     )
 
 
@@ -169,6 +181,7 @@ def translate_file(
     Reading and writing have a thread each, so that they overlap with the network.
     g, config: as `load_translator` returns them.  codec: as `choose_encoding` returns it.
     is_stopping: asked after each frame; once it is true the output is completed.
+    After an error or a signal what was done can go on, see `rlv2v.translate_resume`.
     Raises `UserError` for a source or an output that cannot be read or written, or that another process is writing.
     """
     lock = output_lock(out.parent.resolve() if is_sequence(out) else out)
@@ -185,33 +198,60 @@ def translate_file(
             frames = resampled(frames, fps)
         stream = Stream(g, config, settings.size, video.pixel_aspect)
         with (
+            keeping(g, config, source, out, settings, codec) as work,
             tqdm(total=None if fps else video.num_frames, unit="frame", desc=one_line(source.name)) as bar,
-            open_writer(source, out, settings, video, codec, fps) as writer,
-            writing(writer) as write,
+            open_writer(source, out, settings, video, codec, fps, work) as writer,
+            writing(writer, work) as write,
             read_ahead(frames) as ahead,
         ):
-            for frame in ahead:
+            first = work.start if work else 0
+            if first:
+                log.warning("%s: going on after %d frames", out, first)
+            for number, frame in enumerate(ahead):
+                if work and first and number == 0:
+                    work.restore(stream, frame.rgb)
+                bar.update()
+                if number < first:
+                    continue
+                snapshot = stream.snapshot() if work and number > first and number % PIECE == 0 else None
                 translated = stream(frame.rgb)
                 shown = side_by_side(frame.rgb, translated) if settings.side_by_side else translated
-                write(TimedFrame(shown, frame.time, frame.duration))
-                bar.update()
+                write((TimedFrame(shown, frame.time, frame.duration), snapshot))
                 if is_stopping():
                     break
         for line in faults.lines():
             log.warning("%s: %s", source, line)
-        rate = writer.count / (time.perf_counter() - started)
+        rate = (writer.count - first) / (time.perf_counter() - started)
         shape = f"{video.width}x{video.height}" + (" twice" if settings.side_by_side else "")
         return f"{out}: {writer.count} frames, {shape}, {float(writer.fps):g} fps; translated {rate:.1f} frames/s"
 
 
+def keeping(
+    g: Generator, config: Config, source: Path, out: Path, settings: Settings, codec: str
+) -> AbstractContextManager[Work | None]:
+    """Return a context in which the work for an output is kept; None where it could not go on after a stop."""
+    if reason_against(source, out, settings.input_format):
+        return nullcontext()
+    of_no_frame = {"overwrite", "resume", "strict"}
+    flags = {f.name: getattr(settings, f.name) for f in fields(Settings) if f.name not in of_no_frame}
+    parts = made_of(g, config, source, out, flags | {"codec": codec})
+    return kept_work(out, parts, resume=settings.resume)
+
+
 @contextmanager
-def writing(writer: VideoWriter | SequenceWriter | Y4mWriter) -> Iterator[Callable[[TimedFrame], None]]:
+def writing(
+    writer: VideoWriter | SequenceWriter | Y4mWriter, work: Work | None
+) -> Iterator[Callable[[tuple[TimedFrame, list[Any] | None]], None]]:
     """Yield a function that writes a frame, in another thread except to a pipe.
 
+    With a snapshot of the model before it, the work up to there is saved first.
     A write to a pipe may wait for ever, and a signal ends that in the main thread only.
     """
 
-    def write(frame: TimedFrame) -> None:
+    def write(item: tuple[TimedFrame, list[Any] | None]) -> None:
+        frame, snapshot = item
+        if snapshot is not None and work is not None and not isinstance(writer, Y4mWriter):
+            work.save(snapshot, writer.cut(frame.time))
         writer.write(*frame)
 
     if isinstance(writer, Y4mWriter):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 
 from rlv2v.data.clock import MAX_FPS
 from rlv2v.data.containers import CODECS, container_of
+from rlv2v.data.packets import PacketLog
 from rlv2v.data.tracks import Tracks
 from rlv2v.errors import UserError
 from rlv2v.files import atomic_file
@@ -49,7 +50,10 @@ class VideoWriter:
     tick: seconds of which the times given to `write` are multiples; None: 1 / fps.
     aspect: how many times as wide as high the pixels are.
     tracks: what to carry along, up to the end of the video.
-    Raises `UserError` as `container_of` and `check_folder` do, `ValueError` for frames of another size or dtype.
+    keep: a folder in which encoded pictures are kept besides, for another writer to go on from.
+    position: what `cut` of that one returned. The file is then the one that it would have written, byte for byte.
+    Raises `UserError` as `container_of` and `check_folder` do and for kept pictures that are damaged, `ValueError` for
+    frames of another size or dtype.
     """
 
     def __init__(
@@ -63,6 +67,8 @@ class VideoWriter:
         tick: Fraction | None = None,
         aspect: Fraction = Fraction(1),
         tracks: Tracks | None = None,
+        keep: Path | None = None,
+        position: Mapping[str, Any] | None = None,
     ) -> None:
         self._container = container_of(path)
         check_folder(path)
@@ -70,7 +76,9 @@ class VideoWriter:
             raise ValueError(f"VideoWriter: fps must be in (0, {MAX_FPS}], got {fps}")
         self.path, self.fps = path, Fraction(fps).limit_denominator(1001 * 60)
         self.shape: tuple[int, ...] | None = None
-        self.count = 0
+        self.count = position["count"] if position else 0
+        self._last = position["last"] if position else -1
+        """When the last frame is shown, ticks."""
         self._codec, self._options, self._even, self._aspect = CODECS[codec], options or {}, even, aspect
         self._tick = self._codec.tick or (1 / self.fps if tick is None else fine_tick(tick))
         self._palette = PaletteFilter() if self._codec.form == "pal8" else None
@@ -78,34 +86,48 @@ class VideoWriter:
         """The last frame: how long it is shown is known with the next."""
         self._durations: dict[int, int] = {}
         self._first_dts: int | None = None
+        self._last_dts: int | None = None
         self._end = Fraction(0)
         self._files = ExitStack()
         self._tracks = tracks
         if tracks is not None:
             self._files.callback(tracks.close)
+        self._log = None
+        if keep is not None:
+            self._log = PacketLog(keep / "packets", self._tick, position)
+            self._files.callback(self._log.close)
         self._output = av.open(self._files.enter_context(atomic_file(path)).resolve().as_posix(), "w")
         self._files.push(self._finish)
 
     def _start(self, height: int, width: int) -> None:
-        codec = self._codec
-        stream: Any = self._output.add_stream(codec.encoder, rate=self.fps, time_base=self._tick)
-        context = stream.codec_context
-        height, width = (side + side % 2 if self._even else side for side in (height, width))
-        stream.width, stream.height, context.gop_size, context.thread_count = width, height, codec.gop, codec.threads
+        """Enter the streams into the file, and the pictures that were kept."""
+        stream: Any = self._output.add_stream(self._codec.encoder, rate=self.fps, time_base=self._tick)
+        self._stream, self._encoder, self._flags = stream, stream.codec_context, stream.codec_context.flags
+        self._size = tuple(side + side % 2 if self._even else side for side in (height, width))
+        self._configure(self._encoder)
+        self._yuv = stream.pix_fmt.startswith("yuv")
+        if self._tracks is not None:
+            self._tracks.attach(self._output, stream, self._container)
+        if self._log is not None:
+            with usual_priority(self._codec.encoder):
+                for packet in self._log.packets():
+                    self._put(packet)
+
+    def _configure(self, context: Any) -> None:
+        """Set an encoder up that is not open yet."""
+        codec, (height, width) = self._codec, self._size
+        context.width, context.height, context.gop_size, context.thread_count = width, height, codec.gop, codec.threads
+        context.framerate, context.time_base, context.flags = self.fps, self._tick, self._flags
         odd = codec.encoder in ("libx264", "libx265") and (height % 2 or width % 2)
-        stream.pix_fmt = "yuv444p" if odd else codec.form
-        stream.options = {**codec.options, **self._options}
+        context.pix_fmt = "yuv444p" if odd else codec.form
+        context.options = {**codec.options, **self._options}
         context.bit_rate = 0
         if self._aspect != 1:
             context.sample_aspect_ratio = self._aspect
-        self._yuv = stream.pix_fmt.startswith("yuv")
-        if self._yuv:
+        if context.pix_fmt.startswith("yuv"):
             context.colorspace, context.color_range = codec.matrix, ColorRange.MPEG
             if codec.matrix == Colorspace.ITU709:
                 context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        self._stream = stream
-        if self._tracks is not None:
-            self._tracks.attach(self._output, stream, self._container)
 
     def write(self, frame: np.ndarray, time: Fraction | None = None, duration: Fraction | None = None) -> None:
         """Append one frame; the first one fixes the size.
@@ -122,12 +144,29 @@ class VideoWriter:
             raise ValueError(f"VideoWriter: frame {self.count} must be {self.shape}, got {frame.shape}")
         time = self._end if time is None else time
         picture = self._picture(frame)
-        picture.pts, picture.time_base = round(time / self._tick), self._tick
+        picture.pts, picture.time_base = self._ticks(time), self._tick
         if self._held is not None:
-            picture.pts = max(picture.pts, self._held.pts + 1)
             self._encode(picture.pts)
-        self._held, self._end = picture, time + (duration or 1 / self.fps)
+        self._held, self._last, self._end = picture, picture.pts, time + (duration or 1 / self.fps)
         self.count += 1
+
+    def _ticks(self, time: Fraction) -> int:
+        """Return when a frame is shown that is due at `time` and follows the last one."""
+        return max(round(time / self._tick), self._last + 1)
+
+    def cut(self, time: Fraction) -> dict[str, Any]:
+        """Bring the frames so far, of which there are some, to the disk in `keep`; return the `position` after them.
+
+        The next frame, shown at `time`, is a key frame of an encoder that knows nothing of those before.
+        """
+        assert self._log is not None and self._held is not None
+        self._encode(self._ticks(time))
+        self._held = None
+        for packet in self._encoded(None):
+            self._mux(packet)
+        self._encoder = av.CodecContext.create(self._codec.encoder, "w")
+        self._configure(self._encoder)
+        return {"count": self.count, "last": self._last, **self._log.flush()}
 
     def _picture(self, frame: np.ndarray) -> Any:
         """Return a frame in the encoder's format."""
@@ -141,19 +180,19 @@ class VideoWriter:
         return picture
 
     def _encode(self, end: int) -> None:
-        """Encode the frame held, which is shown up to `end` in ticks, and the other tracks up to there."""
+        """Encode the frame held, which is shown up to `end` in ticks."""
         assert self._held is not None
         self._durations[self._held.pts] = end - self._held.pts
-        self._mux(self._encoded(self._held))
-        if self._tracks is not None:
-            self._tracks.write_until(end * self._tick)
+        for packet in self._encoded(self._held):
+            self._mux(packet)
 
     def _encode_last(self, frame: Any) -> None:
         """Encode the last frame, and let the file end when it does."""
         end = max(round(self._end / self._tick), frame.pts + 1)
         self._durations[frame.pts] = end - frame.pts
         packets: list[Any] = [*self._encoded(frame), *self._encoded(None)]
-        self._mux(packets[:-1])
+        for packet in packets[:-1]:
+            self._mux(packet)
         for packet in packets[-1:]:
             last = self._durations.pop(packet.pts, packet.duration)
             if self._container.in_decoding_order:
@@ -162,28 +201,29 @@ class VideoWriter:
                 packet.dts = max(packet.dts, min(packet.pts, packet.pts + first))
                 last = max(1, min(end - (packet.dts - first), end - packet.pts))
             packet.duration = last
-            self._output.mux(packet)
+            self._put(packet)
 
     def _encoded(self, frame: Any) -> list[Any]:
-        """Return what the encoder gives for a frame (None: the end).
+        """Return what the encoder gives for a frame (None: the end)."""
+        with usual_priority(self._codec.encoder):
+            return list(self._encoder.encode(frame))
 
-        SVT-AV1 makes the thread that calls it real-time if root runs it, which starves others; that is undone.
-        """
-        if self._codec.encoder != "libsvtav1" or not hasattr(os, "sched_getscheduler"):
-            return list(self._stream.encode(frame))
-        usual = os.sched_getscheduler(0)
-        try:
-            return list(self._stream.encode(frame))
-        finally:
-            if os.sched_getscheduler(0) != usual:
-                os.sched_setscheduler(0, usual, os.sched_param(0))
+    def _mux(self, packet: Any) -> None:
+        """Write a packet whose duration is known, and keep it."""
+        packet.duration = self._durations.pop(packet.pts, packet.duration)
+        self._put(packet if self._log is None else self._log.add(packet))
 
-    def _mux(self, packets: list[Any]) -> None:
-        for packet in packets:
-            if self._first_dts is None:
-                self._first_dts = packet.dts
-            packet.duration = self._durations.pop(packet.pts, packet.duration)
-            self._output.mux(packet)
+    def _put(self, packet: Any) -> None:
+        """Write a packet, after what the other tracks hold before it, so that the file stays interleaved."""
+        if self._first_dts is None:
+            self._first_dts = packet.dts
+        elif self._last_dts is not None and packet.dts <= self._last_dts:
+            packet.dts = self._last_dts + 1  # an encoder that starts anew counts back from its first frame
+        self._last_dts = packet.dts
+        if self._tracks is not None:
+            self._tracks.write_until(packet.dts * self._tick)
+        packet.stream = self._stream
+        self._output.mux(packet)
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -204,6 +244,20 @@ class VideoWriter:
         finally:
             with suppress(av.FFmpegError):  # the end of a file that is thrown away, perhaps because the disk is full
                 self._output.close()
+
+
+@contextmanager
+def usual_priority(encoder: str) -> Iterator[None]:
+    """Undo what SVT-AV1 does to the thread that opens it: if root runs it, it is real-time, which starves others."""
+    if encoder != "libsvtav1" or not hasattr(os, "sched_getscheduler"):
+        yield
+        return
+    usual = os.sched_getscheduler(0)
+    try:
+        yield
+    finally:
+        if os.sched_getscheduler(0) != usual:
+            os.sched_setscheduler(0, usual, os.sched_param(0))
 
 
 def to_yuv(picture: av.VideoFrame, form: str, matrix: Colorspace) -> av.VideoFrame:

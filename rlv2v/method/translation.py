@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from itertools import chain
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from rlv2v.config import Config
 from rlv2v.data import to_model, to_uint8
@@ -81,6 +85,24 @@ class Stream:
             output = cv2.resize(output, (width, height), interpolation=method)
         return output
 
+    def snapshot(self) -> list[Any]:
+        """Return a copy of what the next frames' translation depends on, on the CPU; `restore` takes it."""
+        return [leaf.cpu().clone() if isinstance(leaf, Tensor) else leaf for leaf in tree_leaves(self.state)]
+
+    def restore(self, snapshot: Sequence[Any], first: np.ndarray) -> None:
+        """Go on from a snapshot of another stream of this video, whose first frame tells the form of the state.
+
+        Raises:
+            ValueError: the state of this model has another form.
+        """
+        self(first)
+        leaves, form = tree_flatten(self.state)
+        if [shape_of(leaf) for leaf in leaves] != [shape_of(leaf) for leaf in snapshot]:
+            raise ValueError("Stream.restore: a snapshot of another model or another size of frame")
+        devices = [leaf.device if isinstance(leaf, Tensor) else None for leaf in leaves]
+        moved = [leaf if device is None else leaf.to(device) for leaf, device in zip(snapshot, devices, strict=True)]
+        self.state = tree_unflatten(moved, form)
+
     @torch.inference_mode()
     def transform(self, g: GridTranslator, frame: np.ndarray) -> np.ndarray:
         """Translate a frame at its own size, by the grid that the generator reads off the frame made small.
@@ -102,3 +124,8 @@ class Stream:
         if device.type == "cpu":
             return slice_apply_frame(whole, grid[0, 0], g.guide.curve).numpy()
         return to_uint8(g.transform(grids, to_model(whole.to(device))[None, None]))[0, 0].cpu().numpy()
+
+
+def shape_of(leaf: Any) -> Any:
+    """Return the shape and dtype of a tensor, and the type of what is none."""
+    return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf)

@@ -65,6 +65,8 @@ class Stop(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.exit_code = 128 + number
+        self.remedy = ""
+        """How to go on, if there is something to say."""
 
 
 @contextmanager

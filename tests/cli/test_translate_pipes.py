@@ -18,19 +18,16 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-import torch
 from commands import Command, refusal
 from processes import finish, read_until, start
 
-from rlv2v.checkpoint.export import load_translator, pack_translators
-from rlv2v.config import Config
+from rlv2v.checkpoint.export import load_translator
 from rlv2v.data.damage import Faults
 from rlv2v.data.live import open_live
 from rlv2v.data.video import probe, read_frames, timed_frames
 from rlv2v.data.y4m import Y4mWriter
 from rlv2v.errors import UserError
 from rlv2v.method.translation import Stream
-from rlv2v.model.build import build_nets
 
 HEADER = b"YUV4MPEG2 W%d H%d F%d:1 Ip A1:1 C420mpeg2 XYSCSS=420MPEG2 XCOLORRANGE=LIMITED\n"
 
@@ -99,20 +96,6 @@ def test_a_reader_that_has_ended_is_one_line() -> None:
     words = "-: the program that reads stdout has ended after 0 frames"
     with stdout_to(writing), pytest.raises(UserError, match=words), Y4mWriter(Fraction(10)) as writer:
         writer.write(smooth(1, 16, 16)[0])
-
-
-@pytest.fixture
-def strange_run(tmp_path: Path) -> Path:
-    """A run whose model changes every picture; untrained, it would keep them."""
-    (run := tmp_path / "run").mkdir()
-    torch.manual_seed(0)
-    nets = build_nets(config := Config.of("tiny", out=run), discriminators=False)
-    with torch.no_grad():
-        for weight in nets.g_y.parameters():
-            weight += 0.3 * torch.randn_like(weight)
-    (run / "config.json").write_text(config.to_json())
-    (run / "model.safetensors").write_bytes(pack_translators(nets.g_x, nets.g_y, config))
-    return run
 
 
 def test_from_stdin_to_stdout(strange_run: Path, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_of_many_videos_those_that_are_done_stay(
         code, printed, _ = command("translate", tiny_run, source.parent, out)
     assert code == 128 + signal.SIGTERM and printed.startswith(f"{out / 'A.mp4'}: 3 frames")
     line = said.getvalue().splitlines()[-1]
-    assert line == f"{out}: stopped by SIGTERM; --skip-existing goes on with the rest"
+    assert line == f"{out}: stopped by SIGTERM; --resume goes on with the rest"
     assert [p.name for p in out.iterdir()] == ["A.mp4"]
     source.unlink()
     code, printed, _ = command("translate", tiny_run, source.parent, out, "--skip-existing")
