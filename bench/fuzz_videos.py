@@ -6,13 +6,14 @@ A number decides a file and its damage (`data_damage.py`): bits, cuts, boxes, ta
 Other processes index each file, read clips of it, convert it as `prepare` does and copy it as `translate` does
 (`data_survival.py`). A file may be whole, used in part, left out with a reason, or refused by a `UserError`. A crash, a
 hang, another exception, and a memory that grows by more than a GiB are failures, printed with their number: `--first N
---files 1` repeats one. Exit code 1 if there is any. The last rows count what became of the files, by the container and in
-all; they are stored after every hundred, and `--more` goes on from there.
+--files 1` repeats one. Exit code 1 if there is any. The last rows count what became of the files, by their suffix and
+in all; they are stored after every hundred, and `--more` goes on from there.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -52,8 +53,8 @@ class Args(SharedArgs):
     """Go on after the files that --json has already; it keeps them and counts on."""
     jobs: int = 1
     """Processes that read them."""
-    limit: float = 300.0
-    """Seconds for a file, after which it counts as a hang; on an idle core it takes about one."""
+    limit: float = 600.0
+    """Seconds for a file, after which it counts as a hang, as it does after a minute of processor time."""
 
 
 def make_originals(folder: Path) -> None:
@@ -95,7 +96,10 @@ def examine_some(seeds: Sequence[int], originals: Path, scratch: Path, limit: fl
                 watch.cancel()
             if not line:
                 process.kill()
-                how = f"hang: no answer in {limit:g} s" if hung else f"crash: exit code {process.wait()}"
+                code = process.wait()
+                how = f"hang: no answer in {limit:g} s" if hung else f"crash: exit code {code}"
+                if code == -signal.SIGXCPU:
+                    how = "hang: it takes the processor without an end"
                 yield seed, {"file": "", "failure": how if begun or hung else f"{how} before it began"}
                 return
             yield seed, json.loads(line)

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from rlv2v.data.dali import Device, GraphReader, decodes, has_dali
+from rlv2v.data.demux import SharedFiles
 from rlv2v.data.index import Dataset, Source, describe_change, index_folder, name_in, usable_sources
 from rlv2v.data.inspect import short_reason
-from rlv2v.data.packets import SharedFiles
 from rlv2v.data.readers import FrameReader
 from rlv2v.data.sampler import SETS, Augment, ClipSample, ClipSampler, Unreadable, restore_dataset
 from rlv2v.data.scaling import centre_crop, fit, fit_size

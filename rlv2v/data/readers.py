@@ -11,16 +11,15 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
 
 from rlv2v.data import video
 from rlv2v.data.decoding import deinterlaced
+from rlv2v.data.demux import OwnFile, SharedFiles, Times
 from rlv2v.data.images import read_image
 from rlv2v.data.inspect import Source
-from rlv2v.data.packets import OwnFile, SharedFiles, Times
 from rlv2v.data.scaling import resize
 from rlv2v.data.upright import Upright
 from rlv2v.errors import UserError
@@ -31,7 +30,7 @@ MAX_OPEN_FILES = 32
 MAX_OPEN_PIXELS = 4 * 1920 * 1080
 """Videos stay open while they are few and their frames small: a decoder holds up to 17 of them."""
 MAX_OPEN_FRAMES = 50_000
-"""And while they are not long in all, but for those of which the threads share the open file (`packets`)."""
+"""And while they are not long in all, but for those of which the threads share the open file (`rlv2v.data.demux`)."""
 SKIPPABLE = {"h264", "hevc"}
 """Codecs of which a decoder can leave out the frames that no other refers to."""
 
@@ -79,8 +78,7 @@ class OpenVideo:
         """Yield the frames shown at the times of `window`, from the key frame shown at `key` on; fewer at a fault."""
         count = 0
         self._decoder.flush_buffers()
-        packets: list[av.Packet[Any] | None] = [*self._file.read(key, window), None]  # None: what the decoder still holds
-        for packet in packets:
+        for packet in (*self._file.read(key, window), None):  # None: what the decoder still holds
             if self._skips and packet is not None:
                 first = packet.pts is not None and packet.pts < window[0]  # of these only those to which others refer
                 self._decoder.skip_frame = "NONREF" if first else "DEFAULT"

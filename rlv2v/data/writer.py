@@ -17,6 +17,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from rlv2v.data.clock import MAX_FPS
 from rlv2v.data.containers import CODECS, container_of
 from rlv2v.data.tracks import Tracks
+from rlv2v.data.yuv import YuvConverter, made_even
 from rlv2v.errors import UserError
 from rlv2v.files import atomic_file
 
@@ -98,8 +99,8 @@ class VideoWriter:
         context.bit_rate = 0
         if self._aspect != 1:
             context.sample_aspect_ratio = self._aspect
-        self._yuv = stream.pix_fmt.startswith("yuv")
-        if self._yuv:
+        self._yuv = YuvConverter(stream.pix_fmt, codec.matrix) if stream.pix_fmt.startswith("yuv") else None
+        if self._yuv is not None:
             context.colorspace, context.color_range = codec.matrix, ColorRange.MPEG
             if codec.matrix == Colorspace.ITU709:
                 context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
@@ -132,13 +133,11 @@ class VideoWriter:
     def _picture(self, frame: np.ndarray) -> Any:
         """Return a frame in the encoder's format."""
         if self._even:
-            frame = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")
+            frame = made_even(frame)
+        if self._yuv is not None:
+            return self._yuv(frame)
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        if self._palette is not None:
-            return self._palette(picture)
-        if self._yuv:
-            return to_yuv(picture, self._stream.pix_fmt, self._codec.matrix)
-        return picture
+        return picture if self._palette is None else self._palette(picture)
 
     def _encode(self, end: int) -> None:
         """Encode the frame held, which is shown up to `end` in ticks, and the other tracks up to there."""
@@ -204,13 +203,6 @@ class VideoWriter:
         finally:
             with suppress(av.FFmpegError):  # the end of a file that is thrown away, perhaps because the disk is full
                 self._output.close()
-
-
-def to_yuv(picture: av.VideoFrame, form: str, matrix: Colorspace) -> av.VideoFrame:
-    """Return an RGB frame as YUV of the pixel format `form`, in limited range, tagged so."""
-    yuv = picture.reformat(format=form, dst_colorspace=matrix, dst_color_range=ColorRange.MPEG)
-    yuv.colorspace, yuv.color_range = matrix, ColorRange.MPEG
-    return yuv
 
 
 class PaletteFilter:

@@ -20,9 +20,9 @@ from av.video.reformatter import ColorRange, Colorspace
 from data_clips import by_name, numbers_of
 from odd_files import HEIGHT, WIDTH, Expected
 
-from rlv2v.data import packets, readers, video
+from rlv2v.data import demux, readers, video
+from rlv2v.data.demux import SharedFiles
 from rlv2v.data.index import Source, index_folder
-from rlv2v.data.packets import SharedFiles
 from rlv2v.data.readers import FrameReader
 from rlv2v.data.upright import Upright
 from rlv2v.errors import UserError
@@ -53,8 +53,8 @@ def test_every_start_and_size_gives_the_bits_of_a_plain_read(sources: dict[str, 
 
 def test_a_video_stays_open_and_few_do(sources: dict[str, Source], monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    real = packets.open_video
-    monkeypatch.setattr(packets, "open_video", lambda path: (opened.append(path.name), real(path))[1])
+    real = demux.open_video
+    monkeypatch.setattr(demux, "open_video", lambda path: (opened.append(path.name), real(path))[1])
     monkeypatch.setattr(readers, "MAX_OPEN_PIXELS", 2 * WIDTH * HEIGHT)
     reader = FrameReader()
     expected = {name: reader.read(sources[name], 9, T) for name in VIDEOS}
@@ -73,8 +73,8 @@ def test_a_video_stays_open_and_few_do(sources: dict[str, Source], monkeypatch: 
 def test_long_videos_do_not_stay_open(sources: dict[str, Source], monkeypatch: pytest.MonkeyPatch) -> None:
     """FFmpeg's table of an open file grows with its frames."""
     opened: list[str] = []
-    real = packets.open_video
-    monkeypatch.setattr(packets, "open_video", lambda path: (opened.append(path.name), real(path))[1])
+    real = demux.open_video
+    monkeypatch.setattr(demux, "open_video", lambda path: (opened.append(path.name), real(path))[1])
     monkeypatch.setattr(readers, "MAX_OPEN_FRAMES", sum(sources[name].num_frames for name in VIDEOS[1:3]))
     reader = FrameReader()
     for name in VIDEOS[1:3] * 3:
@@ -91,7 +91,7 @@ def test_threads_share_a_long_file(sources: dict[str, Source], monkeypatch: pyte
     expected = [FrameReader().read(sources[name], start, T) for start in range(num)]
     opened: list[av.container.InputContainer] = []
     most = 0
-    real = packets.open_video
+    real = demux.open_video
 
     def open_video(path: Path) -> av.container.InputContainer:
         nonlocal most
@@ -99,8 +99,8 @@ def test_threads_share_a_long_file(sources: dict[str, Source], monkeypatch: pyte
         most = max(most, sum(container.streams.video != () for container in opened))
         return opened[-1]
 
-    monkeypatch.setattr(packets, "open_video", open_video)
-    monkeypatch.setattr(packets, "LONG", 1)
+    monkeypatch.setattr(demux, "open_video", open_video)
+    monkeypatch.setattr(demux, "LONG", 1)
     files, start = SharedFiles(), threading.Barrier(4)
 
     def read(thread: int) -> list[np.ndarray]:
@@ -117,10 +117,10 @@ def test_threads_share_a_long_file(sources: dict[str, Source], monkeypatch: pyte
 
 def test_few_long_files_stay_open(sources: dict[str, Source], monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    real = packets.open_video
-    monkeypatch.setattr(packets, "open_video", lambda path: (opened.append(path.name), real(path))[1])
-    monkeypatch.setattr(packets, "LONG", 1)
-    monkeypatch.setattr(packets, "MAX_SHARED_FRAMES", sum(sources[name].num_frames for name in VIDEOS[:2]))
+    real = demux.open_video
+    monkeypatch.setattr(demux, "open_video", lambda path: (opened.append(path.name), real(path))[1])
+    monkeypatch.setattr(demux, "LONG", 1)
+    monkeypatch.setattr(demux, "MAX_SHARED_FRAMES", sum(sources[name].num_frames for name in VIDEOS[:2]))
     reader = FrameReader()
     for name in VIDEOS[:3]:
         reader.read(sources[name], 9, T)
@@ -133,8 +133,8 @@ def test_few_long_files_stay_open(sources: dict[str, Source], monkeypatch: pytes
 
 def test_threads_read_packet_times_once(sources: dict[str, Source], monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    real = packets.packet_times
-    monkeypatch.setattr(packets, "packet_times", lambda source: (calls.append(source.path.name), real(source))[1])
+    real = demux.packet_times
+    monkeypatch.setattr(demux, "packet_times", lambda source: (calls.append(source.path.name), real(source))[1])
     files, start = SharedFiles(), threading.Barrier(8)
 
     def read(number: int) -> np.ndarray:
@@ -173,7 +173,7 @@ def test_a_fault_names_the_file_and_the_next_one_is_read(sources: dict[str, Sour
 def test_a_file_cut_short_while_open_gives_what_is_left_or_an_error(
     sources: dict[str, Source], name: str, long: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packets, "LONG", long)
+    monkeypatch.setattr(demux, "LONG", long)
     path, content = tmp_path / name, sources[name].path.read_bytes()
     path.write_bytes(content)
     source, reader = replace(sources[name], path=path), FrameReader()
