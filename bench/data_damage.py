@@ -234,10 +234,15 @@ DAMAGES: tuple[Damage, ...] = (
 )
 
 
+def name_of(seed: int) -> str:
+    """Return the name of the original that a number damages."""
+    return random.Random(seed).choice(NAMES)
+
+
 def damaged(seed: int, originals: Path, folder: Path) -> tuple[Path, str]:
     """Write the damaged file of a number; return it and a word on what was done. Equal numbers give equal files."""
     rng = random.Random(seed)
-    name = rng.choice(NAMES)
+    name = rng.choice(NAMES)  # as `name_of`
     data, done = bytearray((originals / name).read_bytes()), []
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         damage = rng.choice(DAMAGES)

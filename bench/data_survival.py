@@ -32,6 +32,8 @@ from rlv2v.errors import UserError
 
 MAX_BYTES = 6 * 2**30
 """Address space of this process: what asks for more gets a MemoryError."""
+MAX_CPU = 60
+"""Seconds of processor time for a file, which takes about one; more ends this process by SIGXCPU."""
 MAX_GROWTH_MIB = 1024
 """By which the peak of the memory may grow with one small file."""
 MAX_FRAMES = 3000
@@ -129,6 +131,12 @@ def peak_mib() -> int:
     return peak // (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def limit_cpu() -> None:
+    """Let this process use `MAX_CPU` seconds more of the processor."""
+    usage, most = resource.getrusage(resource.RUSAGE_SELF), resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (int(usage.ru_utime + usage.ru_stime) + 1 + MAX_CPU, most))
+
+
 def main(originals: Path, scratch: Path) -> None:
     """Go through the seeds of stdin."""
     logging.disable(logging.CRITICAL)
@@ -136,6 +144,7 @@ def main(originals: Path, scratch: Path) -> None:
     for line in sys.stdin:
         seed, peak = int(line), peak_mib()
         print(f"begin {seed}", flush=True)
+        limit_cpu()
         shutil.rmtree(scratch, ignore_errors=True)
         (scratch / "set").mkdir(parents=True)
         (scratch / "out").mkdir()

@@ -22,9 +22,10 @@ import torch
 
 from rlv2v.crop_size import CropSize
 from rlv2v.data.dali import Device, GraphReader, decodes, has_dali
+from rlv2v.data.demux import SharedFiles
 from rlv2v.data.index import Dataset, Source, describe_change, index_folder, name_in, usable_sources
 from rlv2v.data.inspect import short_reason
-from rlv2v.data.readers import FrameReader, PacketTimes
+from rlv2v.data.readers import FrameReader
 from rlv2v.data.sampler import SETS, Augment, ClipSample, ClipSampler, Unreadable, restore_dataset
 from rlv2v.data.scaling import centre_crop, cover, cover_size
 from rlv2v.data.video import read_frames
@@ -54,14 +55,14 @@ class ClipReader:
     def __init__(self, size: CropSize, cache_bytes: int) -> None:
         self.size, self.free_bytes = size, cache_bytes
         self._local, self._lock = threading.local(), threading.Lock()
-        self._times = PacketTimes()
+        self._files = SharedFiles()
         self._cache: dict[Path, np.ndarray | None] = {}
         """None: a thread is reading the source, or could not."""
 
     def read(self, source: Source, start: int, num: int) -> np.ndarray:
         """Return frames `start .. start+num`, scaled to cover `size`, by this thread's reader."""
         if not hasattr(self._local, "reader"):
-            self._local.reader = FrameReader(self._times)
+            self._local.reader = FrameReader(self._files)
         reader: FrameReader = self._local.reader
         return reader.read(source, start, num, cover_size(source.width, source.height, self.size))
 

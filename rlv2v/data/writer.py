@@ -18,6 +18,7 @@ from rlv2v.data.clock import MAX_FPS
 from rlv2v.data.containers import CODECS, container_of
 from rlv2v.data.packets import PacketLog
 from rlv2v.data.tracks import Tracks
+from rlv2v.data.yuv import YuvConverter, made_even
 from rlv2v.errors import UserError
 from rlv2v.files import atomic_file
 
@@ -105,7 +106,8 @@ class VideoWriter:
         self._stream, self._encoder, self._flags = stream, stream.codec_context, stream.codec_context.flags
         self._size = tuple(side + side % 2 if self._even else side for side in (height, width))
         self._configure(self._encoder)
-        self._yuv = stream.pix_fmt.startswith("yuv")
+        form = stream.pix_fmt
+        self._yuv = YuvConverter(form, self._codec.matrix) if form.startswith("yuv") else None
         if self._tracks is not None:
             self._tracks.attach(self._output, stream, self._container)
         if self._log is not None:
@@ -171,13 +173,11 @@ class VideoWriter:
     def _picture(self, frame: np.ndarray) -> Any:
         """Return a frame in the encoder's format."""
         if self._even:
-            frame = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")
+            frame = made_even(frame)
+        if self._yuv is not None:
+            return self._yuv(frame)
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        if self._palette is not None:
-            return self._palette(picture)
-        if self._yuv:
-            return to_yuv(picture, self._stream.pix_fmt, self._codec.matrix)
-        return picture
+        return picture if self._palette is None else self._palette(picture)
 
     def _encode(self, end: int) -> None:
         """Encode the frame held, which is shown up to `end` in ticks."""
@@ -258,13 +258,6 @@ def usual_priority(encoder: str) -> Iterator[None]:
     finally:
         if os.sched_getscheduler(0) != usual:
             os.sched_setscheduler(0, usual, os.sched_param(0))
-
-
-def to_yuv(picture: av.VideoFrame, form: str, matrix: Colorspace) -> av.VideoFrame:
-    """Return an RGB frame as YUV of the pixel format `form`, in limited range, tagged so."""
-    yuv = picture.reformat(format=form, dst_colorspace=matrix, dst_color_range=ColorRange.MPEG)
-    yuv.colorspace, yuv.color_range = matrix, ColorRange.MPEG
-    return yuv
 
 
 class PaletteFilter:

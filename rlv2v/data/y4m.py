@@ -9,12 +9,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 from av.video.reformatter import Colorspace
 
 from rlv2v.data.upright import HD_LINES
-from rlv2v.data.writer import to_yuv
+from rlv2v.data.yuv import YuvConverter, made_even
 from rlv2v.errors import UserError
 
 STDOUT = Path("-")
@@ -44,8 +43,7 @@ class Y4mWriter:
     def __init__(self, fps: Fraction, *, even: bool = True, aspect: Fraction = Fraction(1)) -> None:
         self.fps, self.count = fps, 0
         self._even, self._aspect = even, aspect
-        self._form = ""
-        self._matrix = Colorspace.ITU601
+        self._yuv: YuvConverter | None = None
         self._files = ExitStack()
         sys.stdout.flush()
         self._file = os.dup(1)
@@ -57,19 +55,20 @@ class Y4mWriter:
     def write(self, frame: np.ndarray, time: Fraction | None = None, duration: Fraction | None = None) -> None:
         """Write one frame; the first one fixes the size. Raises `UserError` when the reader has closed the pipe."""
         if self._even:
-            frame = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")
-        if not self._form:
-            self._start(*frame.shape[:2])
-        picture = to_yuv(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24"), self._form, self._matrix)
-        self._send(b"FRAME\n" + picture.to_ndarray().tobytes())
+            frame = made_even(frame)
+        if self._yuv is None:
+            self._yuv = self._start(*frame.shape[:2])
+        self._send(b"FRAME\n" + self._yuv(frame).to_ndarray().tobytes())
         self.count += 1
 
-    def _start(self, height: int, width: int) -> None:
+    def _start(self, height: int, width: int) -> YuvConverter:
+        """Write the header, and return what converts the frames."""
         odd = height % 2 or width % 2
-        self._form, layout = ("yuv444p", "C444 XYSCSS=444") if odd else ("yuv420p", "C420mpeg2 XYSCSS=420MPEG2")
-        self._matrix = Colorspace.ITU709 if height >= HD_LINES else Colorspace.ITU601
+        form, layout = ("yuv444p", "C444 XYSCSS=444") if odd else ("yuv420p", "C420mpeg2 XYSCSS=420MPEG2")
+        matrix = Colorspace.ITU709 if height >= HD_LINES else Colorspace.ITU601
         rate, shape = (f"{value.numerator}:{value.denominator}" for value in (self.fps, self._aspect))
         self._send(f"YUV4MPEG2 W{width} H{height} F{rate} Ip A{shape} {layout} XCOLORRANGE=LIMITED\n".encode())
+        return YuvConverter(form, matrix)
 
     def _send(self, content: bytes) -> None:
         left = memoryview(content)

@@ -23,15 +23,18 @@ VARIABLE = tuple(sorted({*(Fraction(k, 50) for k in range(0, 100, 3)), *(Fractio
 """Times of frames: every 100 ms; every 40 ms, as MPEG-2 needs; in the first half every 60 ms, then every 100 ms."""
 
 
-def lit(time: float) -> bool:
+def lit(time: float, at: Sequence[float] = AT) -> bool:
     """Return whether there is a flash and a beep at a time."""
-    return any(at <= time < at + FLASH for at in AT)
+    return any(begin <= time < begin + FLASH for begin in at)
 
 
-def beep(start: float, length: float) -> np.ndarray:
+def beep(start: float, length: float, at: Sequence[float] = AT, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
     """Return the sound from `start` on, float32 (1, samples)."""
-    times = start + np.arange(round(length * SAMPLE_RATE)) / SAMPLE_RATE
-    on = np.any([(at <= times) & (times < at + FLASH) for at in AT], axis=0)
+    times = start + np.arange(round(length * sample_rate)) / sample_rate
+    on = np.zeros(len(times), bool)
+    for begin in at:
+        if start - FLASH < begin < start + length:
+            on |= (begin <= times) & (times < begin + FLASH)
     return (0.8 * on * np.sin(2000 * np.pi * times)).astype(np.float32)[None]
 
 
@@ -49,12 +52,16 @@ def write_flashes(
     lacking: tuple[float, float] = (0, 0),
     size: tuple[int, int] = (WIDTH, HEIGHT),
     subtitles: Mapping[str, Path] = {},
+    at: Sequence[float] = AT,
+    length: float = LENGTH,
+    sample_rate: int = SAMPLE_RATE,
     **options: Any,
 ) -> Path:
     """Write the clip with frames at `times`, from `start` on the file's clock.
 
     sounds: an audio track of each of these encoders.  setup: what is done to the open output before the first packet.
     lacking: seconds from and to which there is no sound.  subtitles: files by their language.
+    at: seconds of the flashes and beeps, of a clip of `length` seconds.
     options: of the pictures' encoder.
     """
     with av.open(str(path), "w", options=options.pop("container", {})) as output:
@@ -62,7 +69,7 @@ def write_flashes(
         stream.width, stream.height = size
         stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
         stream.codec_context.thread_count = 1
-        tracks: list[Any] = [output.add_stream(sound, rate=SAMPLE_RATE) for sound in sounds]
+        tracks: list[Any] = [output.add_stream(sound, rate=sample_rate) for sound in sounds]
         for track in tracks:
             track.codec_context.layout = "mono"
         texts = [text for name, file in subtitles.items() for text in read_subtitles(output, name, file, start)]
@@ -70,19 +77,19 @@ def write_flashes(
         output.start_encoding()
         packets: list[Any] = texts
         for time in times:
-            picture = np.full((size[1], size[0], 3), 255 if lit(float(time)) else 0, np.uint8)
+            picture = np.full((size[1], size[0], 3), 255 if lit(float(time), at) else 0, np.uint8)
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts, frame.time_base = round((start + time) / tick), tick
             packets += stream.encode(frame)
         packets += stream.encode(None)
         for track in tracks:
-            for first in np.arange(0, LENGTH, 0.1):
+            for first in np.arange(0, length, 0.1):
                 if lacking[0] <= first < lacking[1]:
                     continue
-                samples = beep(first, 0.1)
+                samples = beep(first, 0.1, at, sample_rate)
                 sound = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
-                sound.sample_rate, sound.time_base = SAMPLE_RATE, Fraction(1, SAMPLE_RATE)
-                sound.pts = round((float(start) + first) * SAMPLE_RATE)
+                sound.sample_rate, sound.time_base = sample_rate, Fraction(1, sample_rate)
+                sound.pts = round((float(start) + first) * sample_rate)
                 packets += track.encode(sound)
             packets += track.encode(None)
         for packet in sorted(packets, key=lambda p: p.dts * p.time_base):

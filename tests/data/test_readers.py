@@ -20,9 +20,10 @@ from av.video.reformatter import ColorRange, Colorspace
 from data_clips import by_name, numbers_of
 from odd_files import HEIGHT, WIDTH, Expected
 
-from rlv2v.data import readers, video
+from rlv2v.data import demux, readers, video
+from rlv2v.data.demux import SharedFiles
 from rlv2v.data.index import Source, index_folder
-from rlv2v.data.readers import FrameReader, PacketTimes
+from rlv2v.data.readers import FrameReader
 from rlv2v.data.upright import Upright
 from rlv2v.errors import UserError
 
@@ -52,8 +53,8 @@ def test_every_start_and_size_gives_the_bits_of_a_plain_read(sources: dict[str, 
 
 def test_a_video_stays_open_and_few_do(sources: dict[str, Source], monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    real = readers.open_video
-    monkeypatch.setattr(readers, "open_video", lambda path: (opened.append(path.name), real(path))[1])
+    real = demux.open_video
+    monkeypatch.setattr(demux, "open_video", lambda path: (opened.append(path.name), real(path))[1])
     monkeypatch.setattr(readers, "MAX_OPEN_PIXELS", 2 * WIDTH * HEIGHT)
     reader = FrameReader()
     expected = {name: reader.read(sources[name], 9, T) for name in VIDEOS}
@@ -72,8 +73,8 @@ def test_a_video_stays_open_and_few_do(sources: dict[str, Source], monkeypatch: 
 def test_long_videos_do_not_stay_open(sources: dict[str, Source], monkeypatch: pytest.MonkeyPatch) -> None:
     """FFmpeg's table of an open file grows with its frames."""
     opened: list[str] = []
-    real = readers.open_video
-    monkeypatch.setattr(readers, "open_video", lambda path: (opened.append(path.name), real(path))[1])
+    real = demux.open_video
+    monkeypatch.setattr(demux, "open_video", lambda path: (opened.append(path.name), real(path))[1])
     monkeypatch.setattr(readers, "MAX_OPEN_FRAMES", sum(sources[name].num_frames for name in VIDEOS[1:3]))
     reader = FrameReader()
     for name in VIDEOS[1:3] * 3:
@@ -84,24 +85,68 @@ def test_long_videos_do_not_stay_open(sources: dict[str, Source], monkeypatch: p
     assert opened[4:] == [VIDEOS[0], VIDEOS[0], *VIDEOS[1:3]], "the long one took the place of both"
 
 
-def test_threads_that_share_packet_times_read_them_once(
-    sources: dict[str, Source], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads_share_a_long_file(sources: dict[str, Source], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its table is large: one is open at any time, whatever the threads, and their clips have the bits of own files."""
+    name, num = VIDEOS[0], 2 * sources[VIDEOS[0]].num_frames // 3
+    expected = [FrameReader().read(sources[name], start, T) for start in range(num)]
+    opened: list[av.container.InputContainer] = []
+    most = 0
+    real = demux.open_video
+
+    def open_video(path: Path) -> av.container.InputContainer:
+        nonlocal most
+        opened.append(real(path))
+        most = max(most, sum(container.streams.video != () for container in opened))
+        return opened[-1]
+
+    monkeypatch.setattr(demux, "open_video", open_video)
+    monkeypatch.setattr(demux, "LONG", 1)
+    files, start = SharedFiles(), threading.Barrier(4)
+
+    def read(thread: int) -> list[np.ndarray]:
+        reader = FrameReader(files)
+        start.wait()
+        return [reader.read(sources[name], (k * 7 + thread * 3) % num, T) for k in range(num)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for thread, clips in enumerate(pool.map(read, range(4))):
+            for k, clip in enumerate(clips):
+                np.testing.assert_array_equal(clip, expected[(k * 7 + thread * 3) % num])
+    assert most == 1 and len(opened) <= 1 + 2 * 4, "one for the times, and for each thread a decoder, then the file"
+
+
+def test_few_long_files_stay_open(sources: dict[str, Source], monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    real = demux.open_video
+    monkeypatch.setattr(demux, "open_video", lambda path: (opened.append(path.name), real(path))[1])
+    monkeypatch.setattr(demux, "LONG", 1)
+    monkeypatch.setattr(demux, "MAX_SHARED_FRAMES", sum(sources[name].num_frames for name in VIDEOS[:2]))
+    reader = FrameReader()
+    for name in VIDEOS[:3]:
+        reader.read(sources[name], 9, T)
+    assert opened == [name for name in VIDEOS[:3] for _ in range(3)], "for the times, a decoder, and to be read"
+    opened.clear()
+    for name in (VIDEOS[2], VIDEOS[1], VIDEOS[0], VIDEOS[0]):
+        reader.read(sources[name], 9, T)
+    assert opened == [VIDEOS[0]], "the decoders stay; of the files the two used last"
+
+
+def test_threads_read_packet_times_once(sources: dict[str, Source], monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    real = readers.packet_times
-    monkeypatch.setattr(readers, "packet_times", lambda source: (calls.append(source.path.name), real(source))[1])
-    times, start = PacketTimes(), threading.Barrier(8)
+    real = demux.packet_times
+    monkeypatch.setattr(demux, "packet_times", lambda source: (calls.append(source.path.name), real(source))[1])
+    files, start = SharedFiles(), threading.Barrier(8)
 
     def read(number: int) -> np.ndarray:
         start.wait()
-        return FrameReader(times).read(sources[VIDEOS[0]], number, T)
+        return FrameReader(files).read(sources[VIDEOS[0]], number, T)
 
     with ThreadPoolExecutor(8) as pool:
         clips = list(pool.map(read, range(8)))
     assert calls == [VIDEOS[0]]
     for number, clip in enumerate(clips):
         assert numbers_of(clip) == list(range(number, number + T))
-    kept = times.of(sources[VIDEOS[0]])
+    kept = files.times(sources[VIDEOS[0]])
     assert kept is not None
     assert all(array.dtype == np.int64 and array.base is None for array in kept), "no more than the times are kept"
 
@@ -124,10 +169,11 @@ def test_a_fault_names_the_file_and_the_next_one_is_read(sources: dict[str, Sour
         np.testing.assert_array_equal(reader.read(good, half, T), expected)
 
 
-@pytest.mark.parametrize("name", [VIDEOS[0], "raw.npy"])
+@pytest.mark.parametrize(("name", "long"), [(VIDEOS[0], 1), (VIDEOS[0], 10_000), ("raw.npy", 10_000)])
 def test_a_file_cut_short_while_open_gives_what_is_left_or_an_error(
-    sources: dict[str, Source], name: str, tmp_path: Path
+    sources: dict[str, Source], name: str, long: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(demux, "LONG", long)
     path, content = tmp_path / name, sources[name].path.read_bytes()
     path.write_bytes(content)
     source, reader = replace(sources[name], path=path), FrameReader()

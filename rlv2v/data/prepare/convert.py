@@ -29,10 +29,10 @@ from rlv2v.crop_size import CropSize
 from rlv2v.data import video
 from rlv2v.data.clock import without_leaps
 from rlv2v.data.decoding import open_video, pictures, stream_of
+from rlv2v.data.demux import packet_times
 from rlv2v.data.images import read_image, write_image
 from rlv2v.data.index import examine
 from rlv2v.data.inspect import Source, excluded_source
-from rlv2v.data.readers import packet_times
 from rlv2v.data.scaling import cover_size
 from rlv2v.data.writer import VideoWriter
 from rlv2v.errors import UserError, one_line
