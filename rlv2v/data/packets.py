@@ -6,6 +6,7 @@ import hashlib
 import os
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -81,5 +82,6 @@ class PacketLog:
         return {"bytes": self._num_bytes, "sha256": self._hash.hexdigest()}
 
     def close(self) -> None:
-        """Close the file, which stays."""
-        self._file.close()
+        """Close the file, which stays up to the last `flush`, even if the disk is too full for the rest."""
+        with suppress(OSError):
+            self._file.close()
