@@ -111,7 +111,11 @@ class Job:
     def codecs_alone(self) -> None:
         """Read and write in a thread each."""
         frames, opened, _ = self.open()
-        with opened as writer, write_behind(lambda frame: writer.write(*frame)) as put, read_ahead(frames) as ahead:
+
+        def write(frame: TimedFrame) -> None:
+            writer.write(*frame)
+
+        with opened as writer, write_behind(write) as put, read_ahead(frames) as ahead:
             for frame in ahead:
                 put(frame)
 

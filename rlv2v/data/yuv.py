@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
@@ -30,7 +32,7 @@ class YuvConverter:
         height, width = frame.shape[:2]
         if self._rgb is None:
             self._rgb = av.VideoFrame(width, height, "rgb24")
-        plane = self._rgb.planes[0]
+        plane: Any = self._rgb.planes[0]
         rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
         rows[:height, : 3 * width] = frame.reshape(height, 3 * width)
         yuv = self._reformatter.reformat(

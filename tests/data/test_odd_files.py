@@ -49,7 +49,7 @@ def corpus(odd_files: tuple[Path, dict[str, Expected]]) -> Corpus:
         env=os.environ | {"TMPDIR": elsewhere, "HOME": elsewhere},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert tree(root) - present == {str(root / "trainX" / index.MANIFEST)}, "nothing but the manifest is written"
