@@ -22,7 +22,7 @@ CLOSE = 1e-9
 NETS = ("g_x", "g_y", "p_x", "p_y", "d_x", "d_y", "q_x", "q_y")
 SMALL: dict[str, Any] = {"size": 16, "frames": 4, "widths": (4, 8), "disc_widths": (4, 8, 8), "replay_capacity": 5}
 CASES = [
-    ("default", 4, {"frames": 3, "size": 8, "batch_pool": 2}),
+    ("default", 2, {"frames": 3, "size": 8, "batch_pool": 2}),
     (
         "default",
         5,
