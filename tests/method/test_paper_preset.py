@@ -11,7 +11,8 @@ from rlv2v.crop_size import CropSize
 
 PAPER = {
     # section 6.1: nothing is augmented
-    "size": CropSize(32, 32), "frames": 8, "augment": "none", "batch_x": 2, "batch_y": 1, "batch_z": 2, "batch_s": 4, "batch_pool": 6,
+    "size": CropSize(32, 32), "frames": 8, "augment": "none",
+    "batch_x": 2, "batch_y": 1, "batch_z": 2, "batch_s": 4, "batch_pool": 6,
     # section 3.2, 3.4, table 1: ConvLSTM head, no patches, statistics over the mini-batch
     "widths": (8, 16, 24), "disc_widths": (8, 16, 24, 32, 32), "patch": 1, "head": "convlstm", "bins": 6,
     "norm": "batch", "disc_norm": "batch", "chrono": False, "q_positive": False,
