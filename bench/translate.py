@@ -164,7 +164,6 @@ def main(args: Args) -> None:
     """Time all ways in turns, then beside a busy core."""
     if args.frames < HELD:
         raise UserError(f"--frames: expected at least {HELD}, got {args.frames}")
-    os.environ["TQDM_DISABLE"] = "1"
     with Bench("translate", args) as bench, ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         source, num = args.video or folder / "source.mp4", 24 if args.quick else args.frames

@@ -235,10 +235,12 @@ def examine_all(
         for name, path in paths.items():
             job = pool.submit(examine, path, manifest.get(name), stop)
             job.add_done_callback(partial(report, name))
-        while progress.n < len(paths) and not signals:
+        num_left = len(paths)  # a bar that TQDM_DISABLE switches off does not count
+        while num_left and not signals:
             with suppress(Empty):
                 name, job = found.get(timeout=POLL)
                 yield name, job.result()
+                num_left -= 1
                 progress.update()
         stop.set()
         pool.shutdown(cancel_futures=True)

@@ -6,6 +6,8 @@ import hashlib
 import json
 import logging
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -312,6 +314,24 @@ def test_an_interrupted_index_stores_what_it_has_found(tmp_path: Path, monkeypat
             index_folder(tmp_path, frames=8, workers=1)
     seen = decoded(monkeypatch)
     assert len(index_folder(tmp_path, frames=8)) == 3 and seen == ["c.mp4"]
+
+
+def test_a_progress_bar_that_is_switched_off_holds_nothing_up(folder: Path) -> None:
+    """tqdm reads its environment when it is imported."""
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from rlv2v.data.index import index_folder
+        print(len(index_folder(Path(sys.argv[1]), frames=2)))"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, folder],
+        env=os.environ | {"TQDM_DISABLE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == len(index_folder(folder, frames=2)) > 1
 
 
 def test_a_stopped_decode_ends_at_once(folder: Path) -> None:
