@@ -12,6 +12,7 @@ from av.video.reformatter import ColorPrimaries, Colorspace, Interpolation, Vide
 
 from rlv2v.data.hdr import CURVES, tone_map
 from rlv2v.data.scaling import on_black, resize
+from rlv2v.errors import UserError, first_line
 
 SCALING = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 """Without the last two flags FFmpeg's colours come out 1 to 1.5 levels of 255 too dark."""
@@ -93,7 +94,11 @@ class Upright:
         matrix = Colorspace.BT2020 if untagged and hdr else None
         if untagged and not hdr and frame.height >= HD_LINES and not frame.format.is_rgb:
             matrix = Colorspace.ITU709
-        picture = self._reformatter.reformat(
-            frame, *size, form, src_colorspace=matrix, interpolation=SCALING, threads=1
-        )
+        try:
+            picture = self._reformatter.reformat(
+                frame, *size, form, src_colorspace=matrix, interpolation=SCALING, threads=1
+            )
+        except (av.FFmpegError, ValueError) as error:
+            shape = f"{frame.width}x{frame.height} {frame.format.name}"
+            raise UserError(f"a frame of {shape} cannot be converted to RGB: {first_line(error)}") from None
         return picture.to_ndarray()

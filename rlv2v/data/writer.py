@@ -205,7 +205,7 @@ class VideoWriter:
 
     def _encoded(self, frame: Any) -> list[Any]:
         """Return what the encoder gives for a frame (None: the end)."""
-        with usual_priority(self._codec.encoder):
+        with usual_priority(self._codec.encoder), named(self.path):
             return list(self._encoder.encode(frame))
 
     def _mux(self, packet: Any) -> None:
@@ -223,7 +223,8 @@ class VideoWriter:
         if self._tracks is not None:
             self._tracks.write_until(packet.dts * self._tick)
         packet.stream = self._stream
-        self._output.mux(packet)
+        with named(self.path):
+            self._output.mux(packet)
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -240,10 +241,24 @@ class VideoWriter:
                 self._encode_last(self._held)
                 if self._tracks is not None:
                     self._tracks.finish(self._end)
-                self._output.close()
+                with named(self.path):
+                    self._output.close()
         finally:
             with suppress(av.FFmpegError):  # the end of a file that is thrown away, perhaps because the disk is full
                 self._output.close()
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Raise `UserError` for what the container refuses to hold, such as a pixel aspect or times that are out of range.
+
+    What the disk refuses stays an `OSError`.
+    """
+    try:
+        yield
+    except (av.error.InvalidDataError, av.error.ArgumentError) as error:
+        reason = f"{(error.strerror or '').lower()}; its times or its shape are out of range"
+        raise UserError(f"{path}: this kind of file cannot hold the video: {reason}") from None
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -14,7 +15,7 @@ from flash_clips import AT, VARIABLE, beeps, flashes, write_flashes
 from rlv2v.data.containers import CODECS, CONTAINERS, choose_codec
 from rlv2v.data.sequence import SequenceWriter, is_sequence
 from rlv2v.data.video import probe, read_frames, timed_frames
-from rlv2v.data.writer import write_clip
+from rlv2v.data.writer import VideoWriter, write_clip
 from rlv2v.errors import UserError
 from rlv2v.translate import Args, main
 
@@ -117,3 +118,16 @@ def test_a_sequence_appears_complete_or_not_at_all(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     names = {"%05d.png": True, "a%d.jpg": True, "%d.mp4": False, "a.png": False, "%s.png": False, "%d%d.png": False}
     assert {name: is_sequence(Path(name)) for name in names} == names
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+def test_times_that_a_container_cannot_hold_are_refused_in_a_line(tmp_path: Path, suffix: str) -> None:
+    """Damaged files have such times; the muxer of MP4 or the encoder of VP9 refuses them."""
+    out, frame = tmp_path / f"out{suffix}", np.zeros((32, 32, 3), np.uint8)
+    with (
+        pytest.raises(UserError, match=rf"out{suffix}: this kind of file cannot hold the video: invalid"),
+        VideoWriter(out, 25, "h264" if suffix == ".mp4" else "vp9", tick=Fraction(1, 1000)) as writer,
+    ):
+        for time in (0, 2**52):
+            writer.write(frame, Fraction(time))
+    assert not list(tmp_path.iterdir())
