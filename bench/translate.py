@@ -157,7 +157,7 @@ def is_right(num: int) -> bool:
     job = JOB[0]
     stream, frames = Stream(job.g, job.config), list(read_frames(job.out))
     errors = [np.abs(stream(f).astype(int) - out).mean() for f, out in zip(job.frames, frames, strict=False)]
-    return len(frames) == num and max(errors) < 5
+    return bool(len(frames) == num and max(errors) < 5)
 
 
 def main(args: Args) -> None:
