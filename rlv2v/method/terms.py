@@ -176,8 +176,9 @@ def roughness(whole: Tensor, local: Tensor) -> Tensor:
 def smoothness_terms(inputs: TermInputs) -> Values:
     """Yield `roughness` of both directions, where the generators have a grid."""
     for domain, rollout in (("x", inputs.x), ("y", inputs.y)):
-        if rollout.details.grids is not None:
-            yield domain, roughness(*rollout.details.grids)
+        grids = rollout.details.grids
+        if grids is not None:
+            yield domain, roughness(grids.whole, grids.local)
 
 
 def inversion(whole: Tensor, local: Tensor) -> Tensor:
@@ -197,8 +198,9 @@ def inversion(whole: Tensor, local: Tensor) -> Tensor:
 def order_terms(inputs: TermInputs) -> Values:
     """Yield `inversion` of both directions, where the generators have a grid."""
     for domain, rollout in (("x", inputs.x), ("y", inputs.y)):
-        if rollout.details.grids is not None:
-            yield domain, inversion(*rollout.details.grids)
+        grids = rollout.details.grids
+        if grids is not None:
+            yield domain, inversion(grids.whole, grids.local)
 
 
 def mixing(whole: Tensor, local: Tensor) -> Tensor:
@@ -221,8 +223,9 @@ def mixing(whole: Tensor, local: Tensor) -> Tensor:
 def hue_terms(inputs: TermInputs) -> Values:
     """Yield `mixing` of both directions, where the generators have a grid."""
     for domain, rollout in (("x", inputs.x), ("y", inputs.y)):
-        if rollout.details.grids is not None:
-            yield domain, mixing(*rollout.details.grids)
+        grids = rollout.details.grids
+        if grids is not None:
+            yield domain, mixing(grids.whole, grids.local)
 
 
 def colour_terms(inputs: TermInputs) -> Values:
