@@ -252,7 +252,7 @@ PATCHES = "distance of the patches of translated clips to those of the target do
 TERMS: dict[str, Term] = {
     term.name: term
     for term in (
-        Term("cycle", "|G_X(G_Y(x)) - x| and its mirror", 1.0, cycle_loss, paint=2.0, needs=frozenset({"back"})),
+        Term("cycle", "|G_X(G_Y(x)) - x| and its mirror", 10.0, cycle_loss, paint=2.0, needs=frozenset({"back"})),
         Term("identity", IDENTITY, 4.0, identity_loss, paint=4.0, needs=frozenset({"same"})),
         Term("contrast", "local-contrast loss, doubled for G_X", 0.0, contrast_terms, paint=40.0, ramped=True),
         Term("mask_prior", MASK_PRIOR, 0.0, mask_terms, paint=2.0, ramped=True),
