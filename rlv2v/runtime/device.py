@@ -114,6 +114,6 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     if not isinstance(error, RuntimeError):
         return False
-    texts = ("can't allocate memory", "not enough memory")  # of the CPU's allocator
-    texts += ("out of memory", "bad_alloc", "cudaerrormemoryallocation", "cuda allocation failed")  # of DALI
-    return any(text in str(error).lower() for text in texts)
+    of_cpu = ("can't allocate memory", "not enough memory")
+    of_dali = ("out of memory", "bad_alloc", "cudaerrormemoryallocation", "cuda allocation failed")
+    return any(text in str(error).lower() for text in (*of_cpu, *of_dali))
