@@ -32,7 +32,7 @@ from rlv2v.method.memory import advise, with_graphs_that_fit
 from rlv2v.method.trainer import Trainer
 from rlv2v.metrics.selection import Selection
 from rlv2v.runtime.device import out_of_memory
-from rlv2v.runtime.distributed import StepControl, World, connect, restarts
+from rlv2v.runtime.distributed import StepControl, World, connect
 from rlv2v.runtime.interrupt import Interrupt
 from rlv2v.runtime.log import RunLog
 from rlv2v.runtime.nan_guard import NanGuard, check_weights
@@ -70,7 +70,7 @@ def run(config: Config, world: World, interrupted: Interrupt) -> None:
     device = world.device
     if config.data.decode == "gpu" and device.type != "cuda":
         raise UserError(f"--decode gpu: expected to train on a CUDA device, got {device}; use --decode cpu")
-    if restarts() and (config.out / "config.json").is_file():
+    if world.restarts and (config.out / "config.json").is_file():
         config = config.replace(resume=True)
     config = world.broadcast_object(lambda: settle(config, world.size))
     if world.first and not config.resume:
