@@ -99,14 +99,15 @@ class Block:
 def pool_bytes() -> tuple[int, int]: ...  # used, idle
 
 max_bins: int
+max_around: int
 
 # sizes: batch, bins, grid height and width, height and width. Then addresses of dense arrays, 0 for a gradient that is
 # not wanted, and last the number of threads:
 #   forward: grid, guide, frames, out.  backward: grid, guide, frames, d_out, d_grid, d_guide, d_frames.
-#   frame: grid, curve, number of curves, frame, out.
+#   frame: grid, curve, number of curves, around, its three sizes as a tuple, frame, out.
 def slice_forward(sizes: Sequence[int], /, *addresses: int) -> None: ...
 def slice_backward(sizes: Sequence[int], /, *addresses: int) -> None: ...
-def slice_frame(sizes: Sequence[int], /, *addresses: int) -> None: ...
+def slice_frame(sizes: Sequence[int], /, *addresses: int | Sequence[int]) -> None: ...
 
 # sizes: steps, batch, channels, height, width, pool height, pool width. Addresses by the names of csrc/norm.
 def norm_forward(

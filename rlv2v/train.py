@@ -28,7 +28,7 @@ from rlv2v.errors import UserError
 from rlv2v.flags import DESCRIPTION, flags_type, resolve
 from rlv2v.method.baselines import METHODS
 from rlv2v.method.clips import Clips, make_loader, pool_size
-from rlv2v.method.memory import advise
+from rlv2v.method.memory import advise, with_graphs_that_fit
 from rlv2v.method.trainer import Trainer
 from rlv2v.metrics.selection import Selection
 from rlv2v.runtime.device import out_of_memory
@@ -82,7 +82,7 @@ def run(config: Config, world: World, interrupted: Interrupt) -> None:
             print(f"stopped by {by} while reading the data; the same command goes on from there", file=sys.stderr)
         return
     loader = make_loader(config, dataset, world)
-    trainer = METHODS[config.method].trainer(config, device, world.rank, world.size)
+    trainer = METHODS[config.method].trainer(with_graphs_that_fit(config, device), device, world.rank, world.size)
     schedule = trainer.schedule
 
     with ExitStack() as stack:
