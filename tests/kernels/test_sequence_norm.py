@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from rlv2v import _native
+from rlv2v.kernels.aot import run_norm_without_storage
 from rlv2v.kernels.sequence_norm import Moments, activate_and_pool, sequence_norm
 from rlv2v.kernels.triton.recurrence import unavailable_reason
 
@@ -325,6 +326,26 @@ def test_torchs_own_checks_and_one_graph_when_compiled(backend: str) -> None:
     (slope,) = torch.autograd.grad(run(case, of, backend)[0].square().sum(), of["x"], create_graph=True)
     with pytest.raises(ValueError, match=f"backend must be 'reference' for a second derivative, got '{backend}'"):
         slope.sum().backward()
+
+
+@pytest.mark.skipif(not TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize(
+    ("kind", "kernels"),
+    [
+        ("start", ["activate", "normalise", "sums", "spread", "add_clips"]),
+        ("state", ["activate", "normalise", "sums", "spread", "add_clips"]),
+        ("none", ["activate", "spread"]),
+    ],
+)
+def test_the_end_of_a_block_is_few_launches(kind: str, kernels: list[str]) -> None:
+    """Two forward and three backward, one and one without a normalisation; PyTorch's operators were some 70."""
+    launched = list[str]()
+
+    def record(kernel: Any, grid: tuple[int, int, int], named: dict[str, Any]) -> None:
+        launched.append(getattr(kernel, "fn", kernel).__name__)
+
+    run_norm_without_storage(8, torch.float32, (2, 2), kind, record)
+    assert launched == kernels
 
 
 def test_residuals_of_another_dtype_are_added_in_that_of_their_sum() -> None:
