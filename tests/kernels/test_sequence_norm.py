@@ -131,10 +131,12 @@ def check(case: Case, dtype: torch.dtype, backend: str, used: str = "yams", seed
     exact = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
     ours, right = run(case, leaves, backend), literal(case, exact)
     eps = torch.finfo(dtype).eps
+    variance = right[2].square - right[2].mean.square()
+    scale = max(1.0, float((exact["weight"] / (variance + EPS).sqrt()).abs().max()))
     for got, want in zip((*ours[:2], *ours[2]), (*right[:2], *right[2]), strict=True):
         assert got.shape == want.shape
-        # A frame is rounded as a, as p and as y.
-        torch.testing.assert_close(got.double(), want, rtol=4 * eps, atol=16 * eps)
+        # A frame is rounded as a, as p and as y, the first two before they are scaled.
+        torch.testing.assert_close(got.double(), want, rtol=4 * eps, atol=16 * eps * scale)
     assert ours[0].dtype == ours[1].dtype == dtype
     assert all(state.dtype == torch.float64 for state in ours[2])
     got_grads = torch.autograd.grad(loss(ours, used), list(leaves.values()), allow_unused=True)
@@ -144,7 +146,7 @@ def check(case: Case, dtype: torch.dtype, backend: str, used: str = "yams", seed
         assert got.dtype == leaves[name].dtype, name
         # Sums of products with y over all frames: a rounding of y counts as often as there are pixels.
         size = want.norm() + want.numel() ** 0.5
-        assert (got.double() - want).norm() <= 32 * eps * size, name
+        assert (got.double() - want).norm() <= 32 * eps * scale * size, name
 
 
 @pytest.mark.parametrize("run", fast(RUNS, *(n for n in FAST if n < len(RUNS))), ids=str)
@@ -197,7 +199,7 @@ def test_every_instruction_set_gives_the_same(isa: str) -> None:
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_shape(shape: Any, pool: tuple[int, int], with_: set[str], dtype: torch.dtype, seed: int) -> None:
     pool = min(pool[0], shape[3]), min(pool[1], shape[4])
     check(Case(shape, pool, tuple(sorted({"residual", *with_}))), dtype, "cpu", seed=seed)
