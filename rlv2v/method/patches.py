@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from rlv2v.kernels.sorting import sort_rows
 from rlv2v.runtime.device import on_device
 from rlv2v.runtime.distributed import gather
 
@@ -114,7 +115,7 @@ def patch_gap(a: Sequence[Tensor | None], b: Sequence[Tensor | None], draws: Dra
     with torch.autocast(domains[0].device.type, enabled=False):
         for kind, places, directions in zip(KINDS, draws.places, draws.directions, strict=True):
             first, second = (
-                gather(patch_features(clips, kind, own) @ directions.to(clips.dtype)).T.contiguous().sort(-1).values
+                sort_rows(gather(patch_features(clips, kind, own) @ directions.to(clips.dtype)).T.contiguous())
                 for clips, own in zip(domains, places, strict=True)
             )
             gaps.append((first - second).abs().mean())

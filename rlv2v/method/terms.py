@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d, avg_pool2d, l1_loss
 
+from rlv2v.kernels.sorting import sort_rows
 from rlv2v.method.patches import Draws, patch_gap
 from rlv2v.model.grid import LUMA
 from rlv2v.runtime.distributed import gather, num_ranks
@@ -96,7 +97,7 @@ def quantile_gap(a: Tensor, b: Tensor, bins: int = 64) -> Tensor:
     """
 
     def table(values: Tensor) -> Tensor:
-        return adaptive_avg_pool1d(values.permute(1, 2, 0, 3).flatten(2).sort(-1).values, bins)
+        return adaptive_avg_pool1d(sort_rows(values.permute(1, 2, 0, 3).flatten(2)), bins)
 
     return l1_loss(table(a), table(b))
 

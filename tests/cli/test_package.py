@@ -38,6 +38,7 @@ def test_only_the_bindings_know_python() -> None:
         "arrays.h",
         "batch_ring.h",
         "bind_gates.cpp",
+        "bind_norm.cpp",
         "bind_persistent.cpp",
         "bind_slice.cpp",
         "bindings.cpp",
