@@ -52,7 +52,7 @@ def open_live(
 
     def timed() -> Iterator[TimedFrame]:
         with container:
-            upright, clock = Upright((video.width, video.height), pixel_aspect(stream)), Clock(stream)
+            upright, clock = Upright((video.width, video.height), pixel_aspect(stream), source), Clock(stream)
             for frame in deinterlaced(chain([first], frames), deinterlace):
                 yield TimedFrame(upright(frame), clock.time_of(frame), clock.duration_of(frame))
 
