@@ -208,8 +208,9 @@ class Transcode:
             f":sample_fmt={frame.format.name}:channel_layout={frame.layout.name}",
         )
         even = graph.add("aresample", f"{context.sample_rate}:async=1:first_pts=0:min_hard_comp=0.02")
+        clip = graph.add("aformat", "sample_fmts=s32")  # damage decodes to 1e7, at which FFmpeg's AAC never ends
         form = graph.add("aformat", f"sample_fmts={context.format.name}:channel_layouts={self._layout}")
-        graph.link_nodes(source, even, form, graph.add("abuffersink")).configure()
+        graph.link_nodes(source, even, clip, form, graph.add("abuffersink")).configure()
         return graph
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import av
+import flash_clips
 import numpy as np
 import pytest
-from flash_clips import AT, TV, beeps, flashes, write_flashes
+from flash_clips import AT, TV, beep, beeps, flashes, write_flashes
+from processes import finish, start
 
 from rlv2v.translate import Args, main
 
@@ -101,6 +103,41 @@ def test_every_track_chapter_and_tag_is_kept(tiny_run: Path, tmp_path: Path, suf
 def test_sound_can_be_left_out(tiny_run: Path, tmp_path: Path) -> None:
     main(Args(tiny_run, write_flashes(tmp_path / "in.mp4"), tmp_path / "out.mp4", audio=False))
     assert sounds(tmp_path / "out.mp4") == []
+
+
+COPY = """
+import sys
+from pathlib import Path
+from rlv2v.data.tracks import Tracks
+from rlv2v.data.video import probe, timed_frames
+from rlv2v.data.writer import VideoWriter
+source, out = map(Path, sys.argv[1:])
+with VideoWriter(out, probe(source).fps, tracks=Tracks(source, probe(source).start)) as writer:
+    for frame in timed_frames(source):
+        writer.write(frame.rgb, frame.time, frame.duration)
+"""
+
+
+@pytest.mark.parametrize("value", [1e7, np.nan])
+def test_sound_beyond_all_bounds_is_clipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    """Damaged sound decodes to such numbers; FFmpeg's encoder of AAC works at 1e7 for ever."""
+
+    def shout(start: float, *arguments: Any) -> np.ndarray:
+        sound = beep(start, *arguments)
+        if start == 0:
+            sound[:, ::2], sound[:, 1::2] = value, -value
+        return sound
+
+    source, out = tmp_path / "in.mkv", tmp_path / "out.mp4"
+    monkeypatch.setattr(flash_clips, "beep", shout)
+    write_flashes(source, sounds=["pcm_f32le"])
+    process = start("-c", COPY, source, out)
+    try:
+        process.wait(60)
+    finally:
+        process.kill()
+    assert finish(process)[0] == [0]
+    np.testing.assert_allclose(beeps(out)[-2:], AT, atol=SOUND)
 
 
 def srt(text: str) -> bytes:
