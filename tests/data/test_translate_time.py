@@ -114,7 +114,9 @@ def test_fps_is_the_rate_of_a_folder_of_images(tiny_run: Path, tmp_path: Path) -
 
 def test_a_writer_keeps_times_to_a_fine_tick(tmp_path: Path) -> None:
     assert fine_tick(Fraction(1, 25)) == Fraction(1, 1000) and fine_tick(Fraction(1, 12_800)) == Fraction(1, 12_800)
-    assert fine_tick(Fraction(1, 10**9)) == Fraction(1, 90_000)
+    assert fine_tick(Fraction(1001, 30_000)) == Fraction(1001, 1_020_000)
+    for odd in (Fraction(1, 10**9), Fraction(574916848, 17), Fraction(2097217, 42)):
+        assert fine_tick(odd) == Fraction(1, 90_000)
     with VideoWriter(tmp_path / "a.mp4", 25, tick=Fraction(1, 25)) as writer:
         for time in (Fraction(0), Fraction(1, 10), Fraction(7, 20)):
             writer.write(np.zeros((16, 16, 3), np.uint8), time, Fraction(1, 2))
