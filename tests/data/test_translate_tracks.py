@@ -52,7 +52,7 @@ def test_sound_is_copied_where_it_fits_else_encoded_and_said(
     with caplog.at_level(logging.WARNING):
         main(Args(tiny_run, tmp_path / source, tmp_path / out))
     assert sounds(tmp_path / out) == [kept or ("opus" if out.endswith("webm") else "aac")]
-    said = [r.message for r in caplog.records if "does not fit into the output; encoded as" in r.message]
+    said = [r.message for r in caplog.records if "the output cannot hold sound" in r.message]
     assert len(said) == (kept is None)
     np.testing.assert_allclose(flashes(tmp_path / out), AT, atol=0.05)
     late = 0.023 if (source, encoder) == ("in.avi", "libmp3lame") else 0  # AVI cannot say that MP3 starts with silence
@@ -142,32 +142,80 @@ def test_sound_beyond_all_bounds_is_clipped(tmp_path: Path, monkeypatch: pytest.
 
 def srt(text: str) -> bytes:
     """Return two subtitles in the format SubRip, at 1 s and at 3 s."""
-    return f"1\n00:00:01,000 --> 00:00:01,200\n{text} one\n\n2\n00:00:03,000 --> 00:00:03,200\n{text} two\n".encode()
+    return (
+        f"1\n00:00:01,000 --> 00:00:01,200\n<i>{text}</i> one\nand more\n\n"
+        f"2\n00:00:03,000 --> 00:00:03,500\n{text} two & \u20ac\n"
+    ).encode()
+
+
+def subtitles(path: Path) -> list[tuple[str, str, float, float, str]]:
+    """Return (language, codec, seconds from the first frame, seconds shown, words) of each subtitle of a file."""
+    with av.open(str(path)) as container:
+        first = float(next(container.decode(video=0)).time)
+    shown = []
+    with av.open(str(path)) as container:
+        tracks: Any = container.streams.subtitles
+        for packet in container.demux(*tracks):
+            texts = packet.stream.decode(packet) if packet.size else []
+            words = " / ".join(text.ass.decode().split(",", 8)[8] for text in texts)
+            start, length = packet.pts or 0, packet.duration or 0
+            times = float(start * packet.time_base) - first, float(length * packet.time_base)
+            if words:
+                shown.append((packet.stream.language, packet.stream.codec_context.codec.canonical_name, *times, words))
+    return sorted(shown)
 
 
 @pytest.mark.parametrize("start", [0, 2])
-def test_subtitles_are_kept_where_they_fit(
-    tiny_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, start: int
+@pytest.mark.parametrize(
+    ("suffixes", "codec"),
+    [
+        ("mkv", "subrip"),
+        ("mp4", "mov_text"),
+        ("mov", "mov_text"),
+        ("webm", "webvtt"),
+        ("mp4 mkv", "subrip"),
+        ("mp4 webm", "webvtt"),
+        ("webm mp4", "mov_text"),
+    ],
+)
+def test_subtitles_are_copied_where_they_fit_else_encoded_and_said(
+    tiny_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, start: int, suffixes: str, codec: str
 ) -> None:
     files = {name: tmp_path / f"{name}.srt" for name in ("ger", "eng")}
     for name, file in files.items():
         file.write_bytes(srt(name))
-    source = write_flashes(tmp_path / "in.mkv", start=Fraction(start), subtitles=files)
-    main(Args(tiny_run, source, tmp_path / "out.mkv"))
-    with av.open(str(tmp_path / "out.mkv")) as container:
-        first = float(next(container.decode(video=0)).time)
-    with av.open(str(tmp_path / "out.mkv")) as container:
-        tracks = container.streams.subtitles
-        assert [track.language for track in tracks] == ["ger", "eng"]
-        shown = [
-            (p.stream.language, bytes(p), p.pts * float(p.time_base) - first)
-            for p in container.demux(*tracks)
-            if p.size
-        ]
-    for language in ("ger", "eng"):
-        texts = [(text, time) for name, text, time in shown if name == language]
-        assert [text for text, _ in texts] == [f"{language} one".encode(), f"{language} two".encode()]
-        np.testing.assert_allclose([time for _, time in texts], AT, atol=SOUND)
-    with caplog.at_level(logging.WARNING):
-        main(Args(tiny_run, source, tmp_path / "out.mp4"))
-    assert "left out, since the output cannot hold it: subtitles (subrip), subtitles (subrip)" in caplog.text
+    last = write_flashes(tmp_path / "in.mkv", start=Fraction(start), subtitles=files)
+    for suffix in suffixes.split():
+        source, last = last, tmp_path / f"out.{suffix}"
+        with caplog.at_level(logging.WARNING):
+            caplog.clear()
+            main(Args(tiny_run, source, last))
+    name = "" if source.suffix == ".mkv" else {".mp4": "mov_text", ".webm": "webvtt"}[source.suffix]
+    said = f"{source}: the output cannot hold subtitles ({name or 'subrip'}); encoded as {codec}"
+    assert caplog.messages.count(said) == (0 if suffixes == "mkv" else 2)
+    got = subtitles(last)
+    assert [(language, name) for language, name, *_ in got] == [("eng", codec)] * 2 + [("ger", codec)] * 2
+    np.testing.assert_allclose([row[2:4] for row in got], [(1, 0.2), (3, 0.5)] * 2, atol=SOUND)
+    for words, language in ((got[:2], "eng"), (got[2:], "ger")):
+        assert words[0][4].replace("{\\r}", "{\\i0}") == f"{{\\i1}}{language}{{\\i0}} one\\Nand more"
+        assert words[1][4] == f"{language} two & \u20ac"
+
+
+def test_two_subtitles_at_once_are_both_kept(tiny_run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.srt"
+    file.write_bytes(srt("a") + b"\n3\n00:00:03,000 --> 00:00:03,500\nb two\n")
+    source = write_flashes(tmp_path / "in.mkv", subtitles={"eng": file})
+    for suffix in ("mkv", "webm"):
+        main(Args(tiny_run, source, tmp_path / f"out.{suffix}"))
+        got = subtitles(tmp_path / f"out.{suffix}")
+        assert [words for *_, words in got][1:] == ["a two & \u20ac", "b two"]
+        np.testing.assert_allclose([row[2:4] for row in got[1:]], [(3, 0.5)] * 2, atol=SOUND)
+
+
+def test_what_an_output_cannot_hold_in_any_form_is_left_out_and_said(
+    tiny_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.srt").write_bytes(srt("a"))
+    source = write_flashes(tmp_path / "in.mkv", subtitles={"eng": tmp_path / "a.srt"})
+    main(Args(tiny_run, source, tmp_path / "out.gif"))
+    assert f"{source}: left out, since the output cannot hold it: sound (aac), subtitles (subrip)" in caplog.messages
