@@ -26,6 +26,7 @@ from rlv2v.data import to_model, to_uint8
 from rlv2v.kernels.bilateral import slice_apply, slice_apply_frame, slice_apply_ref
 from rlv2v.method.translation import Stream
 from rlv2v.model.build import build_nets
+from rlv2v.model.grid import AROUND
 
 Transform = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -72,20 +73,22 @@ def frame_rows(case: str, size: tuple[int, int], rounds: int) -> list[Row]:
     rng = torch.Generator().manual_seed(1)
     frame = torch.randint(0, 256, (*size, 3), generator=rng, dtype=torch.uint8)
     grid = arguments(1, CELLS, (1, 1), "cpu")[0].detach()
-    curve = torch.randn(CURVES, 5, generator=rng) * 0.1
-    curve[0] = torch.tensor([0.15, 0.29, 0.06, 0.5, 0.0])
+    around = torch.rand(len(AROUND), CELLS[0] * 4, CELLS[1] * 4, generator=rng) * 2 - 1
+    curve = torch.randn(CURVES, 5 + len(AROUND), generator=rng) * 0.1
+    curve[0] = torch.tensor([0.15, 0.29, 0.06, *([0.0] * len(AROUND)), 0.5, 0.0])
 
     def by(transform: Transform) -> Tensor:
         x = to_model(frame)
-        values = torch.einsum("jk,khw->jhw", curve[:, :3], x) + curve[:, 3, None, None]
-        guide = values[0] + (curve[1:, 4, None, None] * values[1:].relu()).sum(0)
+        pixels = torch.cat((x, interpolate(around[None], size, mode="bilinear", align_corners=False)[0]))
+        values = torch.einsum("jk,khw->jhw", curve[:, :-2], pixels) + curve[:, -2, None, None]
+        guide = values[0] + (curve[1:, -1, None, None] * values[1:].relu()).sum(0)
         return to_uint8(transform(grid, guide[None], x[None])[0])
 
     right = by(slice_apply_ref).int()
 
     def ours(isa: str) -> Tensor:
         _native.set_isa(isa)
-        return slice_apply_frame(frame, grid[0], curve)
+        return slice_apply_frame(frame, grid[0], curve, around)
 
     usual, contenders = _native.isa(), list[Contender]()
     work = {"gb_s": 2.0 * frame.numel()}

@@ -30,9 +30,10 @@ void backward(const Sizes& sizes, Address grid, Address guide, Address frames, A
                   Pointer{d_guide}, Pointer{d_frames}, num_threads});
 }
 
-void frame(const Sizes& sizes, Address grid, Address curve, std::int64_t num_curves, Address in, Address out,
-           int num_threads) {
-  slice_frame({shape_of(sizes), Pointer{grid}, Pointer{curve}, num_curves, Pointer{in}, Pointer{out}, num_threads});
+void frame(const Sizes& sizes, Address grid, Address curve, std::int64_t num_curves, Address around,
+           const std::array<std::int64_t, 3>& around_sizes, Address in, Address out, int num_threads) {
+  slice_frame({shape_of(sizes), Pointer{grid}, Pointer{curve}, num_curves, Pointer{around}, around_sizes[0],
+               around_sizes[1], around_sizes[2], Pointer{in}, Pointer{out}, num_threads});
 }
 
 }  // namespace
@@ -40,6 +41,7 @@ void frame(const Sizes& sizes, Address grid, Address curve, std::int64_t num_cur
 void bind_slice(py::module_& m) {
   using ReleaseGil = py::call_guard<py::gil_scoped_release>;
   m.attr("max_bins") = kMaxBins;
+  m.attr("max_around") = kMaxAround;
   m.def("slice_forward", &forward, ReleaseGil());
   m.def("slice_backward", &backward, ReleaseGil());
   m.def("slice_frame", &frame, ReleaseGil());

@@ -21,6 +21,7 @@ from rlv2v.kernels.triton import slices
 
 COEFFICIENTS = 12
 MAX_BINS: int = _native.max_bins
+MAX_AROUND: int = _native.max_around
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("reference", "cpu", "triton")
 
@@ -63,17 +64,19 @@ def slice_apply(grid: Tensor, guide: Tensor, frames: Tensor, *, backend: str = "
     return result
 
 
-def slice_apply_frame(frame: Tensor, grid: Tensor, curve: Tensor) -> Tensor:
-    """Apply a grid to a frame of bytes on the CPU, with a guide that is made of the frame's own colours.
+def slice_apply_frame(frame: Tensor, grid: Tensor, curve: Tensor, around: Tensor | None = None) -> Tensor:
+    """Apply a grid to a frame of bytes on the CPU, with a guide that is made of the frame's colours, and of planes.
 
-        p = frame / 127.5 - 1;  guide = curve_0 . (p, 1) + sum_{j > 0} curve_j4 max(0, curve_j . (p, 1))
+        p = frame / 127.5 - 1;  q = around, interpolated bilinearly at the pixel, by the places of `slice_apply`
+        guide = c_0 . (p, q, 1) + sum_{j > 0} f_j max(0, c_j . (p, q, 1));  row j of curve is (c_j, f_j)
         result = round(127.5 (clamp(out, -1, 1) + 1)),  out as `slice_apply` gives
     So the guide is a two-layer network of each pixel. Nothing of the frame's size is made but the result.
 
     Args:
         frame: uint8 (H,W,3).
         grid: float32 (12,bins,h,w), 1 to 8 bins.
-        curve: float32 (1+J,5); curve_04 is not used.
+        curve: float32 (1+J,5+K); f_0 is not used.
+        around: float32 (K,h',w'), up to 4 planes; None for K = 0.
 
     Returns:
         uint8 (H,W,3).
@@ -84,20 +87,27 @@ def slice_apply_frame(frame: Tensor, grid: Tensor, curve: Tensor) -> Tensor:
     expected: dict[str, tuple[Tensor, torch.dtype, int, str]] = {
         "frame": (frame, torch.uint8, 3, "(H,W,3)"),
         "grid": (grid, torch.float32, 4, "(12,bins,h,w)"),
-        "curve": (curve, torch.float32, 2, "(1+J,5)"),
+        "curve": (curve, torch.float32, 2, "(1+J,5+K)"),
     }
+    if around is not None:
+        expected["around"] = (around, torch.float32, 3, "(K,h',w')")
     for name, (tensor, dtype, rank, shape) in expected.items():
         if tensor.dtype != dtype or tensor.dim() != rank or tensor.device.type != "cpu" or not tensor.numel():
             raise ValueError(f"slice_apply_frame: {name} must be {dtype} {shape} on the CPU, got {describe(tensor)}")
-    if frame.shape[2] != 3 or grid.shape[0] != COEFFICIENTS or grid.shape[1] > MAX_BINS or curve.shape[1] != 5:
+    num_around = 0 if around is None else len(around)
+    fits = frame.shape[2] == 3 and grid.shape[0] == COEFFICIENTS and grid.shape[1] <= MAX_BINS
+    if not fits or num_around > MAX_AROUND or curve.shape[1] != 5 + num_around:
         got = ", ".join(f"{name} {tuple(tensor.shape)}" for name, (tensor, *_) in expected.items())
-        raise ValueError(f"slice_apply_frame: expected (H,W,3), (12,1 to {MAX_BINS},h,w) and (1+J,5), got {got}")
+        raise ValueError(
+            f"slice_apply_frame: expected (H,W,3), (12,1 to {MAX_BINS},h,w), (1+J,5+K) and K up to {MAX_AROUND} planes "
+            f"around, got {got}"
+        )
     frame, grid, curve = frame.contiguous(), grid.detach().contiguous(), curve.detach().contiguous()
+    around = None if around is None else around.detach().contiguous()
     out = torch.empty_like(frame)
-    sizes = (1, *grid.shape[1:], *frame.shape[:2])
-    _native.slice_frame(
-        sizes, address(grid), address(curve), len(curve), address(frame), address(out), torch.get_num_threads()
-    )
+    sizes, around_sizes = (1, *grid.shape[1:], *frame.shape[:2]), (0, 0, 0) if around is None else tuple(around.shape)
+    inputs = (address(grid), address(curve), len(curve), address(around), around_sizes, address(frame))
+    _native.slice_frame(sizes, *inputs, address(out), torch.get_num_threads())
     return out
 
 

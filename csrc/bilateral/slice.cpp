@@ -35,13 +35,15 @@ const SliceKernels& kernels() { return *kKernels[static_cast<std::size_t>(isa())
   throw std::invalid_argument("slice: " + name + " must be " + expected + ", got " + got);
 }
 
+constexpr std::int64_t kMax = std::int64_t{1} << 24;  // a fraction of a pixel in f32
+
+void size(const char* name, std::int64_t value, std::int64_t least, std::int64_t most) {
+  if (value < least || value > most) {
+    refuse(name, std::to_string(least) + " to " + std::to_string(most), std::to_string(value));
+  }
+}
+
 void check(const SliceShape& shape, int num_threads) {
-  constexpr std::int64_t kMax = std::int64_t{1} << 24;  // a fraction of a pixel in f32
-  const auto size = [](const char* name, std::int64_t value, std::int64_t least, std::int64_t most) {
-    if (value < least || value > most) {
-      refuse(name, std::to_string(least) + " to " + std::to_string(most), std::to_string(value));
-    }
-  };
   size("batch", shape.batch, 0, kMax);
   size("bins", shape.bins, 1, kMaxBins);
   size("grid height", shape.grid_height, 1, kMax);
@@ -127,6 +129,12 @@ void slice_frame(const SliceFrame& call) {
   if (call.num_curves < 1) refuse("num_curves", ">= 1", std::to_string(call.num_curves));
   require(call.grid, "grid");
   require(call.curve, "curve");
+  size("num_around", call.num_around, 0, kMaxAround);
+  if (call.num_around > 0) {
+    require(call.around, "around");
+    size("around height", call.around_height, 1, kMax);
+    size("around width", call.around_width, 1, kMax);
+  }
   require(call.frame, "frame");
   require(call.out, "out");
   split(kernels().frame, call, static_cast<std::size_t>(call.shape.height), static_cast<std::size_t>(call.shape.width));

@@ -16,6 +16,7 @@
 namespace rlv2v {
 
 constexpr std::int64_t kMaxBins = 8;
+constexpr std::int64_t kMaxAround = 4;
 
 struct SliceShape {
   std::int64_t batch, bins, grid_height, grid_width, height, width;
@@ -36,21 +37,24 @@ struct SliceBackward {
   int num_threads;
 };
 
-// One frame of 8-bit colours (height, width, 3) to another, where p is its values over 127.5, less 1:
-//   guide = curve_0 . (p, 1) + sum_{j > 0} curve_j4 max(0, curve_j . (p, 1));  curve is (num_curves, 5), curve_04 ignored
+// One frame of 8-bit colours (height, width, 3) to another, where p is its values over 127.5, less 1, and q the planes
+// `around` (K = num_around, around_height, around_width) interpolated at the pixel as the grid is:
+//   guide = c_0 . (p, q, 1) + sum_{j > 0} f_j max(0, c_j . (p, q, 1));  curve is (num_curves, 5 + K), row j = (c_j, f_j)
 //   frame -> round(127.5 (clamp(out) + 1))
-// shape.batch is 1.
+// shape.batch is 1, and f_0 is ignored.
 struct SliceFrame {
   SliceShape shape;
   const float *grid, *curve;
   std::int64_t num_curves;
+  const float* around;
+  std::int64_t num_around, around_height, around_width;
   const std::uint8_t* frame;
   std::uint8_t* out;
   int num_threads;
 };
 
 // All throw std::invalid_argument for a null that is not allowed, sizes below 1 (batch below 0) or too large, more bins
-// than kMaxBins, and num_threads < 1.
+// than kMaxBins, more planes than kMaxAround, and num_threads < 1.
 void slice_forward(const SliceForward& call);
 void slice_backward(const SliceBackward& call);
 void slice_frame(const SliceFrame& call);
@@ -69,6 +73,9 @@ struct SliceAxis {
 
 struct SlicePlan {
   explicit SlicePlan(const SliceShape& shape) : x(shape.grid_width, shape.width), y(shape.grid_height, shape.height) {}
+  // Of the planes of a call that has some.
+  explicit SlicePlan(const SliceFrame& call)
+      : x(call.around_width, call.shape.width), y(call.around_height, call.shape.height) {}
   SliceAxis x, y;
 };
 

@@ -300,26 +300,74 @@ void backward(const SliceBackward& call, const SlicePlan& plan, std::size_t firs
   }
 }
 
-inline Real guide_of(const SliceFrame& call, const Colour& colour) {
-  Real guide{};
-  for (std::int64_t j = 0; j < call.num_curves; ++j) {
-    const float* curve = call.curve + 5 * j;
-    const Real value = curve[0] * colour.c[0] + (curve[1] * colour.c[1] + (curve[2] * colour.c[2] + curve[3]));
-    guide += j == 0 ? value : curve[4] * (value < 0.0F ? Real{} : value);
+// The planes around, interpolated at the pixels of one row.
+class AroundRow {
+ public:
+  explicit AroundRow(const SliceFrame& call)
+      : call_(call),
+        num_(static_cast<std::size_t>(call.num_around)),
+        cells_(num_ > 0 ? static_cast<std::size_t>(call.around_width) : 0),
+        stride_(static_cast<std::size_t>(call.shape.width) + kWidth),
+        pixels_(num_ * stride_) {
+    if (num_ > 0) plan_.emplace_back(call);
   }
-  return guide;
-}
+
+  void interpolate(std::size_t row) {
+    if (num_ == 0) return;
+    const SlicePlan& plan = plan_.front();
+    const SliceAxis::Segment& between = plan.y.segments[plan.y.segment[row]];
+    const float down = plan.y.fraction[row];
+    const std::size_t width = cells_.size();
+    for (std::size_t k = 0; k < num_; ++k) {
+      const float* plane = call_.around + k * static_cast<std::size_t>(call_.around_height) * width;
+      const float* low = plane + between.low * width;
+      const float* high = plane + between.high * width;
+      for (std::size_t x = 0; x < width; ++x) cells_[x] = low[x] + down * (high[x] - low[x]);
+      float* out = pixels_.data() + k * stride_;
+      for (const SliceAxis::Segment& segment : plan.x.segments) {
+        const float left = cells_[segment.low];
+        const float step = cells_[segment.high] - left;
+        for (std::size_t x = segment.begin; x < segment.end; ++x) out[x] = left + plan.x.fraction[x] * step;
+      }
+    }
+  }
+
+  // The guide of a vector of pixels from x on, of this colour.
+  Real guide(const Colour& colour, std::size_t x) const {
+    Real around[kMaxAround];
+    for (std::size_t k = 0; k < num_; ++k) around[k] = load(pixels_.data() + k * stride_ + x, AllLanes{});
+    Real guide{};
+    for (std::int64_t j = 0; j < call_.num_curves; ++j) {
+      const float* curve = call_.curve + static_cast<std::int64_t>(5 + num_) * j;
+      const float* end = curve + 3 + num_;  // the constant, and the factor
+      Real value = curve[0] * colour.c[0] + (curve[1] * colour.c[1] + (curve[2] * colour.c[2] + end[0]));
+      for (std::size_t k = 0; k < num_; ++k) value += curve[3 + k] * around[k];
+      guide += j == 0 ? value : end[1] * (value < 0.0F ? Real{} : value);
+    }
+    return guide;
+  }
+
+ private:
+  const SliceFrame& call_;
+  std::size_t num_;
+  std::vector<SlicePlan> plan_;  // none without planes
+  std::vector<float> cells_;
+  std::size_t stride_;
+  std::vector<float> pixels_;
+};
 
 void frame(const SliceFrame& call, const SlicePlan& plan, std::size_t first, std::size_t last) {
   const auto width = static_cast<std::size_t>(call.shape.width);
   const auto bins = static_cast<float>(call.shape.bins);
   GridRow cells(call.shape);
+  AroundRow around(call);
   // Whole vectors are read and written, the last of them beyond the row.
   const std::size_t plane = width + kWidth;
   std::vector<float> planes(3 * plane);
   std::vector<std::uint8_t> bytes(3 * plane);
   for (std::size_t y = first; y < last; ++y) {
     cells.interpolate(call.grid, plan.y, y);
+    around.interpolate(y);
     const std::uint8_t* in = call.frame + 3 * y * width;
     for (std::size_t x = 0; x < width; ++x) {
       for (std::size_t c = 0; c < 3; ++c) planes[c * plane + x] = static_cast<float>(in[3 * x + c]);
@@ -331,7 +379,7 @@ void frame(const SliceFrame& call, const SlicePlan& plan, std::size_t first, std
       for (std::size_t x = segment.begin; x < segment.end; x += kWidth) {
         Colour colour = load_colour(planes.data(), plane, x, AllLanes{});
         for (Real& value : colour.c) value = value * (1.0F / 127.5F) - 1.0F;
-        const Slot slot(guide_of(call, colour), bins);
+        const Slot slot(around.guide(colour, x), bins);
         Real place{};
         if (x + kWidth <= width) place = load(plan.x.fraction.data() + x, AllLanes{});
         else place = load(plan.x.fraction.data() + x, SomeLanes(width - x));

@@ -151,35 +151,54 @@ void values_and_gradients() {
   }
 }
 
-void frames_of_bytes() {
-  for (SliceShape shape : kShapes) {
-    shape.batch = 1;
-    Arrays a(shape);
-    const Numbers curve = {0.15F, 0.25F, 0.1F, 0.5F, 7.0F, 0.5F, -0.4F, 0.3F, 0.1F, 0.6F, -0.5F, 0.2F, 0.3F, -0.1F, -0.7F};
-    std::mt19937 rng(5);
-    std::vector<std::uint8_t> in(3 * a.plane);
-    for (std::uint8_t& value : in) value = static_cast<std::uint8_t>(rng());
-    std::vector<double> guide(a.plane);
-    std::vector<double> colours(3 * a.plane);
-    for (std::size_t pixel = 0; pixel < a.plane; ++pixel) {
-      for (std::size_t c = 0; c < 3; ++c) colours[c * a.plane + pixel] = in[3 * pixel + c] / 127.5 - 1.0;
-      for (std::size_t j = 0; j < 3; ++j) {
-        double value = static_cast<double>(curve[5 * j + 3]);
-        for (std::size_t c = 0; c < 3; ++c) {
-          value += static_cast<double>(curve[5 * j + c]) * colours[c * a.plane + pixel];
+void frames_of_bytes(SliceShape shape, std::int64_t num_around) {
+  shape.batch = 1;
+  Arrays a(shape);
+  const auto columns = static_cast<std::size_t>(5 + num_around);
+  Numbers curve = random_numbers(3 * columns, -0.6F, 0.6F, 6);
+  for (std::size_t k = 0; k < 3 + static_cast<std::size_t>(num_around); ++k) curve[k] *= 0.4F;
+  curve[columns - 2] = 0.5F;  // of the first row, whose factor does not count
+  curve[columns - 1] = 7.0F;
+  const std::int64_t around_height = 1 + shape.height / 3;
+  const std::int64_t around_width = 2 + shape.width / 5;
+  const std::size_t cells = size({around_height, around_width});
+  const Numbers around = random_numbers(size({num_around}) * cells, -1.0F, 1.0F, 7);
+  std::mt19937 rng(5);
+  std::vector<std::uint8_t> in(3 * a.plane);
+  for (std::uint8_t& value : in) value = static_cast<std::uint8_t>(rng());
+  std::vector<double> guide(a.plane);
+  std::vector<double> colours(3 * a.plane);
+  for (std::size_t pixel = 0; pixel < a.plane; ++pixel) {
+    for (std::size_t c = 0; c < 3; ++c) colours[c * a.plane + pixel] = in[3 * pixel + c] / 127.5 - 1.0;
+    const auto number = static_cast<std::int64_t>(pixel);
+    const Place y = pixel_at(number / shape.width, shape.height, around_height);
+    const Place x = pixel_at(number % shape.width, shape.width, around_width);
+    for (std::size_t j = 0; j < 3; ++j) {
+      const float* row = curve.data() + columns * j;
+      double value = static_cast<double>(row[columns - 2]);
+      for (std::size_t c = 0; c < 3; ++c) value += static_cast<double>(row[c]) * colours[c * a.plane + pixel];
+      for (std::int64_t k = 0; k < num_around; ++k) {
+        double near = 0.0;
+        for (std::int64_t v = 0; v < around_height; ++v) {
+          for (std::int64_t u = 0; u < around_width; ++u) {
+            near += y.weight(v) * x.weight(u) *
+                    static_cast<double>(around[static_cast<std::size_t>((k * around_height + v) * around_width + u)]);
+          }
         }
-        guide[pixel] += j == 0 ? value : static_cast<double>(curve[5 * j + 4]) * std::max(value, 0.0);
+        value += static_cast<double>(row[3 + k]) * near;
       }
+      guide[pixel] += j == 0 ? value : static_cast<double>(row[columns - 1]) * std::max(value, 0.0);
     }
-    const std::vector<double> exact = oracle(a, guide, colours).out;
-    for (const int threads : {1, 2}) {
-      std::vector<std::uint8_t> out(in.size());
-      rlv2v::slice_frame({shape, a.grid.data(), curve.data(), 3, in.data(), out.data(), threads});
-      for (std::size_t pixel = 0; pixel < a.plane; ++pixel) {
-        for (std::size_t c = 0; c < 3; ++c) {
-          const double value = 127.5 * (std::min(std::max(exact[c * a.plane + pixel], -1.0), 1.0) + 1.0);
-          CHECK(std::fabs(static_cast<double>(out[3 * pixel + c]) - value) <= 0.5 + 1e-3);
-        }
+  }
+  const std::vector<double> exact = oracle(a, guide, colours).out;
+  for (const int threads : {1, 2}) {
+    std::vector<std::uint8_t> out(in.size());
+    rlv2v::slice_frame({shape, a.grid.data(), curve.data(), 3, around.data(), num_around, around_height, around_width,
+                        in.data(), out.data(), threads});
+    for (std::size_t pixel = 0; pixel < a.plane; ++pixel) {
+      for (std::size_t c = 0; c < 3; ++c) {
+        const double value = 127.5 * (std::min(std::max(exact[c * a.plane + pixel], -1.0), 1.0) + 1.0);
+        CHECK(std::fabs(static_cast<double>(out[3 * pixel + c]) - value) <= 0.5 + 1e-3);
       }
     }
   }
@@ -201,7 +220,10 @@ void not_finite() {
     }
     const Numbers curve(5, static_cast<float>(bad));
     std::vector<std::uint8_t> bytes(3 * a.plane, 100);
-    rlv2v::slice_frame({shape, a.grid.data(), curve.data(), 1, bytes.data(), bytes.data(), 1});
+    rlv2v::slice_frame({shape, a.grid.data(), curve.data(), 1, nullptr, 0, 0, 0, bytes.data(), bytes.data(), 1});
+    const Numbers around(6, static_cast<float>(bad));
+    const Numbers wide(6, 0.2F);
+    rlv2v::slice_frame({shape, a.grid.data(), wide.data(), 1, around.data(), 1, 2, 3, bytes.data(), bytes.data(), 1});
   }
 }
 
@@ -236,7 +258,14 @@ void refusals() {
   const SliceBackward backward{shape, a.grid.data(), a.guide.data(), a.frames.data(), a.d_out.data(), out.data(),
                                nullptr, nullptr, 1};
   CHECK(refused<SliceBackward>(&rlv2v::slice_backward, backward, [](SliceBackward& call) { call.d_out = nullptr; }));
-  const SliceFrame frame{{1, 6, 3, 4, 13, 37}, a.grid.data(), out.data(), 1, bytes.data(), bytes.data(), 1};
+  const SliceFrame frame{{1, 6, 3, 4, 13, 37}, a.grid.data(), out.data(), 1, out.data(), 1, 2, 3, bytes.data(),
+                         bytes.data(), 1};
+  for (const std::int64_t bad : {std::int64_t{-1}, rlv2v::kMaxAround + 1}) {
+    CHECK(refused<SliceFrame>(&rlv2v::slice_frame, frame, [&](SliceFrame& call) { call.num_around = bad; }));
+  }
+  CHECK(refused<SliceFrame>(&rlv2v::slice_frame, frame, [](SliceFrame& call) { call.around = nullptr; }));
+  CHECK(refused<SliceFrame>(&rlv2v::slice_frame, frame, [](SliceFrame& call) { call.around_height = 0; }));
+  CHECK(refused<SliceFrame>(&rlv2v::slice_frame, frame, [](SliceFrame& call) { call.around_width = 0; }));
   CHECK(refused<SliceFrame>(&rlv2v::slice_frame, frame, [](SliceFrame& call) { call.shape.batch = 2; }));
   CHECK(refused<SliceFrame>(&rlv2v::slice_frame, frame, [](SliceFrame& call) { call.num_curves = 0; }));
   CHECK(refused<SliceFrame>(&rlv2v::slice_frame, frame, [](SliceFrame& call) { call.curve = nullptr; }));
@@ -251,7 +280,9 @@ int main() {
   for (const rlv2v::Isa set : rlv2v::available_isas()) {
     rlv2v::choose_isa(rlv2v::isa_name(set));
     values_and_gradients();
-    frames_of_bytes();
+    for (const SliceShape& shape : kShapes) {
+      for (const std::int64_t num_around : {0, 1, 4}) frames_of_bytes(shape, num_around);
+    }
     not_finite();
   }
   refusals();

@@ -66,7 +66,7 @@ class Dataset:
 
     root: Path
     sets: dict[str, list[Source]]
-    """Keys x, y, z, s; z and s may be empty."""
+    """Keys x, y, z, s; z and s may be empty. y holds stills where there is no video of the target domain."""
     excluded: list[Source]
     fingerprint: str
     """SHA-256 over names, lengths and contents: equal fingerprints draw equal clips."""
@@ -287,24 +287,36 @@ def save_manifest(folder: Path, entries: Mapping[str, Entry]) -> None:
 def open_dataset(root: Path, *, frames: int) -> Dataset:
     """Index the sets of a dataset folder for clips of `frames` frames.
 
-    Unusable sources are warned about by name and left out. Raises `UserError` when the folder, X or Y is missing or
-    when X or Y holds nothing usable, with the reason for each file.
+    Unusable sources are warned about by name and left out. Where Y has no video, its stills are its sources, or else
+    those of S: a clip is then a crop that moves over one. Raises `UserError` when the folder, X or Y is missing or when
+    X or Y holds nothing usable, with the reason for each file.
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; expected a dataset folder with trainX and trainY")
-    sets: dict[str, list[Source]] = {}
-    excluded: list[Source] = []
-    for name, folders in LAYOUT.items():
-        sets[name] = []
-        folder = next((root / f for f in folders if (root / f).is_dir()), None)
-        if folder:
-            sources = index_folder(folder, frames=1 if name == "s" else frames, stills=name == "s")
-            sets[name] = usable_sources(sources, folder, f"clip of {frames} frames", required=name in "xy")
-            excluded += [s for s in sources if s.status == "excluded"]
-        elif name in "xy":
+    places = {name: next((root / f for f in names if (root / f).is_dir()), None) for name, names in LAYOUT.items()}
+    for name in "x" if places["s"] else "xy":
+        if not places[name]:
             present = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "no folders"
-            raise UserError(f"{root}: expected a folder {' or '.join(folders)}, found {present}")
-    return Dataset(root, sets, excluded, fingerprint_of(root, sets))
+            raise UserError(f"{root}: expected a folder {' or '.join(LAYOUT[name])}, found {present}")
+    sets: dict[str, list[Source]] = {name: [] for name in LAYOUT}
+    excluded: list[Source] = []
+    for name in "sxyz":
+        if folder := places[name]:
+            sources = index_folder(folder, frames=1 if name == "s" else frames, stills=name == "s")
+            stills = [replace(s, status="ok", reason="") for s in sources if s.is_still and s.status == "excluded"]
+            if name == "y" and stills and all(s.status == "excluded" for s in sources):
+                sets[name] = stills
+                sources = [s for s in sources if not s.is_still]
+            required = name == "x" or (name == "y" and not (sets["y"] or sets["s"]))
+            sets[name] += usable_sources(sources, folder, f"clip of {frames} frames", required=required)
+            excluded += [s for s in sources if s.status == "excluded"]
+    used = places["y"] if sets["y"] else places["s"]
+    sets["y"] = sets["y"] or [s for s in sets["s"] if s.is_still]
+    if not sets["y"]:
+        raise UserError(f"{root}: expected videos or stills of the target domain in trainY, or stills in trainS")
+    if sets["y"][0].is_still:
+        log.warning("%s: Y has no video; its clips are crops that move over %d stills", used, len(sets["y"]))
+    return Dataset(root, {name: sets[name] for name in LAYOUT}, excluded, fingerprint_of(root, sets))
 
 
 def usable_sources(sources: list[Source], folder: Path, wanted: str, *, required: bool) -> list[Source]:

@@ -57,6 +57,11 @@ class Source:
     interlaced: bool = False
     """Whether a frame is flagged as interlaced: readers then deinterlace."""
 
+    @property
+    def is_still(self) -> bool:
+        """Whether it is a single picture, and not the numbered frames of a video."""
+        return self.kind == "image" and self.num_frames == 1
+
     def to_row(self) -> dict[str, Any]:
         """Return the fields as JSON stores them, without the path."""
         return {name: value for name, value in asdict(self).items() if name != "path"}

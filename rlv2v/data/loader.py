@@ -27,7 +27,7 @@ from rlv2v.data.index import Dataset, Source, describe_change, index_folder, nam
 from rlv2v.data.inspect import short_reason
 from rlv2v.data.readers import FrameReader
 from rlv2v.data.sampler import SETS, Augment, ClipSample, ClipSampler, Unreadable, restore_dataset
-from rlv2v.data.scaling import centre_crop, cover, cover_size
+from rlv2v.data.scaling import centre_crop, cover
 from rlv2v.data.video import read_frames
 from rlv2v.errors import UserError
 from rlv2v.runtime.device import on_device
@@ -56,39 +56,45 @@ class ClipReader:
         self.size, self.free_bytes = size, cache_bytes
         self._local, self._lock = threading.local(), threading.Lock()
         self._files = SharedFiles()
-        self._cache: dict[Path, np.ndarray | None] = {}
+        self._cache: dict[tuple[Path, tuple[int, int]], np.ndarray | None] = {}
         """None: a thread is reading the source, or could not."""
 
-    def read(self, source: Source, start: int, num: int) -> np.ndarray:
-        """Return frames `start .. start+num`, scaled to cover `size`, by this thread's reader."""
+    def read(self, source: Source, start: int, num: int, scaled: tuple[int, int]) -> np.ndarray:
+        """Return frames `start .. start+num`, scaled to a width and height, by this thread's reader."""
         if not hasattr(self._local, "reader"):
             self._local.reader = FrameReader(self._files)
         reader: FrameReader = self._local.reader
-        return reader.read(source, start, num, cover_size(source.width, source.height, self.size))
+        return reader.read(source, start, num, scaled)
 
-    def _cached(self, source: Source) -> np.ndarray | None:
+    def _cached(self, source: Source, scaled: tuple[int, int]) -> np.ndarray | None:
         """Return all frames of a source that is in memory or that there is room for, else None."""
-        width, height = cover_size(source.width, source.height, self.size)
-        num_bytes = source.num_frames * width * height * 3
+        num_bytes = source.num_frames * scaled[0] * scaled[1] * 3
+        key = source.path, scaled
         with self._lock:
-            if source.path in self._cache or num_bytes > self.free_bytes:
-                return self._cache.get(source.path)
+            if key in self._cache or num_bytes > self.free_bytes:
+                return self._cache.get(key)
             self.free_bytes -= num_bytes
-            self._cache[source.path] = None
+            self._cache[key] = None
         with suppress(UserError, OSError):  # whether a clip fails must not depend on which thread fills the cache
-            self._cache[source.path] = self.read(source, 0, source.num_frames)
-            return self._cache[source.path]
+            self._cache[key] = self.read(source, 0, source.num_frames, scaled)
+            return self._cache[key]
         with self._lock:
             self.free_bytes += num_bytes
         return None
 
     def clip(self, sample: ClipSample, num: int) -> np.ndarray:
         """Return the frames of a sample, cropped and flipped, uint8 (num,H,W,3)."""
-        frames = self._cached(sample.source)
-        first = sample.start
-        clip = self.read(sample.source, first, num) if frames is None else frames[first : first + num]
-        top, left = sample.corner(self.size)
-        clip = clip[:, top : top + self.size.height, left : left + self.size.width]
+        source, scaled, first = sample.source, sample.scaled(self.size), sample.start
+        frames = self._cached(source, scaled)
+        height, width = self.size.height, self.size.width
+        if sample.end is not None:
+            still = (self.read(source, 0, 1, scaled) if frames is None else frames)[0]
+            corners = sample.corners(self.size, num)
+            clip = np.stack([still[top : top + height, left : left + width] for top, left in corners])
+        else:
+            clip = self.read(source, first, num, scaled) if frames is None else frames[first : first + num]
+            top, left = sample.corner(self.size)
+            clip = clip[:, top : top + height, left : left + width]
         left_right, up_down, transposed = sample.flips
         clip = clip[:, :, ::-1] if left_right else clip
         clip = clip[:, ::-1] if up_down else clip

@@ -29,6 +29,8 @@ ALLOWED = {"none": (False, False, False), "flip": (True, False, False), "dihedra
 SETS = ("x", "y", "z", "s")
 ORDER, CLIP, SUBSTITUTE = 0, 1, 2
 """Purposes of a draw, part of its address."""
+ROOM = 1.25
+"""Size of what a still covers, over that of the crop that moves over it."""
 MAX_LOST = 0.2
 """Share of a set's files that may break before the run stops."""
 SavedSources = Mapping[str, list[dict[str, Any]]]
@@ -46,11 +48,31 @@ class ClipSample:
     """Top and left as a share of the free room, in [0, 1)."""
     flips: tuple[bool, bool, bool]
     """Left-right, up-down, transposed."""
+    end: tuple[float, float] | None = None
+    """Of a still that serves as a clip: where the crop has moved to in the last frame, as `crop`."""
+
+    def scaled(self, size: CropSize) -> tuple[int, int]:
+        """Return width and height that the source is scaled to: it just covers a crop, or its way over a still."""
+        return cover_size(self.source.width, self.source.height, size if self.end is None else room(size))
 
     def corner(self, size: CropSize) -> tuple[int, int]:
-        """Return top and left of the crop, in pixels of the frame that was scaled to cover `size`."""
-        width, height = cover_size(self.source.width, self.source.height, size)
-        return int(self.crop[0] * (height - size.height + 1)), int(self.crop[1] * (width - size.width + 1))
+        """Return top and left of the crop, in pixels of the scaled frame."""
+        return self._corner(self.crop, size)
+
+    def corners(self, size: CropSize, frames: int) -> list[tuple[int, int]]:
+        """Return top and left of the crop in each frame of a still that serves as a clip, on a line, evenly."""
+        assert self.end is not None
+        shares = np.linspace(self.crop, self.end, frames)
+        return [self._corner((top, left), size) for top, left in shares.tolist()]
+
+    def _corner(self, share: tuple[float, float], size: CropSize) -> tuple[int, int]:
+        width, height = self.scaled(size)
+        return int(share[0] * (height - size.height + 1)), int(share[1] * (width - size.width + 1))
+
+
+def room(size: CropSize) -> CropSize:
+    """Return what a still covers over which a crop moves."""
+    return CropSize(round(ROOM * size.height), round(ROOM * size.width))
 
 
 class Unreadable(Exception):
@@ -89,6 +111,9 @@ class ClipSampler:
         """Yield (source, low, high) of each clip of a set, whose start is drawn from low .. high-1."""
         length = self.length(name)
         for source in self.dataset.sets[name]:
+            if source.is_still and length > 1:
+                yield source, 0, 1
+                continue
             if source.num_frames < length:
                 raise UserError(f"{source.path}: {source.num_frames} frames, shorter than the clip length {length}")
             starts, num = source.num_frames - length + 1, source.num_frames // length
@@ -117,12 +142,16 @@ class ClipSampler:
         start = int(rng.integers(low, high))
         top, left = rng.random(2).tolist()
         left_right, up_down, transposed = ((rng.random(3) < 0.5) & ALLOWED[self.augment]).tolist()
+        end: tuple[float, float] | None = None
+        if self.dataset.sets[name][0].is_still and name != "s":
+            down, right = rng.random(2).tolist()
+            end = down, right
         if source in self.excluded[name]:  # the first usable clip in an order of the slot's own stands in
             rng = self._rng(name, SUBSTITUTE, slot)
             order = (clips[k] for k in rng.permutation(len(clips)))
             source, low, high = next(clip for clip in order if clip[0] not in self.excluded[name])
             start = int(rng.integers(low, high))
-        return ClipSample(source, start, (top, left), (left_right, up_down, transposed))
+        return ClipSample(source, start, (top, left), (left_right, up_down, transposed), end)
 
     def exclude(self, name: str, step: int, faults: Mapping[Source, str]) -> None:
         """Draw from these files no more, with a warning each.

@@ -176,8 +176,9 @@ def roughness(whole: Tensor, local: Tensor) -> Tensor:
 def smoothness_terms(inputs: TermInputs) -> Values:
     """Yield `roughness` of both directions, where the generators have a grid."""
     for domain, rollout in (("x", inputs.x), ("y", inputs.y)):
-        if rollout.details.grids is not None:
-            yield domain, roughness(*rollout.details.grids)
+        grids = rollout.details.grids
+        if grids is not None:
+            yield domain, roughness(grids.whole, grids.local)
 
 
 def inversion(whole: Tensor, local: Tensor) -> Tensor:
@@ -197,8 +198,9 @@ def inversion(whole: Tensor, local: Tensor) -> Tensor:
 def order_terms(inputs: TermInputs) -> Values:
     """Yield `inversion` of both directions, where the generators have a grid."""
     for domain, rollout in (("x", inputs.x), ("y", inputs.y)):
-        if rollout.details.grids is not None:
-            yield domain, inversion(*rollout.details.grids)
+        grids = rollout.details.grids
+        if grids is not None:
+            yield domain, inversion(grids.whole, grids.local)
 
 
 def mixing(whole: Tensor, local: Tensor) -> Tensor:
@@ -221,8 +223,9 @@ def mixing(whole: Tensor, local: Tensor) -> Tensor:
 def hue_terms(inputs: TermInputs) -> Values:
     """Yield `mixing` of both directions, where the generators have a grid."""
     for domain, rollout in (("x", inputs.x), ("y", inputs.y)):
-        if rollout.details.grids is not None:
-            yield domain, mixing(*rollout.details.grids)
+        grids = rollout.details.grids
+        if grids is not None:
+            yield domain, mixing(grids.whole, grids.local)
 
 
 def colour_terms(inputs: TermInputs) -> Values:
@@ -249,7 +252,7 @@ PATCHES = "distance of the patches of translated clips to those of the target do
 TERMS: dict[str, Term] = {
     term.name: term
     for term in (
-        Term("cycle", "|G_X(G_Y(x)) - x| and its mirror", 1.0, cycle_loss, paint=2.0, needs=frozenset({"back"})),
+        Term("cycle", "|G_X(G_Y(x)) - x| and its mirror", 10.0, cycle_loss, paint=2.0, needs=frozenset({"back"})),
         Term("identity", IDENTITY, 4.0, identity_loss, paint=4.0, needs=frozenset({"same"})),
         Term("contrast", "local-contrast loss, doubled for G_X", 0.0, contrast_terms, paint=40.0, ramped=True),
         Term("mask_prior", MASK_PRIOR, 0.0, mask_terms, paint=2.0, ramped=True),

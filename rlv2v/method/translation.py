@@ -122,7 +122,7 @@ class Stream:
             raise UserError(NOT_FINITE)
         whole = torch.from_numpy(frame.copy())
         if device.type == "cpu":
-            return slice_apply_frame(whole, grid[0, 0], g.guide.curve).numpy()
+            return slice_apply_frame(whole, grid[0, 0], g.guide.curve, grids.around[0, 0]).numpy()
         return to_uint8(g.transform(grids, to_model(whole.to(device))[None, None]))[0, 0].cpu().numpy()
 
 

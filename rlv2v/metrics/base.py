@@ -105,6 +105,11 @@ class Frame:
         """The output at about a quarter of its size, area-averaged."""
         return self.scene.small if self.image is self.scene.source else quarter(self.image)
 
+    @property
+    def detail(self) -> float | None:
+        """Fine over coarse detail, mean |grad o| / mean |grad o4|, o4 at a quarter of the size; None if it is flat."""
+        return relative_detail(self.edges, self.small)
+
     @cached_property
     def change(self) -> float | None:
         """Mean |o[t] - o[t-1]| in [0,1]; None for the first frame."""
@@ -288,6 +293,12 @@ def gradient(image: np.ndarray) -> np.ndarray:
     luma = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     edges: np.ndarray = cv2.magnitude(cv2.Sobel(luma, cv2.CV_32F, 1, 0), cv2.Sobel(luma, cv2.CV_32F, 0, 1))
     return edges
+
+
+def relative_detail(edges: np.ndarray, small: np.ndarray) -> float | None:
+    """Return the mean gradient of a picture over that of its `quarter`; None where either is flat."""
+    fine, coarse = cv2.mean(edges)[0], cv2.mean(gradient(small))[0]
+    return fine / coarse if fine and coarse else None
 
 
 def quarter(image: np.ndarray) -> np.ndarray:

@@ -56,10 +56,20 @@ def lost_edges(own: Row, _identity: Row) -> float:
     return 1.0 if value is None else 1.0 - value
 
 
-def lost_detail(own: Row, _identity: Row) -> float:
-    """Return |log sharpness|, at most 2; 2 where the translation is flat."""
+def lost_detail(own: Row, identity: Row) -> float:
+    """Return how far log sharpness is from what lies between the source's and the target's, at most 2; 2 if flat.
+
+    With s = |log sharpness| from the source, d and D the `detail_distance` of the translation and of the source to the
+    target: (s + d - D) / 2, which is 0 in between. A drawing may be sharper than its photo, and a copy loses nothing.
+    """
     value = own["sharpness"]
-    return WORST if value is None or value <= 0 else min(WORST, abs(math.log(value)))
+    if value is None or value <= 0:
+        return WORST
+    off = abs(math.log(value))
+    to_target, whole = own.get("detail_distance"), identity.get("detail_distance")
+    if to_target is not None and whole is not None:
+        off = max(0.0, (off + to_target - whole) / 2)
+    return min(WORST, off)
 
 
 def unsteady(own: Row, _identity: Row) -> float:
@@ -83,7 +93,7 @@ CRITERIA: dict[str, Criterion] = {
         ("regions", "region_colour_distance / identity's", REGIONS),
         ("colours", "colour_distance / identity's", COLOURS),
         ("edges", "1 - edge_agreement", lost_edges),
-        ("detail", "|log sharpness|", lost_detail),
+        ("detail", "how far log sharpness is from between source and target", lost_detail),
         ("steadiness", "log warping_ratio above 1", unsteady),
         ("content", "edges + detail", total(lost_edges, lost_detail)),
         ("patches+edges", "patches + edges", total(PATCHES, lost_edges)),

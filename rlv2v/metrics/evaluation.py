@@ -141,10 +141,14 @@ def evaluate_run(
 
 
 def open_references(data: Path, split: Split, networks: Mapping[str, Any] | None = None) -> References:
-    """Return what clips of a dataset are compared with: the target set is all of Y and Z, and the split's own Y."""
+    """Return what clips of a dataset are compared with: the target set is all of Y and Z, and the split's own Y.
+
+    Where Y's folder holds nothing, S is of the target set.
+    """
     both: frozenset[Kind] = frozenset({"target", "training"})
     folders = {data / name: both for name in ("trainY", "trainB", "trainZ")}
-    style: frozenset[Kind] = frozenset({"training"})
+    has_y = any(any((data / name).glob("*")) for name in ("trainY", "trainB"))
+    style: frozenset[Kind] = frozenset({"training"}) if has_y else both
     held_out: frozenset[Kind] = frozenset({"target"})
     folders |= {data / "trainS": style}
     folders |= {data / f"{split}{letter}": held_out for letter in "YB" if split != "train"}

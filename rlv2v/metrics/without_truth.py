@@ -8,7 +8,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from rlv2v.metrics.base import Frame, distance, gradient, metric
+from rlv2v.metrics.base import Frame, distance, metric, relative_detail
 
 WINDOW = 8  # frames that drift compares with the first ones
 WINDOW_ENDS = tuple(32 * 4**k for k in range(8))  # 25..32, 121..128, 505..512 ...
@@ -98,10 +98,7 @@ def drift(frame: Frame) -> np.ndarray:
 )
 def sharpness(frame: Frame) -> float | None:
     """Return the ratio of relative gradient energies; None where a picture is flat."""
-    own, source = (
-        cv2.mean(fine)[0] / coarse if (coarse := cv2.mean(gradient(small))[0]) else 0.0
-        for fine, small in ((frame.edges, frame.small), (frame.scene.edges, frame.scene.small))
-    )
+    own, source = frame.detail, relative_detail(frame.scene.edges, frame.scene.small)
     return own / source if own and source else None
 
 

@@ -18,6 +18,8 @@ class Grids(NamedTuple):
     """The same at every place, (B,T,12,bins,1,1)."""
     local: Tensor
     """Deviations from it, (B,T,12,bins,h,w)."""
+    around: Tensor
+    """The luma around each place of the frame, for the guide, (B,T,K,h',w') in [-1,1]."""
 
     @property
     def grid(self) -> Tensor:

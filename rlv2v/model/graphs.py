@@ -57,7 +57,8 @@ class StartGraph(nn.Module):
         small = frames[0][:, None]
         if isinstance(self.g, GridTranslator):
             grids, state = self.g.decide(small, state)
-            translated = slice_by_bins(grids.grid[:, 0], self.g.guide(frames[1]), frames[1])
+            guide = self.g.guide(frames[1], grids.around[:, 0])
+            translated = slice_by_bins(grids.grid[:, 0], guide, frames[1])
         else:
             video, state = self.g(small, state)
             translated = video[:, 0]

@@ -32,29 +32,36 @@ from rlv2v.model.generator import Details, Generator, Grids
 
 LUMA = (0.299, 0.587, 0.114)  # BT.601
 BURN_IN = 6  # frames
+AROUND = (4, 16)  # pixels of a small frame
 LOCAL = 0.3  # step of the local deviations beside that of the global part
 
 
 class Guide(nn.Module):
-    """Make the guide of a pixel of its colour: its luma in [0,1] and what a network of two layers adds, 0 at first."""
+    """Make the guide of a pixel: its luma in [0,1] and what a network of two layers adds, 0 at first.
+
+    The network sees the pixel's colour and how light the frame is around it, at the sizes `AROUND`: what is brighter
+    than its surroundings, a lamp or a line, may be treated by itself. It has no edges of its own, as it sees no place.
+    """
 
     luma: Tensor
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.empty(width, 3)), nn.Parameter(torch.zeros(width))
+        self.weight, self.bias = nn.Parameter(torch.empty(width, 3 + len(AROUND))), nn.Parameter(torch.zeros(width))
         self.factor = nn.Parameter(torch.zeros(width))
         nn.init.xavier_uniform_(self.weight)
         self.register_buffer("luma", torch.tensor([*LUMA, 1.0, 0.0]) / 2)
 
     @property
     def curve(self) -> Tensor:
-        """The same as an argument of `slice_apply_frame`, (1+J,5)."""
-        return torch.cat((self.luma[None], torch.cat((self.weight, self.bias[:, None], self.factor[:, None]), 1)))
+        """The same as an argument of `slice_apply_frame`, (1+J,5+K)."""
+        luma = torch.cat((self.luma[:3], self.luma.new_zeros(len(AROUND)), self.luma[3:]))
+        return torch.cat((luma[None], torch.cat((self.weight, self.bias[:, None], self.factor[:, None]), 1)))
 
-    def forward(self, frames: Tensor) -> Tensor:
-        """Return the guide (N,H,W) of frames (N,3,H,W)."""
-        hidden = conv2d(frames, self.weight[..., None, None], self.bias).relu()
+    def forward(self, frames: Tensor, around: Tensor) -> Tensor:
+        """Return the guide (N,H,W) of frames (N,3,H,W), with the lumas around (N,K,h,w) of the small ones."""
+        pixels = torch.cat((frames, bilinear(around, *frames.shape[-2:])), 1)
+        hidden = conv2d(pixels, self.weight[..., None, None], self.bias).relu()
         luma = torch.einsum("nchw,c->nhw", frames, self.luma[:3]) + self.luma[3]
         return luma + torch.einsum("njhw,j->nhw", hidden, self.factor)
 
@@ -125,7 +132,7 @@ class GridTranslator(Generator):
             with torch.no_grad():
                 state = self._decide(x[:, :1].expand(-1, self.burn_in, -1, -1, -1))[2]
         whole, local, state = self._decide(x, state, **mode)
-        return Grids(whole, local), state
+        return Grids(whole, local, luma_around(x, 2 * self.guide.luma[:3])), state
 
     @in_chunks
     def _decide(self, x: Tensor, state: State = None, **mode: Unpack[RunMode]) -> tuple[Tensor, Tensor, State]:
@@ -147,7 +154,8 @@ class GridTranslator(Generator):
         """Return frames (B,T,3,H,W) of any size as the grids transform them."""
         with torch.autocast(frames.device.type, enabled=False):
             flat = frame_major(frames)
-            y = slice_apply(frame_major(grids.grid), self.guide(flat), flat)
+            guide = self.guide(flat, frame_major(grids.around))
+            y = slice_apply(frame_major(grids.grid), guide, flat)
         return batch_major(y, frames)
 
 
@@ -156,3 +164,44 @@ def places(y: Tensor) -> Tensor:
     rows, columns = ((2 * torch.arange(size, device=y.device) + 1) / size - 1 for size in y.shape[-2:])
     both = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).to(y.dtype)
     return both.expand(*y.shape[:2], -1, -1, -1)
+
+
+def luma_around(x: Tensor, weights: Tensor) -> Tensor:
+    """Return the mean luma of frames (B,T,3,H,W) over cells of each size of `AROUND`, (B,T,K,h,w).
+
+    weights: of the luma, (3,).  h and w are the numbers of the smallest cells; means over larger ones are interpolated
+    to them.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        luma = torch.einsum("btchw,c->bthw", x, weights.to(x.dtype))
+        sizes = [tuple(-(-side // size) for side in x.shape[-2:]) for size in AROUND]
+        levels = []
+        for rows, columns in sizes:
+            down, across = cell_means(rows, luma), cell_means(columns, luma.mT)
+            levels.append(bilinear(down @ luma @ across.T, *sizes[0]))
+    return torch.stack(levels, 2)
+
+
+def cell_means(cells: int, like: Tensor) -> Tensor:
+    """Return the weights (cells, n) by which the n pixels along the second last axis of `like` make means of cells."""
+    pixels = like.shape[-2]
+    low = torch.arange(pixels, dtype=like.dtype, device=like.device)
+    start = torch.arange(cells, dtype=like.dtype, device=like.device)[:, None] * pixels / cells
+    covered = torch.minimum(low + 1, start + pixels / cells) - torch.maximum(low, start)
+    return covered.clamp(min=0) * cells / pixels
+
+
+def bilinear(planes: Tensor, height: int, width: int) -> Tensor:
+    """Return planes (...,h,w) interpolated to (...,height,width), by the places of `slice_apply`.
+
+    Products with matrices: a gradient is summed in one order, on a GPU too.
+    """
+    down, across = (hats(*sides, planes) for sides in zip(planes.shape[-2:], (height, width), strict=True))
+    return down @ planes @ across.T
+
+
+def hats(cells: int, pixels: int, like: Tensor) -> Tensor:
+    """Return the weights (pixels, cells) by which values of cells are interpolated linearly at pixels."""
+    place = (torch.arange(pixels, dtype=like.dtype, device=like.device) + 0.5) * cells / pixels - 0.5
+    away = place.clamp(0, cells - 1)[:, None] - torch.arange(cells, dtype=like.dtype, device=like.device)
+    return (1 - away.abs()).clamp(min=0)

@@ -28,7 +28,7 @@ CASES = [
         5,
         {
             "rl": True,
-            "lr": 2e-3,
+            "lr": 2e-4,
             "eta1": (1.0, 1.0),
             "rl_every": 1,
             "l_tau": 10.0,

@@ -164,8 +164,39 @@ def test_photos_are_stills_and_said_to_be_so_once(tmp_path: Path, caplog: pytest
         f"{tmp_path / 'trainY'}: 6 images are stills of one frame, since their names are not numbered as frame_1, "
         "frame_2; left out, as a clip of 8 frames needs more; stills serve in trainS"
     )
-    (tmp_path / "trainY" / "a.mp4").unlink()
-    with pytest.raises(UserError, match="trainY: no usable clip of 8 frames: 6 images are stills of one frame"):
+
+
+@pytest.mark.parametrize(("folders", "used"), [("trainY trainS", "trainY"), ("trainS", "trainS")])
+def test_stills_alone_are_a_target(tmp_path: Path, caplog: pytest.LogCaptureFixture, folders: str, used: str) -> None:
+    """Those of Y come first; a broken video of Y is named, and does not change that."""
+    write_dataset(tmp_path, ("trainX",))
+    for folder in folders.split():
+        (tmp_path / folder / "more").mkdir(parents=True)
+        for name, image in zip(("beach", "more/dog"), noise(2, seed=len(folder)), strict=True):
+            write_image(tmp_path / folder / f"{name}.png", image)
+    if used == "trainY":
+        (tmp_path / used / "broken.mp4").write_bytes(b"x")
+    with caplog.at_level(logging.WARNING):
+        dataset = open_dataset(tmp_path, frames=8)
+    paths = [s.path.relative_to(tmp_path).as_posix() for s in dataset.sets["y"]]
+    assert paths == [f"{used}/beach.png", f"{used}/more/dog.png"]
+    assert [s.status for s in dataset.sets["y"]] == ["ok", "ok"]
+    assert len(dataset.sets["s"]) == 2 and len(dataset.excluded) == (used == "trainY")
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages[-1] == f"{tmp_path / used}: Y has no video; its clips are crops that move over 2 stills"
+    assert len(messages) == 1 + (used == "trainY")
+
+
+def test_a_target_that_is_nowhere_is_named(tmp_path: Path) -> None:
+    write_dataset(tmp_path, ("trainX",))
+    with pytest.raises(UserError, match=r"expected a folder trainY or trainB, found trainX"):
+        open_dataset(tmp_path, frames=8)
+    (tmp_path / "trainS").mkdir()
+    with pytest.raises(UserError, match=r"expected videos or stills of the target domain in trainY, or stills in tr"):
+        open_dataset(tmp_path, frames=8)
+    (tmp_path / "trainY").mkdir()
+    (tmp_path / "trainY" / "a.mp4").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"trainY: no usable clip of 8 frames: a.mp4: "):
         open_dataset(tmp_path, frames=8)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from data_clips import BACKENDS, open_loader, smooth, write_frames
 
 from rlv2v.crop_size import CropSize
 from rlv2v.data.images import write_image
-from rlv2v.data.index import Dataset, open_dataset
+from rlv2v.data.index import Dataset, index_folder, open_dataset
 from rlv2v.data.loader import Batch, evaluation_clips
-from rlv2v.data.scaling import centre_crop, cover
+from rlv2v.data.scaling import centre_crop, cover, resize
 from rlv2v.data.writer import write_clip
 from rlv2v.errors import UserError
 
@@ -83,6 +84,29 @@ def test_a_clip_holds_the_frames_that_were_chosen(data: Dataset, backend: str) -
         for sample, clip in zip(samples, batch, strict=True):
             assert (clip[..., 0] == int(sample.source.path.stem)).all()
             assert (clip[..., 1] == sample.start + torch.arange(T)[:, None, None]).all()
+    loader.close()
+
+
+@pytest.mark.parametrize("cache_mib", [0, 8])
+def test_a_clip_of_a_still_is_a_crop_that_moves_evenly(data: Dataset, tmp_path: Path, cache_mib: int) -> None:
+    """Rows and columns of a ramp say where the crop is; it never leaves the picture, and what S shows of it stays."""
+    rows, columns = np.mgrid[:40, :40].astype(np.uint8)
+    write_image(tmp_path / "ramp.png", np.stack([5 * rows, 5 * columns, rows], -1))
+    (still,) = index_folder(tmp_path, frames=1)
+    dataset = replace(data, sets={**data.sets, "y": [still], "s": [still]})
+    loader, side, moved = open_loader(dataset, augment="none", cache_mib=cache_mib), round(1.25 * SIZE), set()
+    for _ in range(8):
+        samples, batch = loader.sampler.samples("y", loader.step), next(loader)
+        assert batch.y is not None and batch.s is not None and batch.s.shape == (2, SIZE, SIZE, 3)
+        whole = resize(np.stack([5 * rows, 5 * columns, rows], -1), side, side)
+        for sample, clip in zip(samples, batch.y.numpy(), strict=True):
+            assert sample.end is not None and len(clip) == T
+            top, left = (np.linspace(a, b, T) for a, b in zip(sample.crop, sample.end, strict=True))
+            for t, frame in enumerate(clip):
+                row, column = int(top[t] * (side - SIZE + 1)), int(left[t] * (side - SIZE + 1))
+                assert np.array_equal(frame, whole[row : row + SIZE, column : column + SIZE])
+                moved.add((row, column))
+    assert len(moved) > 8, "it moves"
     loader.close()
 
 

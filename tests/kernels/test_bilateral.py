@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
-from torch.nn.functional import grid_sample
+from torch.nn.functional import grid_sample, interpolate
 
 from rlv2v import _native
 from rlv2v.data import to_model, to_uint8
@@ -175,18 +175,22 @@ def test_torchs_own_checks_and_one_graph_when_compiled() -> None:
         slope.sum().backward()
 
 
+@pytest.mark.parametrize("num_around", [0, 1, 3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_frame_of_bytes_becomes_what_its_floats_become(shape: Shape) -> None:
+def test_a_frame_of_bytes_becomes_what_its_floats_become(shape: Shape, num_around: int) -> None:
     rng = torch.Generator().manual_seed(1)
     grid = arguments(shape, torch.float32)[0][0].detach()
     frame = torch.randint(0, 256, (shape.height, shape.width, 3), generator=rng, dtype=torch.uint8)
-    curve = torch.randn(4, 5, generator=rng) * 0.4
+    curve = torch.randn(4, 5 + num_around, generator=rng) * 0.4
+    around = torch.rand(num_around, 3, 5, generator=rng) * 2 - 1
     x = to_model(frame)
-    p = torch.cat((x, torch.ones_like(x[:1])))
-    values = torch.einsum("jk,khw->jhw", curve[:, :4], p)
-    guide = values[0] + (curve[1:, 4, None, None] * values[1:].clamp(min=0)).sum(0)
+    size = x.shape[-2:]
+    near = interpolate(around[None], size, mode="bilinear", align_corners=False)[0] if num_around else x[:0]
+    p = torch.cat((x, near, torch.ones_like(x[:1])))
+    values = torch.einsum("jk,khw->jhw", curve[:, :-1], p)
+    guide = values[0] + (curve[1:, -1, None, None] * values[1:].clamp(min=0)).sum(0)
     floats = slice_apply(grid[None], guide[None], x[None], backend="reference")[0]
-    ours = slice_apply_frame(frame, grid, curve)
+    ours = slice_apply_frame(frame, grid, curve, around if num_around else None)
     off = (ours.int() - to_uint8(floats).int()).abs()
     assert ours.shape == frame.shape and ours.dtype == torch.uint8
     assert off.max() <= 1 and (off > 0).float().mean() < 0.02  # where the value lies at one half
@@ -225,7 +229,10 @@ def test_frames_that_do_not_fit_are_named() -> None:
     for bad, message in (
         ((frame.float(), grid, curve), r"frame must be torch.uint8 \(H,W,3\) on the CPU, got torch.float32"),
         ((frame, grid[None], curve), r"grid must be torch.float32 \(12,bins,h,w\)"),
-        ((frame, grid, curve[:0]), r"curve must be torch.float32 \(1\+J,5\)"),
+        ((frame, grid, curve[:0]), r"curve must be torch.float32 \(1\+J,5\+K\)"),
+        ((frame, grid, curve, torch.zeros(2, 2)), r"around must be torch.float32 \(K,h',w'\)"),
+        ((frame, grid, curve, torch.zeros(2, 2, 2)), r"expected .*\(1\+J,5\+K\) .*, got .*, around \(2, 2, 2\)"),
+        ((frame, grid, torch.zeros(1, 10), torch.zeros(5, 2, 2)), "expected .*K up to 4 planes around, got"),
         ((frame[..., :2], grid, curve), r"expected \(H,W,3\), .*got frame \(5, 6, 2\)"),
         ((frame, torch.zeros(12, 9, 2, 2), curve), r"expected .*got .*grid \(12, 9, 2, 2\)"),
     ):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rlv2v.checkpoint.export import load_translator
+from rlv2v.data.images import write_image
 from rlv2v.data.synth import Counts, write_dataset
 from rlv2v.data.video import read_frames
 from rlv2v.data.writer import write_clip
@@ -16,7 +17,7 @@ from rlv2v.errors import UserError
 from rlv2v.evaluate import Args, main
 from rlv2v.method.translation import Stream
 from rlv2v.metrics import METRICS, clip_metrics, table
-from rlv2v.metrics.evaluation import evaluate_run, open_split
+from rlv2v.metrics.evaluation import evaluate_run, open_references, open_split
 
 ROWS = ["model", "identity", "constant", "truth", "target"]
 OURS = ["background_accuracy", "clip_accuracy", "iou", "foreground_error"]
@@ -58,6 +59,17 @@ def test_json_has_a_row_for_each_reference(
     values = [clip["rows"]["model"]["l1"] for clip in result["clips"]]
     assert rows["model"]["l1"] == pytest.approx(np.mean(values)) and result["spread"]["model"]["l1"] > 0
     assert result["spread"]["model"]["l1"] == pytest.approx(np.std(values))
+
+
+@pytest.mark.parametrize("folder", ["trainY", "trainS"])
+def test_stills_alone_are_a_target_set(tmp_path: Path, folder: str) -> None:
+    for name in {"trainY", folder}:
+        (tmp_path / name).mkdir()
+    for number, image in enumerate(noise(3)):
+        write_image(tmp_path / folder / f"{'abc'[number]}.png", image)
+    references = open_references(tmp_path, "test")
+    assert references.kinds == {"target", "training"}
+    assert len(references.values(16)["target"]["detail_distance"]) == 3
 
 
 def test_a_clip_is_the_whole_video_at_its_own_size(tiny_run: Path, tmp_path: Path) -> None:

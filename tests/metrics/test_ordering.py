@@ -25,6 +25,7 @@ UNSEEN: dict[str, set[str]] = {
     "colour_distance": {"shuffled", "memorised"},
     "region_colour_distance": {"shuffled", "memorised"},
     "patch_distance": {"shuffled", "memorised"},
+    "detail_distance": {"shuffled", "flash", "fading", "wrong domain", "memorised"},
     "kid": {"shuffled", "memorised"},
     "nearest_training": WORSE - {"blurred", "constant", "memorised"},
 }

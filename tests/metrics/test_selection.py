@@ -66,6 +66,19 @@ def test_the_criterion_ranks_a_nearly_trained_model_first(selection: Selection, 
     )
 
 
+def test_detail_is_lost_where_it_is_neither_the_source_s_nor_the_target_s() -> None:
+    """The target is twice as sharp as the source: all in between is right, and what is beyond either is not."""
+
+    def lost(sharpness: float) -> float:
+        own: Row = {"sharpness": sharpness, "detail_distance": abs(np.log(sharpness / 2))}
+        return CRITERIA["detail"].score(own, {"detail_distance": np.log(2)})
+
+    assert [lost(value) for value in (1.0, 1.5, 2.0)] == pytest.approx([0, 0, 0], abs=1e-12)
+    assert (lost(0.5), lost(4.0)) == pytest.approx((np.log(2), np.log(2)))
+    unknown: Row = {"sharpness": 1.5, "detail_distance": None}
+    assert CRITERIA["detail"].score(unknown, {"detail_distance": np.log(2)}) == pytest.approx(np.log(1.5))
+
+
 def test_references_are_measured_in_the_middle_of_their_frames(tmp_path: Path) -> None:
     """At the size of crops, which are cut as the samples are; the second video has no more than the crop."""
     clip = np.random.default_rng(0).integers(0, 256, (9, 16, 40, 3), dtype=np.uint8)
@@ -75,7 +88,7 @@ def test_references_are_measured_in_the_middle_of_their_frames(tmp_path: Path) -
         np.save(tmp_path / name / "a.npy", frames)
         values.append(References.open({tmp_path / name: frozenset({"target"})}).values(size)["target"])
     assert values[0].keys() == values[1].keys() and len(values[0]) > 2
-    assert all(np.array_equal(value, values[1][name]) for name, value in values[0].items())
+    assert all(np.allclose(value, values[1][name], rtol=1e-6) for name, value in values[0].items())
 
 
 def test_the_criterion_ranks_an_untrained_model_last(selection: Selection) -> None:

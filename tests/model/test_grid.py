@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d, interpolate
 
 from rlv2v.config import Config
 from rlv2v.data import to_model, to_uint8
@@ -14,6 +15,7 @@ from rlv2v.kernels.bilateral import slice_apply_frame
 from rlv2v.method.terms import LUMA, inversion, mixing, roughness
 from rlv2v.method.translation import Stream, translate_chunk
 from rlv2v.model import GridTranslator
+from rlv2v.model.grid import cell_means
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,18 +61,36 @@ def test_frames_of_bytes_become_the_same() -> None:
     with torch.no_grad():
         grids, _ = net.decide(x)
         floats = to_uint8(net.transform(grids, x)[0])
-        for frame, grid, want in zip(frames, grids.grid[0], floats, strict=True):
-            off = (slice_apply_frame(frame, grid, net.guide.curve).int() - want.int()).abs()
+        for frame, grid, around, want in zip(frames, grids.grid[0], grids.around[0], floats, strict=True):
+            off = (slice_apply_frame(frame, grid, net.guide.curve, around).int() - want.int()).abs()
             assert off.max() <= 1 and (off > 0).float().mean() < 0.02
 
 
-def test_the_guide_is_luma_and_a_network_of_the_pixel() -> None:
-    net, x = random_net(), video(2, 3, 5, 6)
+def test_the_guide_is_luma_and_a_network_of_the_pixel_and_what_is_around() -> None:
+    net, x, around = random_net(), video(2, 3, 5, 6), video(2, 2, 2, 3)
     luma = (0.299 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2] + 1) / 2
+    pixels = torch.cat((x, interpolate(around, (5, 6), mode="bilinear", align_corners=False)), 1)
     want = luma.clone()
     for weight, bias, factor in zip(net.guide.weight, net.guide.bias, net.guide.factor, strict=True):
-        want += factor * ((x * weight[:, None, None]).sum(1) + bias).clamp(min=0)
-    torch.testing.assert_close(net.guide(x), want)
+        want += factor * ((pixels * weight[:, None, None]).sum(1) + bias).clamp(min=0)
+    torch.testing.assert_close(net.guide(x, around), want)
+
+
+def test_the_luma_around_is_of_cells_of_4_and_of_16_pixels() -> None:
+    x = video(1, 2, 3, 32, 48)
+    around = random_net().decide(x)[0].around
+    luma = (0.299 * x[:, :, 0] + 0.587 * x[:, :, 1] + 0.114 * x[:, :, 2])[0, :, None]
+    coarse = interpolate(avg_pool2d(luma, 16), (8, 12), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(around[0], torch.cat((avg_pool2d(luma, 4), coarse), 1))
+
+
+def test_cells_that_are_no_whole_pixels_share_them() -> None:
+    """Of 10 pixels in 3 cells, a cell is 3 1/3 pixels."""
+    means = cell_means(3, torch.zeros(10, 1, dtype=torch.float64))
+    want = torch.zeros(3, 10, dtype=torch.float64)
+    for cell, weights in enumerate(((3, 3, 3, 1), (2, 3, 3, 2), (1, 3, 3, 3))):
+        want[cell, 3 * cell : 3 * cell + 4] = torch.tensor(weights) / 10
+    torch.testing.assert_close(means, want)
 
 
 @pytest.mark.parametrize("size", [(16, 24), (33, 50), (7, 5), (90, 160)])

@@ -153,7 +153,7 @@ class GridTranslator(nn.Module):
         self.encoder = nn.ModuleList(RPB(a, b, norm) for a, b in zip(ins, widths, strict=True))
         self.last = ConvLSTM(widths[-1] + 2, 16)
         self.to_whole, self.to_local = nn.Linear(16, 12 * bins), nn.Conv2d(16, 12 * bins, 1)
-        self.guide = nn.ParameterDict({"weight": torch.zeros(8, 3), "bias": torch.zeros(8), "factor": torch.zeros(8)})
+        self.guide = nn.ParameterDict({"weight": torch.zeros(8, 5), "bias": torch.zeros(8), "factor": torch.zeros(8)})
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x)[0]
@@ -172,9 +172,14 @@ class GridTranslator(nn.Module):
         local = 0.3 * per_frame(self.to_local, y).unflatten(2, (12, self.bins))
         identity = torch.eye(3, 4, dtype=x.dtype, device=x.device).reshape(12, 1, 1, 1)
         frames, grid = x.flatten(0, 1), (identity + whole + local).flatten(0, 1)
-        hidden = torch.einsum("nchw,jc->njhw", frames, self.guide["weight"]) + self.guide["bias"][:, None, None]
         luma = torch.tensor((0.299, 0.587, 0.114)).to(x)  # float32 numbers, as the weights are
-        guide = (luma[:, None, None] * frames).sum(1) / 2 + 0.5
+        grey = (luma[:, None, None] * frames).sum(1, keepdim=True)
+        cells = [F.adaptive_avg_pool2d(grey, (-(-x.shape[3] // size), -(-x.shape[4] // size))) for size in (4, 16)]
+        for size in (cells[0].shape[-2:], x.shape[-2:]):  # means over 16 pixels by way of the places of those over 4
+            cells = [F.interpolate(c, tuple(size), mode="bilinear", align_corners=False) for c in cells]
+        seen = torch.cat((frames, *cells), 1)
+        hidden = torch.einsum("nchw,jc->njhw", seen, self.guide["weight"]) + self.guide["bias"][:, None, None]
+        guide = grey[:, 0] / 2 + 0.5
         guide = guide + (self.guide["factor"][:, None, None] * hidden.relu()).sum(1)
         height, width = x.shape[-2:]
         sides = ((2 * torch.arange(n, dtype=torch.float64) + 1) / n - 1 for n in (height, width))
