@@ -40,7 +40,12 @@ class TimedFrame(NamedTuple):
 
 def open_video(path: Path) -> av.container.InputContainer:
     """Open with PyAV and check that there is a video in it (see `stream_of`); the caller closes it."""
-    return open_named(path.as_posix() if path.is_absolute() else f"./{path.as_posix()}", path)
+    return open_named(file_name(path), path)
+
+
+def file_name(path: Path) -> str:
+    """Return what FFmpeg calls a file, whose name may have a colon."""
+    return path.as_posix() if path.is_absolute() else f"./{path.as_posix()}"
 
 
 def open_named(name: str, path: Path, form: str | None = None) -> av.container.InputContainer:
