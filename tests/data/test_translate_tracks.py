@@ -59,8 +59,11 @@ def test_sound_is_copied_where_it_fits_else_encoded_and_said(
     np.testing.assert_allclose(beeps(tmp_path / out), [at + late for at in AT], atol=SOUND)
 
 
-def full_source(path: Path) -> Path:
-    """Write a Matroska file with two languages, of which the second is the default, chapters and tags."""
+def full_source(path: Path, start: int) -> Path:
+    """Write a Matroska file with two languages, of which the second is the default, chapters and tags.
+
+    start: seconds, of the first frame on the file's clock.
+    """
 
     def setup(output: Any) -> None:
         first, second = output.streams.audio
@@ -70,17 +73,17 @@ def full_source(path: Path) -> Path:
         output.metadata.update({"title": "Holiday", "date": "2019", "rotate": "90"})
         output.set_chapters(
             [
-                {"id": k, "start": start, "end": end, "time_base": Fraction(1, 1000), "metadata": {"title": name}}
-                for k, (start, end, name) in enumerate([(0, 2000, "sea"), (2000, 4000, "land")])
+                {"id": k, "start": begin, "end": end, "time_base": Fraction(1), "metadata": {"title": name}}
+                for k, (begin, end, name) in enumerate([(start, start + 2, "sea"), (start + 2, start + 4, "land")])
             ]
         )
 
-    return write_flashes(path, sounds=["aac", "libmp3lame"], setup=setup)
+    return write_flashes(path, sounds=["aac", "libmp3lame"], setup=setup, start=Fraction(start))
 
 
-@pytest.mark.parametrize("suffix", ["mkv", "mp4", "mov"])
-def test_every_track_chapter_and_tag_is_kept(tiny_run: Path, tmp_path: Path, suffix: str) -> None:
-    source, out = full_source(tmp_path / "in.mkv"), tmp_path / f"out.{suffix}"
+@pytest.mark.parametrize(("suffix", "start"), [("mkv", 0), ("mp4", 0), ("mov", 0), ("mp4", 7)])
+def test_every_track_chapter_and_tag_is_kept(tiny_run: Path, tmp_path: Path, suffix: str, start: int) -> None:
+    source, out = full_source(tmp_path / "in.mkv", start), tmp_path / f"out.{suffix}"
     main(Args(tiny_run, source, out))
     assert sounds(out) == ["aac", "mp3"]
     with av.open(str(out)) as container:
