@@ -210,22 +210,43 @@ class Transcode:
         stream.codec_context.bit_rate = 96_000 * stream.codec_context.channels
         self.stream = stream
         self._track, self._output = track, output
+        self._form: tuple[str, str, int] | None = None
+        """Of the last frame: of its samples, of its channels, samples a second."""
+        self._resampler: av.AudioResampler | None = None
         self._graph: Graph | None = None
 
     def write(self, packet: av.Packet[Any]) -> None:
         """Decode and encode a packet; one that cannot be decoded becomes silence."""
-        with suppress(av.FFmpegError):
+        with suppress(av.FFmpegError, ValueError):
             for frame in self._track.codec_context.decode(packet):
-                self._encode(frame)
+                self._take(frame)
 
     def finish(self, end: Fraction) -> None:
         """Encode what is left."""
         if self._graph is not None:
+            self._flush()
             self._encode(None)
         self._output.mux(self.stream.encode(None))
 
+    def _take(self, frame: av.AudioFrame) -> None:
+        """Bring a frame to one form: broadcasts, and files put together, change rate and channels on the way."""
+        form = frame.format.name, frame.layout.name, frame.sample_rate
+        if self._resampler is None or form != self._form:
+            self._flush()
+            # whole numbers are clipped: damage decodes to 1e7, at which FFmpeg's encoder of AAC never ends
+            self._resampler = av.AudioResampler("s32", self._layout, self.stream.codec_context.sample_rate)
+            self._form = form
+        for even in self._resampler.resample(frame):
+            self._encode(even)
+
+    def _flush(self) -> None:
+        """Encode what is left of the frames of one form."""
+        if self._resampler is not None:
+            for even in self._resampler.resample(None):
+                self._encode(even)
+
     def _encode(self, frame: av.AudioFrame | None) -> None:
-        """Even out a frame (None: the end), encode and write what comes of it."""
+        """Close the gap before a frame (None: the end), encode and write what comes of it."""
         if self._graph is None:
             assert frame is not None
             self._graph = self._even(frame)
@@ -240,16 +261,15 @@ class Transcode:
     def _even(self, frame: av.AudioFrame) -> Graph:
         """Return a filter that brings frames like this one to the encoder's form, from 0 on and without gaps."""
         context, graph = self.stream.codec_context, Graph()
-        tick = self._track.time_base
+        tick: Any = frame.time_base
         source = graph.add(
             "abuffer",
             f"time_base={tick.numerator}/{tick.denominator}:sample_rate={frame.sample_rate}"
             f":sample_fmt={frame.format.name}:channel_layout={frame.layout.name}",
         )
         even = graph.add("aresample", f"{context.sample_rate}:async=1:first_pts=0:min_hard_comp=0.02")
-        clip = graph.add("aformat", "sample_fmts=s32")  # damage decodes to 1e7, at which FFmpeg's AAC never ends
         form = graph.add("aformat", f"sample_fmts={context.format.name}:channel_layouts={self._layout}")
-        graph.link_nodes(source, even, clip, form, graph.add("abuffersink")).configure()
+        graph.link_nodes(source, even, form, graph.add("abuffersink")).configure()
         return graph
 
 

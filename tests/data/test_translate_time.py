@@ -76,6 +76,21 @@ def test_a_clock_that_starts_anew(tiny_run: Path, tmp_path: Path, starts: tuple[
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "webm"])
+def test_sound_that_changes_its_rate_on_the_way_is_encoded_on(tiny_run: Path, tmp_path: Path, suffix: str) -> None:
+    """Two broadcasts put together, whose sound is encoded anew: each is heard."""
+    parts = [
+        write_flashes(tmp_path / f"{rate}.ts", start=Fraction(2), sounds=["mp2"], sample_rate=rate)
+        for rate in (48_000, 32_000, 44_100)
+    ]
+    source = tmp_path / "in.ts"
+    source.write_bytes(b"".join(part.read_bytes() for part in parts))
+    out = translate(tiny_run, source, tmp_path / f"out.{suffix}")
+    expected = [at + LENGTH * k for k in range(3) for at in AT]
+    np.testing.assert_allclose(flashes(out), expected, atol=0.04)
+    np.testing.assert_allclose(beeps(out), expected, atol=SOUND)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "webm"])
 def test_sound_that_pauses_or_starts_late_stays_in_step(tiny_run: Path, tmp_path: Path, suffix: str) -> None:
     """Copied into MP4, encoded anew for WebM."""
     for number, lacking in enumerate([(0.0, 0.8), (1.4, 2.7)]):
