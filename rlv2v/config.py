@@ -197,7 +197,8 @@ class RuntimeConfig:
     """What is kept for the backward pass: all activations; all but the gates, which are computed again; or only the
     state every few frames, from which they are run again. The first is fastest, the last needs least memory."""
     graphs: bool = True
-    """Record a GPU's work of a step as CUDA graphs and replay it, instead of launching every kernel anew."""
+    """Record a GPU's work of a step as CUDA graphs and replay it, instead of launching every kernel anew; where the
+    recordings do not fit the card's memory, a step runs without."""
     replicas: int = 0
     """Equal shares that a step is cut into; each has the batch of the config and a replay buffer of its own, and every
     rank takes as many. 0: one per rank."""

@@ -59,14 +59,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "transitions": 2,
         "replay_capacity": 32,
     },
-    # rlv2v.method.memory counts 7.1 GB, its reserve included. Widths are multiples of 32, to fill the tensor cores.
-    # It paints: the kernels of the grid have not run on a GPU yet.
+    # rlv2v.method.memory counts 7.1 GB without CUDA graphs, 7.9 with them, its reserve included. Widths are multiples
+    # of 32, to fill the tensor cores. It paints: the kernels of the grid have not run on a GPU yet.
     "workstation": {
         **PAINT,
         "size": 128,
         "frames": 16,
         "precision": "bf16",
-        "graphs": False,  # its recordings would need 0.8 GB more
         "widths": (32, 64, 128),
         "disc_widths": (32, 64, 128, 128, 128),
         "batch_x": 1,

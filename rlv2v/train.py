@@ -28,11 +28,11 @@ from rlv2v.errors import UserError
 from rlv2v.flags import DESCRIPTION, flags_type, resolve
 from rlv2v.method.baselines import METHODS
 from rlv2v.method.clips import Clips, make_loader, pool_size
-from rlv2v.method.memory import advise
+from rlv2v.method.memory import advise, with_graphs_that_fit
 from rlv2v.method.trainer import Trainer
 from rlv2v.metrics.selection import Selection
 from rlv2v.runtime.device import out_of_memory
-from rlv2v.runtime.distributed import StepControl, World, connect, restarts
+from rlv2v.runtime.distributed import StepControl, World, connect
 from rlv2v.runtime.interrupt import Interrupt
 from rlv2v.runtime.log import RunLog
 from rlv2v.runtime.nan_guard import NanGuard, check_weights
@@ -70,7 +70,7 @@ def run(config: Config, world: World, interrupted: Interrupt) -> None:
     device = world.device
     if config.data.decode == "gpu" and device.type != "cuda":
         raise UserError(f"--decode gpu: expected to train on a CUDA device, got {device}; use --decode cpu")
-    if restarts() and (config.out / "config.json").is_file():
+    if world.restarts and (config.out / "config.json").is_file():
         config = config.replace(resume=True)
     config = world.broadcast_object(lambda: settle(config, world.size))
     if world.first and not config.resume:
@@ -82,7 +82,7 @@ def run(config: Config, world: World, interrupted: Interrupt) -> None:
             print(f"stopped by {by} while reading the data; the same command goes on from there", file=sys.stderr)
         return
     loader = make_loader(config, dataset, world)
-    trainer = METHODS[config.method].trainer(config, device, world.rank, world.size)
+    trainer = METHODS[config.method].trainer(with_graphs_that_fit(config, device), device, world.rank, world.size)
     schedule = trainer.schedule
 
     with ExitStack() as stack:

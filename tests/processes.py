@@ -32,18 +32,26 @@ def finish(*processes: subprocess.Popen[str]) -> tuple[list[int], list[str]]:
     return [process.returncode for process in processes], errors
 
 
-def read_until(process: subprocess.Popen[str], pattern: str) -> None:
-    """Read stderr up to the line or state of a progress bar that has the pattern. It reads past `process.stderr`'s own
-    buffer, so that `communicate` gets all the rest. Raises AssertionError, and kills the process, if stderr ends before
-    or the pattern does not come within `PATIENCE` seconds."""
-    assert process.stderr is not None
-    text, end = b"", time.monotonic() + PATIENCE
-    while not re.search(pattern.encode(), text):
-        if not select.select([process.stderr], [], [], max(0.0, end - time.monotonic()))[0]:
-            process.kill()
-        part = os.read(process.stderr.fileno(), 2**16)
-        assert part, text.decode(errors="replace")
-        text += part
+def read_until(process: subprocess.Popen[str], pattern: str, *others: subprocess.Popen[str]) -> int:
+    """Read stderr up to the line or state of a progress bar that has the pattern; return whose it was, 0 for `process`.
+
+    It reads past `process.stderr`'s own buffer, so that `communicate` gets all the rest. Raises AssertionError, and
+    kills the processes, if one's stderr ends before or the pattern does not come within `PATIENCE` seconds.
+    """
+    processes, end = (process, *others), time.monotonic() + PATIENCE
+    texts = {p.stderr: b"" for p in processes}
+    while True:
+        ready = select.select(list(texts), [], [], max(0.0, end - time.monotonic()))[0]
+        if not ready:
+            for each in processes:
+                each.kill()
+        for stream in ready or texts:
+            assert stream is not None
+            part = os.read(stream.fileno(), 2**16)
+            assert part, texts[stream].decode(errors="replace")
+            texts[stream] += part
+            if re.search(pattern.encode(), texts[stream]):
+                return list(texts).index(stream)
 
 
 @contextmanager

@@ -30,11 +30,14 @@ from rlv2v.data.inspect import Source, short_reason
 from rlv2v.data.sampler import ClipSample, ClipSampler, Unreadable
 from rlv2v.data.scaling import cover_size
 from rlv2v.errors import UserError
+from rlv2v.runtime.device import out_of_memory
 
 Device = Literal["cpu", "gpu"]
 Samples = tuple[ClipSample, ...]
 MAX_LISTED = 512
 """Clips in one list: DALI opens the file of each line when a graph is built, 0.1 ms a line on a local disk."""
+LIBRARIES = ("libnvcuvid", "nvcuvid.so", "libcuda.so")
+"""Of NVIDIA's driver, which DALI opens when it decodes."""
 PREFETCH = 2
 NVDEC_MIN_SIZE = {"h264": (48, 16), "hevc": (144, 144), "vp9": (128, 128), "mpeg4": (48, 16)}
 """Codecs that every GPU since Turing decodes, and their least width and height; AV1 needs a newer one."""
@@ -239,7 +242,8 @@ class GraphReader:
 
         Where the graph fails, each file of the step is read by a graph of its own: the ones that fail are reported as
         `Unreadable`. If none does, a later step may have broken the graph: one of this step alone gives the batch, and
-        `UserError` quotes DALI if that fails too.
+        `UserError` quotes DALI if that fails too. No file is blamed for a want of memory or a missing library: see
+        `blame_machine`.
         """
         try:
             if self._run is None:
@@ -247,11 +251,13 @@ class GraphReader:
             return self._run.take()
         except RuntimeError as error:
             self._run = None
+            blame_machine(error)
             if faults := self._find_faults(self._sampler.samples(self._name, step)):
                 raise Unreadable(faults) from error
         try:
             return self._build(step, 1).take()
         except RuntimeError as error:
+            blame_machine(error)
             raise UserError(f"step {step}: DALI reads each file but not the batch: {dali_reason(error)}") from error
 
     def _find_faults(self, samples: Sequence[ClipSample]) -> dict[Source, str]:
@@ -262,6 +268,7 @@ class GraphReader:
             try:
                 GraphRun(replace(self.options, batch=1), 0, [(sample,)], self._links).take()
             except RuntimeError as error:
+                blame_machine(error)
                 reason = dali_reason(error).replace(self._links.get(path, "\0"), path.name)
                 faults[sample.source] = short_reason(f"cannot be read by DALI: {reason}", path)
         return faults
@@ -271,6 +278,22 @@ class GraphReader:
         self._builder.shutdown(cancel_futures=True)
         self._run = self._next = None
         self._folder.cleanup()
+
+
+def blame_machine(error: RuntimeError) -> None:
+    """Raise what an error of DALI says of the machine and not of a file.
+
+    Raises:
+        RuntimeError: the error itself, where memory is lacking: training then says what a step needs.
+        UserError: a library of NVIDIA's driver is missing.
+    """
+    if out_of_memory(error):
+        raise error
+    if any(library in str(error) for library in LIBRARIES):
+        raise UserError(
+            f"--decode gpu: a library of the NVIDIA driver is missing ({dali_reason(error)}); install the driver's "
+            "video libraries, or use --decode cpu"
+        ) from error
 
 
 def dali_reason(error: Exception) -> str:

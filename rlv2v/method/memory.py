@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from rlv2v.config import BATCH, Config
+from rlv2v.errors import get_logger
 from rlv2v.method import rl as ddpg
 from rlv2v.method.baselines import METHODS
 from rlv2v.method.clips import Clips, Gains, pool_size
@@ -30,6 +31,8 @@ from rlv2v.model.build import Nets, build_nets
 from rlv2v.runtime import distributed as dist
 from rlv2v.runtime.device import device_bytes
 from rlv2v.runtime.memory import CountFakes, CountStorages, Ledger
+
+log = get_logger(__name__)
 
 GB = 10**9
 CONTEXT_BYTES = GB
@@ -246,6 +249,25 @@ def advise(config: Config, device: torch.device, budget_bytes: int | None = None
         if (bytes_needed := need(change)) <= budget:
             return f"{summary}; {flags} needs {gb(bytes_needed)}"
     return f"{summary}; no --memory or batch makes it fit: take smaller --frames, --size, --widths or --disc-widths"
+
+
+def with_graphs_that_fit(config: Config, device: torch.device, budget_bytes: int | None = None) -> Config:
+    """Return the config without `graphs` where a step with its recordings needs more than the device has.
+
+    Args:
+        config: the run's, with `replicas` settled.
+        device: where it runs.
+        budget_bytes: what there is; by default the device's memory.
+    """
+    if device.type != "cuda" or not config.runtime.graphs:
+        return config
+    budget = device_bytes(device) if budget_bytes is None else budget_bytes
+    share = max(1, config.runtime.replicas // dist.num_ranks())
+    needed = estimate(config, num_replicas=share).reserved
+    if needed <= budget:
+        return config
+    log.info("a step with CUDA graphs needs about %s, %s has %s: without graphs", gb(needed), device, gb(budget))
+    return config.replace(graphs=False)
 
 
 def smaller(config: Config) -> Iterator[tuple[str, Config]]:

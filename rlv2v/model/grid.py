@@ -9,6 +9,7 @@ Source: Gharbi et al. 2017, arXiv:1707.02880 (HDRNet), on the blocks of RL-V2V-G
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Unpack
 
 import torch
@@ -33,6 +34,7 @@ from rlv2v.model.generator import Details, Generator, Grids
 LUMA = (0.299, 0.587, 0.114)  # BT.601
 BURN_IN = 6  # frames
 AROUND = (4, 16)  # pixels of a small frame
+CONTRAST = 4.0  # of the units of the guide that begin as a difference from around, whose size is about 1 / CONTRAST
 LOCAL = 0.3  # step of the local deviations beside that of the global part
 
 
@@ -50,6 +52,11 @@ class Guide(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.empty(width, 3 + len(AROUND))), nn.Parameter(torch.zeros(width))
         self.factor = nn.Parameter(torch.zeros(width))
         nn.init.xavier_uniform_(self.weight)
+        with torch.no_grad():  # half of the units begin as what is lighter, or darker, than its surroundings
+            for unit, (around, sign) in zip(range(width // 2), product(range(len(AROUND)), (1, -1)), strict=False):
+                self.weight[unit] = 0.0
+                self.weight[unit, :3] = sign * CONTRAST * torch.tensor(LUMA)
+                self.weight[unit, 3 + around] = -sign * CONTRAST
         self.register_buffer("luma", torch.tensor([*LUMA, 1.0, 0.0]) / 2)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,13 +39,19 @@ def set_threads(num: int) -> None:
     torch.set_num_threads(num or torch.get_num_threads())
 
 
+def is_wsl(release: Path = Path("/proc/sys/kernel/osrelease")) -> bool:
+    """Return whether the kernel is that of the Windows Subsystem for Linux."""
+    return release.is_file() and "microsoft" in release.read_text().lower()
+
+
 def grow_segments() -> None:
     """Let torch's allocator on GPUs grow and shrink its segments, unless the environment configures it.
 
     In segments of fixed size, CUDA graphs cannot use the memory of the steps before their recording, nor can it be
-    returned: a step of the workstation preset held 6.8 GB where 5.7 were in use.
+    returned: a step of the workstation preset held 6.8 GB where 5.7 were in use. Under WSL they stay fixed: with some
+    of its drivers the first allocation fails otherwise (pytorch issue 192330).
     """
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+    if not is_wsl() and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         change = (
             getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
         )
@@ -105,5 +112,8 @@ def out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that a device or the machine has no memory left."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    texts = ("can't allocate memory", "not enough memory")  # of the CPU's allocator, which raises RuntimeError
-    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
+    if not isinstance(error, RuntimeError):
+        return False
+    of_cpu = ("can't allocate memory", "not enough memory")
+    of_dali = ("out of memory", "bad_alloc", "cudaerrormemoryallocation", "cuda allocation failed")
+    return any(text in str(error).lower() for text in (*of_cpu, *of_dali))

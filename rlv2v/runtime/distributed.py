@@ -7,6 +7,8 @@ function is then the identity, and the rest of the package has no path of its ow
 from __future__ import annotations
 
 import os
+import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,6 +23,8 @@ from rlv2v.runtime.device import grow_segments, pick_device
 
 NUM_BUCKETS = 4  # a phase; fewer where they would be small
 MIN_BUCKET_BYTES = 256 * 1024
+MEETING = timedelta(minutes=10)  # for all ranks to be there
+POLL = 0.05  # seconds
 PATIENCE = timedelta(hours=6)  # of ranks that wait while the first one reads a dataset
 T = TypeVar("T")
 
@@ -42,10 +46,11 @@ class World:
     Args:
         device: where this rank computes.
         control: the group that small decisions go through, on the CPU; None alone.
+        restarts: how often torchrun has brought this job back, alike on all ranks.
     """
 
-    def __init__(self, device: torch.device, control: Any = None) -> None:
-        self.device, self._control = device, control
+    def __init__(self, device: torch.device, control: Any = None, restarts: int = 0) -> None:
+        self.device, self._control, self.restarts = device, control, restarts
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if control else (0, 1)
         self._pending: tuple[Any, Tensor] | None = None
 
@@ -141,13 +146,14 @@ def connect(device: str) -> World:
     if picked.type == "cuda":  # streams, events and recordings are those of the current device
         torch.cuda.set_device(picked)
     if alone:
-        return World(picked)
+        return World(picked, restarts=restarts())
     try:
         store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
         # torchrun may keep one store over its restarts, with the addresses of ranks that are dead by now
-        store = dist.PrefixStore(f"restart-{restarts()}", store)  # type: ignore[attr-defined]
+        name, count = meet(store, rank, size)
+        store = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
         dist.init_process_group("nccl" if picked.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
-        return World(picked, dist.new_group(backend="gloo", timeout=PATIENCE))
+        return World(picked, dist.new_group(backend="gloo", timeout=PATIENCE), count)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"torchrun: rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not reach the others: "
@@ -155,8 +161,39 @@ def connect(device: str) -> World:
         ) from None
 
 
+def meet(store: Any, rank: int, size: int) -> tuple[str, int]:
+    """Return a name that the living processes of all ranks have alike, and nobody before them had; and their restarts.
+
+    No number of torchrun's is alike on all nodes: where one node restarts its ranks, another sees new members, which
+    it does not count. So each rank leaves a word of its own in the store; rank 0 answers with those that it found,
+    until every rank has found its own in the answer. The restarts are the most that a rank knows of, or one where the
+    store has seen ranks before these.
+
+    Raises:
+        RuntimeError: they have not met in `MEETING`.
+    """
+    word, end = f"{secrets.token_hex(8)}:{restarts()}", time.monotonic() + MEETING.total_seconds()
+    store.set(f"word-{rank}", word)
+    while time.monotonic() < end:
+        if rank == 0:
+            words = [word] + [store.get(f"word-{r}").decode() for r in range(1, size)]
+            store.set("answer", " ".join(words))
+            if size == 1 or store.check([f"heard-{r}-{words[r]}-{word}" for r in range(1, size)]):
+                count = max(int(store.add("meetings", 1) > 1), *(int(own.partition(":")[2]) for own in words))
+                store.set(f"agreed-{word}", str(count))
+                return word, count
+        else:
+            words = store.get("answer").decode().split()
+            if len(words) == size and words[rank] == word:
+                store.set(f"heard-{rank}-{word}-{words[0]}", "")
+                if store.check([agreed := f"agreed-{words[0]}"]):
+                    return words[0], int(store.get(agreed))
+        time.sleep(POLL)
+    raise RuntimeError(f"not all of {size} ranks were there within {MEETING.total_seconds():g} s")
+
+
 def restarts() -> int:
-    """Return how often torchrun has brought this job back."""
+    """Return how often torchrun's agent on this node has brought the job back."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 

@@ -13,7 +13,7 @@ import torch
 
 from rlv2v.config import Config
 from rlv2v.method import memory as method_memory
-from rlv2v.method.memory import GB, Bytes, advise, count, estimate, largest, scaled
+from rlv2v.method.memory import GB, Bytes, advise, count, estimate, largest, scaled, with_graphs_that_fit
 from rlv2v.model.activation_memory import MEMORY
 from rlv2v.model.build import build_nets
 from rlv2v.runtime.device import out_of_memory
@@ -136,6 +136,13 @@ def test_advice_names_the_first_change_that_fits(
     assert "--no-graphs" not in advise(config, torch.device("cpu"), int(budget * GB)), "the CPU records nothing"
 
 
+def test_graphs_are_recorded_where_they_fit(simple_estimate: None) -> None:
+    config, cuda = TINY.replace(frames=16, graphs=True, replicas=1), torch.device("cuda")
+    assert with_graphs_that_fit(config, cuda, int(5.7 * GB)) == config
+    assert with_graphs_that_fit(config, cuda, int(5.5 * GB)) == config.replace(graphs=False)
+    assert with_graphs_that_fit(config, torch.device("cpu"), 0) == config
+
+
 def test_advice_counts_a_rank_s_replicas_and_keeps_the_way_that_memory_is_kept(simple_estimate: None) -> None:
     config = TINY.replace(frames=16, memory="frames", replicas=2)
     assert advise(config, torch.device("cpu"), 3 * GB).endswith("needs about 3.1 GB, cpu has 3.0 GB; "
@@ -188,7 +195,8 @@ def test_the_workstation_fits_its_card() -> None:
     config = Config.of("workstation").check()
     assert (config.data.size.plain, config.data.frames, config.runtime.precision) == (128, 16, "bf16")
     assert all(width % 16 == 0 for width in (*config.model.widths, *config.model.disc_widths))
-    assert 5.5 * GB <= estimate(config).reserved <= 7.5 * GB
+    recorded = estimate(config).reserved
+    assert 5.5 * GB <= estimate(config.replace(graphs=False)).reserved <= 7.5 * GB < recorded <= 8.5 * GB
 
 
 @pytest.mark.parametrize(
@@ -198,6 +206,8 @@ def test_the_workstation_fits_its_card() -> None:
         (MemoryError(), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), True),
+        (RuntimeError("CUDA runtime API error cudaErrorMemoryAllocation (2): out of memory"), True),  # DALI
+        (RuntimeError("encountered: std::bad_alloc"), True),
         (RuntimeError("shape mismatch"), False),
         (ValueError("not enough memory"), False),
     ],

@@ -76,6 +76,19 @@ def test_the_guide_is_luma_and_a_network_of_the_pixel_and_what_is_around() -> No
     torch.testing.assert_close(net.guide(x, around), want)
 
 
+def test_the_guide_begins_with_units_for_what_differs_from_around() -> None:
+    """Of a plane of one colour they see nothing, whatever the colour; and each sees one sign at one size alone."""
+    weight = GridTranslator((4, 6), patch=2).guide.weight.detach()[:4]
+    grey = torch.full((5,), 0.7)
+    torch.testing.assert_close(weight @ grey, torch.zeros(4), rtol=0, atol=1e-6)
+    for size in (0, 1):
+        lighter = grey.clone()
+        lighter[3 + size] -= 0.25
+        want = [0.0] * 4
+        want[2 * size : 2 * size + 2] = 1.0, -1.0
+        torch.testing.assert_close(weight @ lighter, torch.tensor(want), rtol=0, atol=1e-6)
+
+
 def test_the_luma_around_is_of_cells_of_4_and_of_16_pixels() -> None:
     x = video(1, 2, 3, 32, 48)
     around = random_net().decide(x)[0].around

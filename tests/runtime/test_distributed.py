@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from dist_worker import PER_RANK, Net, gaps, inputs, normalise
 
+from rlv2v.runtime import device
 from rlv2v.runtime import distributed as dist
+from rlv2v.runtime.device import is_wsl
 from rlv2v.runtime.distributed import Reducer, StepControl, connect, restarts
 
 Results = list[dict[str, Any]]
@@ -100,6 +103,26 @@ def test_a_process_alone_agrees_with_itself(monkeypatch: pytest.MonkeyPatch) -> 
     world.close()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     assert restarts() == 2
+
+
+def test_segments_grow_but_under_wsl_or_where_the_user_says_how(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", changes.append)
+    for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(variable, raising=False)
+    for number, release in enumerate(("6.8.0-45-generic", "5.15.153.1-microsoft-standard-WSL2")):
+        file = tmp_path / str(number)
+        file.write_text(release + "\n")
+        assert is_wsl(file) == bool(number)
+        monkeypatch.setattr(device, "is_wsl", partial(is_wsl, file))
+        device.grow_segments()
+    assert not is_wsl(tmp_path / "none")
+    monkeypatch.setattr(device, "is_wsl", lambda: False)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
+    device.grow_segments()
+    assert changes == ["expandable_segments:True"]
 
 
 @pytest.mark.parametrize("ranks", [False, True])

@@ -123,12 +123,34 @@ def test_patience_ends_all_ranks(data: Path, tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "selection.jsonl")][-1] < 10
 
 
+def two_nodes(*arguments: object) -> list[subprocess.Popen[str]]:
+    """Start two torchruns that meet at an address, as on two machines that share the folder of the run."""
+    meet = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=test"]
+    return [torchrun(1, *meet, *arguments) for _ in range(2)]
+
+
 @pytest.mark.thorough
 def test_two_nodes_are_two_ranks(data: Path, tmp_path: Path) -> None:
-    """Start two torchruns that meet at an address, as on two machines that share the folder of the run."""
-    run, address = tmp_path / "run", f"127.0.0.1:{free_port()}"
-    meet = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={address}", "--rdzv-id=test"]
-    nodes = [torchrun(1, *meet, *train_flags(data, run)) for _ in range(2)]
+    codes, errors = finish(*two_nodes(*train_flags(data, tmp_path / "run")))
+    assert codes == [0, 0], errors
+    assert saved(tmp_path / "run")["num_ranks"] == 2
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("victim", [0, 1])
+def test_two_nodes_meet_again_after_a_loss(data: Path, tmp_path: Path, victim: int, bench_folder: None) -> None:
+    """One node restarts its rank and counts it; the other sees new members, and counts nothing."""
+    from survive import rank_pid
+
+    run = tmp_path / "run"
+    flags = train_flags(data, run, "--preset", "tiny", "--steps", 30, "--snapshot-seconds", 0)
+    nodes = two_nodes("--max-restarts=1", *flags)
+    first = read_until(nodes[0], "step=10,", nodes[1])  # which of them has rank 0
+    pid = rank_pid(nodes[(first + victim) % 2].pid, victim)
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
     codes, errors = finish(*nodes)
     assert codes == [0, 0], errors
-    assert saved(run)["num_ranks"] == 2
+    assert Checkpoints(run, keep=1, num_replicas=2).newest() == 30
+    steps = [line["step"] for line in read_metrics(run / "metrics.jsonl")]
+    assert steps == [1, 10, 20, 30]
