@@ -66,7 +66,7 @@ def test_the_flags_of_training_are_grouped_by_section(command: Command) -> None:
     text = " ".join(cli.unboxed(out).split())
     for words in (
         "--frames INT Clip length T in frames. (default: 8)",
-        "--cycle FLOAT Added term: weight of |G_X(G_Y(x)) - x| and its mirror. (default: 1.0)",
+        "--cycle FLOAT Added term: weight of |G_X(G_Y(x)) - x| and its mirror. (default: 10.0)",
         "transition: log D(a) - c ||a - a_true||, for each transition.",
     ):
         assert words in text
