@@ -37,8 +37,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from rlv2v import _native
 from rlv2v.cli import run_command
-from rlv2v.kernels.cpu import CODES
-from rlv2v.kernels.layout import gates_dtype
+from rlv2v.kernels.layout import CODES, gates_dtype
 
 CPU_SHAPES = [Shape(4, 8, 32, 32, 32, 32), Shape(2, 8, 16, 16, 64, 64), Shape(4, 8, 128, 128, 8, 8)]
 GPU_SIDES = {32: 32, 64: 16, 128: 8, 256: 8}

@@ -20,14 +20,14 @@ using rlv2v::Pointer;
 
 void forward(int dtype, std::int64_t rows, std::int64_t length, Address a, Address a_h, Address c_prev, Address h,
              Address c, Address gates, int num_threads) {
-  rlv2v::gates_forward({static_cast<rlv2v::GatesType>(dtype), rows, length, Pointer{a}, Pointer{a_h}, Pointer{c_prev},
+  rlv2v::gates_forward({static_cast<rlv2v::FloatType>(dtype), rows, length, Pointer{a}, Pointer{a_h}, Pointer{c_prev},
                         Pointer{h}, Pointer{c}, Pointer{gates}, num_threads});
 }
 
 void backward(int dtype, bool activated, std::int64_t rows, std::int64_t length, Address dh1, Address dh2,
               Address dc_out, Address carry_in, Address gates, Address c, Address c_prev, Address da, Address carry_out,
               int num_threads) {
-  rlv2v::gates_backward({static_cast<rlv2v::GatesType>(dtype), activated, rows, length, Pointer{dh1}, Pointer{dh2},
+  rlv2v::gates_backward({static_cast<rlv2v::FloatType>(dtype), activated, rows, length, Pointer{dh1}, Pointer{dh2},
                          Pointer{dc_out}, Pointer{carry_in}, Pointer{gates}, Pointer{c}, Pointer{c_prev}, Pointer{da},
                          Pointer{carry_out}, num_threads});
 }

@@ -20,6 +20,7 @@
 namespace rlv2v {
 
 void bind_gates(py::module_& m);
+void bind_norm(py::module_& m);
 void bind_slice(py::module_& m);
 void bind_persistent(py::module_& m);
 
@@ -304,6 +305,7 @@ PYBIND11_MODULE(_native, m) {
   });
   rlv2v::bind_replay(m);
   rlv2v::bind_gates(m);
+  rlv2v::bind_norm(m);
   rlv2v::bind_slice(m);
   rlv2v::bind_persistent(m);
 }

@@ -30,16 +30,20 @@ from torch import Tensor
 from rlv2v import _native
 from rlv2v.kernels.driver import BackwardOperands
 from rlv2v.kernels.layout import empty_frames, gates_dtype
-from rlv2v.kernels.triton import slices
-from rlv2v.kernels.triton.recurrence import DTYPES, TritonRecurrence, interpreted
+from rlv2v.kernels.triton import norms, slices
+from rlv2v.kernels.triton.recurrence import DTYPES, Launch, TritonRecurrence, interpreted
 from rlv2v.kernels.triton.tiles import KIB, SHARED_LIMIT, Tile
 
 CHANNELS = (3, 16, 32, 64, 256)  # masked without vectors; one of each row of the tile table, the last with two sums
 BINS = (6, 8)  # of a bilateral grid
+POOLS = ((1, 1), (2, 2))  # of the end of a block
+NORM_CALLS = ("none", "start", "state")  # without a normalisation, of a video's first frames, and of later ones
 WIDTHS = (4, 64)  # of square frames: a step of few programs and one of many
 # (state, keep gates, dcs, activated): training, training with a state, and with gates computed anew.
 CALLS = ((False, True, False, True), (True, True, True, True), (True, False, True, False))
-TYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+TYPE_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+# A kernel's dtype is that of the first of these that it takes.
+FRAMES = ("values", "x", "d_weight_bias", "weight", "dhs", "a", "frames")
 # Of a multiprocessor: shared memory, threads, programs. Each has 64K registers and keeps 1 KiB a program for itself.
 MULTIPROCESSOR = {86: (100 * KIB, 1536, 16), 90: (228 * KIB, 2048, 32)}
 REGISTERS, WARP = 65536, 32
@@ -63,8 +67,11 @@ class LaunchedKernel:
             return f"bins {constants['BINS']}, {constants['BLOCK']} pixels" + ", backward" * bool(
                 constants.get("BACKWARD")
             )
-        tile = "x".join(str(constants[name]) for name in ("BM", "BC", "BK") if name in constants)
         missing = [f"no {name}" for name, value in self.constants if value is None]
+        if "BM" not in constants:
+            window = f"window {constants['DOWN']}x{constants['RIGHT']}" if "DOWN" in constants else ""
+            return " ".join((f"C {constants['BC']} at once", *[window] * bool(window), *missing))
+        tile = "x".join(str(constants[name]) for name in ("BM", "BC", "BK") if name in constants)
         flags = [name.lower() for name, value in self.constants if value is True and name != "ACTIVATED"]
         recomputed = ["recomputed"] if constants.get("ACTIVATED") is False else []
         stages = options.get("num_stages", "-")
@@ -72,7 +79,7 @@ class LaunchedKernel:
 
     @property
     def dtype(self) -> str:
-        return next(kind for name, kind in self.signature if name in ("weight", "dhs", "a", "frames")).removeprefix("*")
+        return next(kind for frames in FRAMES for name, kind in self.signature if name == frames).removeprefix("*")
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,32 @@ def launched_kernels(
         )
         slices.forward(grid, guide, frames, record)
         slices.backward(grid, guide, frames, frames, [True] * 3, record)
+    for c, dtype, pool, kind in product(channels, dtypes, POOLS, NORM_CALLS):
+        run_norm_without_storage(c, dtype, pool, kind, record)
     return list(launched)
+
+
+def run_norm_without_storage(c: int, dtype: torch.dtype, pool: tuple[int, int], call: str, run: Launch) -> None:
+    """Run the end of a block, forward and backward, on tensors of the meta device."""
+    x = torch.empty(2, 2, c, 8, 8, dtype=dtype, device="meta")
+    small = torch.empty(2, 2, c, 8 // pool[0], 8 // pool[1], dtype=dtype, device="meta")
+    weight = torch.empty(c, device="meta")
+    moments = torch.empty(2, 2, c, dtype=torch.float64, device="meta")
+    counts, state = moments[..., 0], moments[0]
+    pooled = small if pool != (1, 1) else None
+    sizes, numbers = (2, 2, c, 8, 8, *pool), {"slope": 0.2, "eps": 1e-3}
+    tensors: dict[str, Any] = {"x": x, "residual": x, "activated": x, "pooled": pooled}
+    before = {"frames": counts[0], "mean": state, "square": state} if call != "start" else {}
+    if call != "none":
+        tensors |= {"weight": weight, "bias": weight, "y": small, **before}
+        tensors |= {"counts": counts, "means": moments, "squares": moments}
+    norms.forward(sizes, numbers, tensors, run)
+    tensors = {"activated": x, "values": small, "dy": small, "dx": x, "d_activated": None if call == "none" else x}
+    if call != "none":
+        tensors |= {"weight": weight, "d_weight": weight, "d_bias": weight, "means": moments, "squares": moments}
+    if before:
+        tensors |= {"frames": counts[0], "d_mean": state, "d_square": state, "d_means": moments, "d_squares": moments}
+    norms.backward(sizes, numbers, tensors, run)
 
 
 def run_without_storage(backend: TritonRecurrence, c: int, k: int, dtype: torch.dtype, width: int, *call: bool) -> None:
@@ -152,9 +184,10 @@ def compile_kernel(launched: LaunchedKernel) -> Row:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from rlv2v.kernels.triton import kernels, slice_kernels
+    from rlv2v.kernels.triton import kernels, norm_kernels, slice_kernels
 
-    kernel = getattr(kernels if hasattr(kernels, launched.kernel) else slice_kernels, launched.kernel)
+    modules = (kernels, slice_kernels, norm_kernels)
+    kernel = next(getattr(module, launched.kernel) for module in modules if hasattr(module, launched.kernel))
     signature = dict(launched.signature)
     pointers = [index for index, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
     attributes = {(index,): [["tt.divisibility", 16]] for index in pointers}
@@ -217,7 +250,7 @@ def print_row(row: Row | None) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m rlv2v.kernels.aot", description=__doc__.splitlines()[0])
-    names, table = list(TYPE_NAMES.values()), ("BM", "BC", "BK", "STAGES")
+    names, table = [TYPE_NAMES[dtype] for dtype in DTYPES], ("BM", "BC", "BK", "STAGES")
     parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_LIMIT, default=list(SHARED_LIMIT))
     parser.add_argument("--channels", type=int, nargs="+", default=CHANNELS, help="C, channels of the state")
     parser.add_argument("--kernel-size", type=int, nargs="+", default=(3,), help="k, width of w_h")

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from rlv2v import _native
+from rlv2v.kernels.autograd import register_autograd
 from rlv2v.kernels.layout import address
 from rlv2v.kernels.triton import slices
 
@@ -236,7 +237,5 @@ LIBRARY.impl("slice_apply", forward, "CompositeExplicitAutograd")
 LIBRARY.impl("slice_apply_backward", backward, "CompositeExplicitAutograd")
 torch.library.register_fake("rlv2v::slice_apply", forward_fake, lib=LIBRARY)
 torch.library.register_fake("rlv2v::slice_apply_backward", backward_fake, lib=LIBRARY)
-torch.library.register_autograd("rlv2v::slice_apply", differentiate, setup_context=setup_context, lib=LIBRARY)
-torch.library.register_autograd(
-    "rlv2v::slice_apply_backward", no_second_derivative, setup_context=save_backend, lib=LIBRARY
-)
+register_autograd(LIBRARY, "slice_apply", differentiate, setup_context)
+register_autograd(LIBRARY, "slice_apply_backward", no_second_derivative, save_backend)

@@ -8,7 +8,7 @@ It takes float32, bfloat16 and float16, picks AVX-512, AVX2 or portable code at 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
@@ -17,9 +17,8 @@ from torch import Tensor
 from rlv2v import _native
 from rlv2v.kernels.convolution import convolver, transposed
 from rlv2v.kernels.driver import BackwardOperands, Operands, Outputs, Problem
-from rlv2v.kernels.layout import address, dense, empty_frames, gates_dtype
+from rlv2v.kernels.layout import CODES, address, dense, empty_frames, empty_video, gates_dtype, video_strides
 
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CHUNK_BYTES = 4 << 20  # of pre-activations made at once: they are still in the caches when their step comes
 POOLED_BYTES = 1 << 20  # malloc itself reuses smaller buffers
 
@@ -105,8 +104,18 @@ def pooled_frames(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -
     """Return `empty_frames`, if large in reused memory: new pages would cost up to a tenth of a layer's time."""
     *outer, channels, height, width = shape
     dtype = dtype or like.dtype
-    count = prod(shape)
-    if count * dtype.itemsize < POOLED_BYTES:
+    if prod(shape) * dtype.itemsize < POOLED_BYTES:
         return empty_frames(like, *shape, dtype=dtype)
-    flat = torch.frombuffer(_native.Block(count * dtype.itemsize), dtype=dtype, count=count)
-    return flat.view(*outer, height, width, channels).movedim(-1, -3)
+    return from_pool(prod(shape), dtype).view(*outer, height, width, channels).movedim(-1, -3)
+
+
+def pooled_video(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return `empty_video`, if large in reused memory."""
+    if prod(shape) * like.element_size() < POOLED_BYTES:
+        return empty_video(like, shape)
+    return from_pool(prod(shape), like.dtype).as_strided(shape, video_strides(shape))
+
+
+def from_pool(count: int, dtype: torch.dtype) -> Tensor:
+    """Return `count` uninitialised elements of the pool."""
+    return torch.frombuffer(_native.Block(count * dtype.itemsize), dtype=dtype, count=count)

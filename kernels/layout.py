@@ -6,8 +6,12 @@ all T needs a copy. Channels come last because oneDNN and the tensor cores convo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FloatType of csrc/float_type.h
 
 
 def empty_frames(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -30,6 +34,26 @@ def dense(frames: Tensor) -> Tensor:
 def dense_or_none(frames: Tensor | None) -> Tensor | None:
     """Return `dense` of a state that may be missing."""
     return None if frames is None else dense(frames)
+
+
+def video_strides(shape: Sequence[int]) -> tuple[int, int, int, int, int]:
+    """Return the strides of frames (B,T,C,H,W) that are dense in the order T,B,H,W,C."""
+    batch, _, channels, height, width = shape
+    frame = channels * height * width
+    return frame, batch * frame, 1, width * channels, channels
+
+
+def empty_video(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return uninitialised memory of logical shape (B,T,C,H,W), dense in the order T,B,H,W,C, of `like`'s dtype."""
+    return torch.empty_strided(shape, video_strides(shape), dtype=like.dtype, device=like.device)
+
+
+def dense_video(video: Tensor) -> Tensor:
+    """Return the same values (B,T,C,H,W) dense in the order T,B,H,W,C: the tensor itself, or a copy if it is not."""
+    if video.stride() == video_strides(video.shape):
+        return video
+    # Strides of axes of size 1 do not count.
+    return video.permute(1, 0, 3, 4, 2).contiguous().permute(1, 0, 4, 2, 3)
 
 
 def like_weight(tensor: Tensor, weight: Tensor) -> Tensor:

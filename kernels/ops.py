@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rlv2v.kernels import driver
+from rlv2v.kernels.autograd import register_autograd
 from rlv2v.kernels.dispatch import recurrence
 from rlv2v.kernels.driver import Operands, Outputs, Problem, Recurrence
 from rlv2v.kernels.layout import (
@@ -142,8 +143,6 @@ LIBRARY.impl("convlstm", forward, "CompositeExplicitAutograd")
 LIBRARY.impl("convlstm_backward", backward, "CompositeExplicitAutograd")
 torch.library.register_fake("rlv2v::convlstm", forward_fake, lib=LIBRARY)
 torch.library.register_fake("rlv2v::convlstm_backward", backward_fake, lib=LIBRARY)
-torch.library.register_autograd("rlv2v::convlstm", differentiate, setup_context=setup_context, lib=LIBRARY)
+register_autograd(LIBRARY, "convlstm", differentiate, setup_context)
 # Without this, autograd would record what a backend does inside, or miss it where pointers do the work.
-torch.library.register_autograd(
-    "rlv2v::convlstm_backward", no_second_derivative, setup_context=save_backend, lib=LIBRARY
-)
+register_autograd(LIBRARY, "convlstm_backward", no_second_derivative, save_backend)

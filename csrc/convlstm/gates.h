@@ -13,14 +13,14 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace rlv2v {
+#include "float_type.h"
 
-enum class GatesType : int { kF32 = 0, kBf16 = 1, kF16 = 2 };  // of a, h and their gradients
+namespace rlv2v {
 
 // Each element is read before it is written, so an output may be an input of equal element size, but not overlap it
 // otherwise. Writing gates over a, and da over gates, is fastest: no cache line is fetched only to be written.
 struct GatesForward {
-  GatesType type;
+  FloatType type;  // of a, h and their gradients
   std::int64_t rows, length;
   const void* a;        // (rows, 4 length) type
   const void* a_h;      // (rows, 4 length) type, added to a in f32; null: nothing to add
@@ -32,7 +32,7 @@ struct GatesForward {
 };
 
 struct GatesBackward {
-  GatesType type;
+  FloatType type;
   bool activated;  // gates are as forward wrote them; else pre-activations in type
   std::int64_t rows, length;
   const void* dh1;        // (rows, length) type; null: zero
@@ -57,7 +57,7 @@ struct GatesBlock {
   std::size_t first, last, begin, end;
 };
 
-// The functions of one instruction set, by GatesType.
+// The functions of one instruction set, by FloatType.
 struct GatesKernels {
   void (*forward[3])(const GatesForward& step, const GatesBlock& block);
   void (*backward[3])(const GatesBackward& step, const GatesBlock& block);

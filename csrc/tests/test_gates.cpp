@@ -16,18 +16,18 @@ namespace {
 
 using rlv2v::GatesBackward;
 using rlv2v::GatesForward;
-using rlv2v::GatesType;
+using rlv2v::FloatType;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 constexpr double kMaths = 3e-7;
 constexpr double kF32 = 0x1p-24;
-constexpr GatesType kTypes[] = {GatesType::kF32, GatesType::kBf16, GatesType::kF16};
+constexpr FloatType kTypes[] = {FloatType::kF32, FloatType::kBf16, FloatType::kF16};
 
-Format format_of(GatesType type) {
-  return type == GatesType::kF32 ? kSingle : type == GatesType::kBf16 ? kBfloat16 : kFloat16;
+Format format_of(FloatType type) {
+  return type == FloatType::kF32 ? kSingle : type == FloatType::kBf16 ? kBfloat16 : kFloat16;
 }
-Format stored_as(GatesType type) { return type == GatesType::kF32 ? kSingle : kFloat16; }
+Format stored_as(FloatType type) { return type == FloatType::kF32 ? kSingle : kFloat16; }
 
 double sigmoid(double x) { return x >= 0.0 ? 1.0 / (1.0 + std::exp(-x)) : std::exp(x) / (1.0 + std::exp(x)); }
 
@@ -44,7 +44,7 @@ struct Shape {
 };
 
 struct Forward {
-  Forward(GatesType of, Shape is, std::uint64_t seed)
+  Forward(FloatType of, Shape is, std::uint64_t seed)
       : type(of), shape(is), a(format_of(of), 4 * is.size()), a_h(a), c_prev(kSingle, is.size()),
         h(format_of(of), is.size()), c(c_prev), gates(stored_as(of), 4 * is.size()) {
     a.fill(seed, -6.0, 6.0);
@@ -83,13 +83,13 @@ struct Forward {
     }
   }
 
-  GatesType type;
+  FloatType type;
   Shape shape;
   Array a, a_h, c_prev, h, c, gates;
 };
 
 struct Backward {
-  Backward(GatesType of, Shape is, bool is_activated, std::uint64_t seed)
+  Backward(FloatType of, Shape is, bool is_activated, std::uint64_t seed)
       : type(of), shape(is), activated(is_activated), dh1(format_of(of), is.size()), dh2(dh1),
         dc_out(kSingle, is.size()), carry(dc_out), gates(is_activated ? stored_as(of) : format_of(of), 4 * is.size()),
         c(dc_out), c_prev(dc_out), da(format_of(of), 4 * is.size()), carry_out(dc_out) {
@@ -147,7 +147,7 @@ struct Backward {
     }
   }
 
-  GatesType type;
+  FloatType type;
   Shape shape;
   bool activated;
   Array dh1, dh2, dc_out, carry, gates, c, c_prev, da, carry_out;
@@ -157,7 +157,7 @@ void shapes_and_nulls() {
   std::vector<std::size_t> lengths{64, 100, 1000};
   for (std::size_t length = 1; length <= 40; ++length) lengths.push_back(length);
   unsigned present = 0;
-  for (const GatesType type : kTypes) {
+  for (const FloatType type : kTypes) {
     for (const std::size_t length : lengths) {
       for (std::size_t rows = 1; rows <= 5; ++rows, present += 5) {
         Forward(type, {rows, length}, present).run_and_check(present % 8U);
@@ -177,7 +177,7 @@ void shapes_and_nulls() {
 void extremes() {
   const std::vector<double> values{0.0,   -0.0, 1e-8, -1e-8, 88.0,  -88.0,     104.0,     -104.0,
                                    1e4,   -1e4, 3e38, -3e38, kInfinity, -kInfinity, kNan};
-  for (const GatesType type : kTypes) {
+  for (const FloatType type : kTypes) {
     const Shape shape{6, values.size()};
     Forward forward(type, shape, 1);
     Backward backward(type, shape, false, 2);
@@ -207,7 +207,7 @@ void extremes() {
 // Tests f32 sigmoid and tanh over their full range; tanh relative to its own size, with the sign of its argument.
 void maths() {
   constexpr std::size_t kCount = 20000;
-  Forward forward(GatesType::kF32, {1, kCount}, 4);
+  Forward forward(FloatType::kF32, {1, kCount}, 4);
   const Draws draws(5);
   for (std::size_t k = 0; k < kCount; ++k) {
     const double x = std::exp2(draws.uniform(k) * 50.0 - 42.0) * (k % 2 == 0 ? 1.0 : -1.0);
@@ -226,7 +226,7 @@ void maths() {
 // dh, da_g = carry = dc_out; with o = 1 and c = 0 it is dh.
 void conversions() {
   constexpr std::size_t kCount = 65536;
-  for (const GatesType type : {GatesType::kBf16, GatesType::kF16}) {
+  for (const FloatType type : {FloatType::kBf16, FloatType::kF16}) {
     Backward one(type, {1, kCount}, true, 0);
     const Draws draws(6);
     for (std::size_t k = 0; k < kCount; ++k) {
@@ -244,7 +244,7 @@ void conversions() {
       const double exact = one.dc_out[k];
       const std::uint32_t got = one.da.bits(one.shape.gate(k, 3));
       const Format format = one.da.format();
-      const bool flushed = type == GatesType::kBf16 && std::fabs(exact) < format.min_normal() && (got & 0x7fffU) == 0;
+      const bool flushed = type == FloatType::kBf16 && std::fabs(exact) < format.min_normal() && (got & 0x7fffU) == 0;
       CHECK(std::isnan(exact) ? std::isnan(format.decode(got)) : flushed || got == format.encode(exact));
     }
     for (std::size_t k = 0; k < kCount; ++k) one.gates.set(one.shape.gate(k, 2), 1.0);
@@ -261,7 +261,7 @@ void conversions() {
 
 // The same bits in place, and on any number of threads.
 void in_place_and_threads() {
-  for (const GatesType type : kTypes) {
+  for (const FloatType type : kTypes) {
     for (const Shape shape : {Shape{5, 3}, Shape{4, 21}, Shape{3, 22001}, Shape{2100, 32}, Shape{23000, 3}}) {
       Forward apart(type, shape, 7);
       Forward inside(apart);
@@ -296,13 +296,13 @@ bool refused(void (*run)(const Step&), Step step, void (*spoil)(Step&)) {
 }
 
 void refusals() {
-  Forward forward(GatesType::kF32, {2, 3}, 9);
-  Backward backward(GatesType::kF32, {2, 3}, true, 9);
+  Forward forward(FloatType::kF32, {2, 3}, 9);
+  Backward backward(FloatType::kF32, {2, 3}, true, 9);
   using Step = GatesForward;
   using Back = GatesBackward;
   void (*const bad_steps[])(Step&) = {
       [](Step& step) { step.a = nullptr; }, [](Step& step) { step.h = nullptr; },
-      [](Step& step) { step.c = nullptr; }, [](Step& step) { step.type = static_cast<GatesType>(3); },
+      [](Step& step) { step.c = nullptr; }, [](Step& step) { step.type = static_cast<FloatType>(3); },
       [](Step& step) { step.rows = -1; },   [](Step& step) { step.rows = step.length = std::int64_t{1} << 31; },
       [](Step& step) { step.num_threads = 0; }};
   for (const auto spoil : bad_steps) CHECK(refused(&rlv2v::gates_forward, forward.step(), spoil));
@@ -310,7 +310,7 @@ void refusals() {
                                       [](Back& step) { step.da = nullptr; }, [](Back& step) { step.length = -1; }};
   for (const auto spoil : bad_backs) CHECK(refused(&rlv2v::gates_backward, backward.step(), spoil));
   CHECK(throws<std::invalid_argument>([] { rlv2v::choose_isa("none"); }));
-  rlv2v::gates_forward({GatesType::kF32, 0, 5, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 1});
+  rlv2v::gates_forward({FloatType::kF32, 0, 5, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 1});
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ from typing import Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, conv2d, interpolate, leaky_relu
+from torch.nn.functional import conv2d, interpolate
 
 from rlv2v.model.conv_lstm import ConvLSTM, LSTMState
 from rlv2v.model.frames import RunMode, State, cat_channels, per_frame
@@ -27,16 +27,21 @@ SLOPE = 0.2  # of every LeakyReLU
 
 
 class Residual(nn.Module):
-    """R: LeakyReLU(ConvLSTM(x) + skip(x)). The skip is the identity, or a 1x1 convolution where the widths differ."""
+    """R: LeakyReLU(ConvLSTM(x) + skip(x)). The skip is the identity, or a 1x1 convolution where the widths differ.
+
+    Returned are the two summands: R ends in the normalisation that follows it, which reads each frame once for both.
+    """
 
     def __init__(self, c_in: int, c_out: int, *, horizon: int = 0) -> None:
         super().__init__()
         self.convlstm = ConvLSTM(c_in, c_out, horizon=horizon)
         self.skip = nn.Parameter(nn.init.xavier_uniform_(torch.empty(c_out, c_in, 1, 1))) if c_in != c_out else None
 
-    def forward(self, x: Tensor, state: LSTMState | None = None, **mode: Unpack[RunMode]) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: LSTMState | None = None, **mode: Unpack[RunMode]
+    ) -> tuple[Tensor, Tensor, State]:
         h, state = self.convlstm(x, state, **mode)
-        return leaky_relu(h + (x if self.skip is None else per_frame(conv2d, x, self.skip)), SLOPE), state
+        return h, x if self.skip is None else per_frame(conv2d, x, self.skip), state
 
 
 class RPB(nn.Module):
@@ -49,10 +54,10 @@ class RPB(nn.Module):
 
     def forward(self, x: Tensor, state: State = None, **mode: Unpack[RunMode]) -> tuple[Tensor, Tensor, State]:
         lstm_state, moments = state or (None, None)
-        skip, lstm_state = self.residual(x, lstm_state, **mode)
-        pool = tuple(min(2, n) for n in skip.shape[-2:])
-        y, moments = self.norm(per_frame(avg_pool2d, skip, pool), moments, **mode)
-        return y, skip, (lstm_state, moments)
+        h, skip, lstm_state = self.residual(x, lstm_state, **mode)
+        pool = (min(2, h.shape[-2]), min(2, h.shape[-1]))
+        y, a, moments = self.norm.activate_and_normalise(h, skip, moments, slope=SLOPE, pool=pool, **mode)
+        return y, a, (lstm_state, moments)
 
 
 class URB(nn.Module):
@@ -66,8 +71,8 @@ class URB(nn.Module):
     def forward(self, x: Tensor, skip: Tensor, state: State = None, **mode: Unpack[RunMode]) -> tuple[Tensor, State]:
         lstm_state, moments = state or (None, None)
         upsampled = per_frame(interpolate, x, skip.shape[-2:])
-        y, lstm_state = self.residual(cat_channels(upsampled, skip), lstm_state, **mode)
-        y, moments = self.norm(y, moments, **mode)
+        h, skip, lstm_state = self.residual(cat_channels(upsampled, skip), lstm_state, **mode)
+        y, _, moments = self.norm.activate_and_normalise(h, skip, moments, slope=SLOPE, **mode)
         return y, (lstm_state, moments)
 
 

@@ -30,6 +30,7 @@ from rlv2v.model.frames import State, attributes_set
 from rlv2v.model.generator import Generator
 from rlv2v.model.grid import GridTranslator
 from rlv2v.model.networks import Translator
+from rlv2v.model.norm import SequenceNorm
 
 NAMES = ("start", "step")
 SUFFIXES = (".onnx", ".pt2")
@@ -177,8 +178,9 @@ def trace(g: Generator, horizon: int) -> Iterator[tuple[str, Any, list[str], lis
 
 
 def standard_operators(g: Generator) -> Any:
-    """Return a context in which the ConvLSTMs run by their definition, which is plain torch."""
-    return attributes_set((layer, "backend", "reference") for layer in g.modules() if isinstance(layer, ConvLSTM))
+    """Return a context in which ConvLSTMs and normalisations run by their definition, which is plain torch."""
+    layers = (layer for layer in g.modules() if isinstance(layer, (ConvLSTM, SequenceNorm)))
+    return attributes_set((layer, "backend", "reference") for layer in layers)
 
 
 @contextmanager

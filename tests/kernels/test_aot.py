@@ -41,6 +41,14 @@ def test_kernels_of_the_table_neither_spill_nor_take_too_much_memory(tmp_path: P
         assert (row["tensor_core_products"] > 0) == (row["dtype"] == "fp16"), row
 
 
+@pytest.mark.thorough
+def test_kernels_of_the_end_of_a_block_do_not_spill() -> None:
+    kernels = "activate|normalise|sums|spread|add_clips"
+    done = check("--channels", "16", "--dtype", "fp32", "bf16", "--only", f"^({kernels}) ")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(f" {name} " in done.stdout for name in kernels.split("|"))
+
+
 @pytest.mark.parametrize(
     ("tile", "fault", "only"),
     [
