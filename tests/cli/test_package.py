@@ -39,6 +39,7 @@ def test_only_the_bindings_know_python() -> None:
         "batch_ring.h",
         "bind_gates.cpp",
         "bind_persistent.cpp",
+        "bind_norm.cpp",
         "bind_slice.cpp",
         "bindings.cpp",
     }
