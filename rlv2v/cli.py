@@ -19,7 +19,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from rlv2v import __version__
+from rlv2v import __version__, end_at_once
 from rlv2v.crop_size import CropSize
 from rlv2v.errors import UserError, nearest
 from rlv2v.runtime.interrupt import Stop
@@ -68,6 +68,8 @@ def run_command(main: Callable[[Args], None], args_type: type[Args] | Any, *, de
     with 128 + the signal's number and one line. Any other exception is a bug and keeps its traceback (exit code 1).
     description: for `--help`; by default the docstring of `args_type`.
     """
+    if signal.getsignal(signal.SIGINT) is end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file name may hold what its encoding has no character for
         sys.stdout.reconfigure(errors="backslashreplace")
     module = sys.modules["__main__"].__spec__
@@ -163,6 +165,8 @@ def main() -> None:
     """Run the console script `rlv2v`: `rlv2v train ...` is `python -m rlv2v.train ...`; alone it prints an overview."""
     command, rest = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
     if command in COMMANDS:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, end_at_once)
         sys.argv = [f"rlv2v {command}", *rest]
         runpy.run_module(f"rlv2v.{command}", run_name="__main__", alter_sys=True)
     elif command in ("-h", "--help"):

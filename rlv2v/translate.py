@@ -20,7 +20,7 @@ import tyro
 from rlv2v.checkpoint.export import load_translator
 from rlv2v.cli import Device, RunFolder, run_command
 from rlv2v.data.batch import Pair, find_pairs, named
-from rlv2v.data.live import is_stdin
+from rlv2v.data.live import is_pipe
 from rlv2v.data.y4m import is_stdout
 from rlv2v.errors import UserError, first_line, get_logger, one_line
 from rlv2v.runtime.device import set_threads
@@ -39,7 +39,7 @@ class Args(Settings):
     run: RunFolder
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
     """Video file that PyAV reads, a folder of numbered images, or many videos: a folder of them at any depth, or
-    @list.txt, a text file with a path a line. -: stdin, y4m or what else can be read from a pipe."""
+    @list.txt, a text file with a path a line. - or a named pipe: y4m or what else can be read once."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Video to write (.mp4, .mov, .mkv, .webm, .gif), in a folder that exists, or images (NEW_FOLDER/%05d.png, .jpg,
     .webp). It appears when all frames are done. Of many videos: a folder, made if need be. -: y4m to stdout, each
@@ -101,7 +101,7 @@ def main(args: Args) -> None:
     """
     plan = check_args(args)
     set_threads(args.threads)
-    is_device = args.is_live(args.source) and not is_stdin(args.source)
+    is_device = args.is_live(args.source) and not is_pipe(args.source)
     with Interrupt() if is_device else raised() as interrupted:
         world = connect(args.device)
         try:

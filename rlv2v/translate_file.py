@@ -19,7 +19,7 @@ from rlv2v.data.clock import DEFAULT_FPS, MAX_FPS
 from rlv2v.data.containers import CODECS, choose_codec
 from rlv2v.data.damage import Faults
 from rlv2v.data.decoding import Deinterlace, TimedFrame
-from rlv2v.data.live import is_stdin, open_live
+from rlv2v.data.live import is_pipe, open_live
 from rlv2v.data.sequence import SequenceWriter, check_sequence, is_sequence
 from rlv2v.data.tracks import Tracks
 from rlv2v.data.video import Probe, kind_of, probe, resampled, timed_frames
@@ -68,8 +68,8 @@ class Settings:
     of stdin if its content does not show it."""
 
     def is_live(self, source: Path) -> bool:
-        """Return whether a source is stdin or a device, which can be read once only."""
-        return is_stdin(source) or self.input_format is not None
+        """Return whether a source is stdin, a pipe or a device, which can be read once only."""
+        return is_pipe(source) or self.input_format is not None
 
 
 def choose_encoding(settings: Settings, out: Path) -> str:

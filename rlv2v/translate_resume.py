@@ -25,7 +25,7 @@ from rlv2v import __version__
 from rlv2v.checkpoint.state_files import parse_state
 from rlv2v.config import Config
 from rlv2v.data.index import file_key
-from rlv2v.data.live import is_stdin
+from rlv2v.data.live import is_pipe
 from rlv2v.data.sequence import is_sequence
 from rlv2v.data.y4m import is_stdout
 from rlv2v.errors import UserError, get_logger
@@ -62,7 +62,7 @@ def is_there(out: Path) -> bool:
 
 def reason_against(source: Path, out: Path, input_format: str | None) -> str:
     """Return why a translation cannot go on after a stop; empty if it can."""
-    if is_stdin(source) or input_format is not None:
+    if is_pipe(source) or input_format is not None:
         return f"{source} can be read once only"
     if not (source.is_file() or source.is_dir()):
         return f"{source} is neither a file nor a folder"

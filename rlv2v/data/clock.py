@@ -16,6 +16,7 @@ import numpy as np
 DEFAULT_FPS = Fraction(25)
 """Of what has no clock: folders of images, raw clips, one picture."""
 MAX_FPS = 1000
+MIN_FPS = Fraction(1, 3600)
 MIN_STEP = Fraction(1, 1000)
 """Seconds between two frames, at least: where times repeat or run back."""
 RESET, GAP = 1, 10
@@ -31,9 +32,9 @@ MAX_GAP = 3600
 
 
 def declared_rate(stream: av.VideoStream) -> Fraction | None:
-    """Return the frames a second that a file declares or FFmpeg guesses; None where that is no rate up to 1000."""
+    """Return the frames a second that a file declares or FFmpeg guesses; None where that is none from `MIN_FPS` on."""
     rate = stream.average_rate or stream.guessed_rate
-    return Fraction(rate) if rate and 0 < rate <= MAX_FPS else None
+    return Fraction(rate) if rate and MIN_FPS <= rate <= MAX_FPS else None
 
 
 def without_leaps(seconds: np.ndarray, step: float) -> np.ndarray:

@@ -27,7 +27,9 @@ class Container:
     audio_encoder: str | None
     """What other sound is encoded with; None: it is left out."""
     subtitles: frozenset[str]
-    """Subtitles that are copied; others are left out."""
+    """Subtitles that are copied."""
+    subtitle_encoder: str | None
+    """What other subtitles of text are encoded with; None: they are left out, as pictures are."""
     in_decoding_order: bool = False
     """Whether the picture decoded last ends the file, though another one may be shown last."""
 
@@ -58,17 +60,25 @@ MPEG_AUDIO = frozenset({"aac", "mp3", "ac3", "eac3", "alac"})
 CONTAINERS: Mapping[str, Container] = MappingProxyType(
     {
         ".mp4": Container(
-            ("h264", "hevc", "vp9", "av1"), MPEG_AUDIO | {"flac", "opus"}, "aac", frozenset({"mov_text"}), True
+            ("h264", "hevc", "vp9", "av1"),
+            MPEG_AUDIO | {"flac", "opus"},
+            "aac",
+            frozenset({"mov_text"}),
+            "mov_text",
+            True,
         ),
-        ".mov": Container(("h264", "hevc"), MPEG_AUDIO | PCM - {"pcm_u8"}, "aac", frozenset({"mov_text"}), True),
+        ".mov": Container(
+            ("h264", "hevc"), MPEG_AUDIO | PCM - {"pcm_u8"}, "aac", frozenset({"mov_text"}), "mov_text", True
+        ),
         ".mkv": Container(
             ("h264", "hevc", "vp9", "av1", "ffv1"),
             MPEG_AUDIO | PCM | {"flac", "opus", "vorbis", "dts", "truehd", "mp2"},
             "aac",
             frozenset({"subrip", "ass", "webvtt", "dvd_subtitle", "hdmv_pgs_subtitle", "dvb_subtitle"}),
+            "subrip",
         ),
-        ".gif": Container(("gif",), frozenset(), None, frozenset()),
-        ".webm": Container(("vp9", "av1"), frozenset({"opus", "vorbis"}), "libopus", frozenset({"webvtt"})),
+        ".gif": Container(("gif",), frozenset(), None, frozenset(), None),
+        ".webm": Container(("vp9", "av1"), frozenset({"opus", "vorbis"}), "libopus", frozenset({"webvtt"}), "webvtt"),
     }
 )
 CODECS: Mapping[str, Codec] = MappingProxyType(

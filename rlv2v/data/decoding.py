@@ -15,7 +15,7 @@ from av.stream import Disposition
 
 from rlv2v.data.clock import Clock, Timeline
 from rlv2v.data.damage import Faults, Gaps, Tally, ending
-from rlv2v.data.upright import Upright, pixel_aspect
+from rlv2v.data.upright import Upright, matrix_of, pixel_aspect
 from rlv2v.errors import UserError
 
 Deinterlace = Literal["auto", "on", "off"]
@@ -40,7 +40,12 @@ class TimedFrame(NamedTuple):
 
 def open_video(path: Path) -> av.container.InputContainer:
     """Open with PyAV and check that there is a video in it (see `stream_of`); the caller closes it."""
-    return open_named(path.as_posix() if path.is_absolute() else f"./{path.as_posix()}", path)
+    return open_named(file_name(path), path)
+
+
+def file_name(path: Path) -> str:
+    """Return what FFmpeg calls a file, whose name may have a colon."""
+    return path.as_posix() if path.is_absolute() else f"./{path.as_posix()}"
 
 
 def open_named(name: str, path: Path, form: str | None = None) -> av.container.InputContainer:
@@ -107,7 +112,7 @@ def decode(
     """
     with open_video(path) as container:
         stream = stream_of(container)
-        upright, clock = Upright(size, pixel_aspect(stream)), Clock(stream)
+        upright, clock = Upright(size, pixel_aspect(stream), path), Clock(stream)
         for frame in deinterlaced(pictures(path, container, faults), deinterlace):
             yield TimedFrame(upright(frame), clock.time_of(frame), clock.duration_of(frame))
 
@@ -241,7 +246,7 @@ class Deinterlacer:
         source = self._graph.add(
             "buffer",
             f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base=1/1000"
-            f":colorspace={frame.colorspace}:range={frame.color_range}",
+            f":colorspace={matrix_of(frame)}:range={frame.color_range}",
         )
         deint = "all" if mode == "on" else "interlaced"
         bwdif = self._graph.add("bwdif", f"mode=send_frame:parity=auto:deint={deint}")

@@ -22,12 +22,14 @@ from rlv2v.data.clock import Timeline, declared_rate, measured_rate
 from rlv2v.data.damage import CUT_OFF, ONE_PICTURE_A_PACKET, Tally, ending
 from rlv2v.data.decoding import decoder_of, open_video, stream_of
 from rlv2v.data.hdr import CURVES
-from rlv2v.data.upright import has_alpha, is_limited_601, pixel_aspect, square_size, turn_of
+from rlv2v.data.upright import Upright, has_alpha, is_limited_601, matrix_of, pixel_aspect, square_size, turn_of
 from rlv2v.data.video import Kind
 from rlv2v.errors import UserError, one_line
 
 UNKNOWN = -(2**63)
 """The time of a frame that has none, as FFmpeg writes it."""
+PROBE_SIZE = (64, 64)
+"""Width and height to which a frame of each shape is converted, to see that it can be."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ def decode_video(path: Path, stop: threading.Event) -> Source:
         Stopped: `stop` is set.
     """
     times, expected = array("q"), array("q")
-    sizes, plain, interlaced, damage, first, tally = set(), True, False, "", None, Tally()
+    shapes: set[tuple[int, int, str, int]] = set()
+    plain, interlaced, damage, first, tally = True, False, "", None, Tally()
     with open_video(path) as container:
         stream = stream_of(container)
         decoder, timeline, aspect = decoder_of(stream), Timeline(container, stream), pixel_aspect(stream)
@@ -140,8 +143,11 @@ def decode_video(path: Path, stop: threading.Event) -> Source:
                 for frame in decoder.decode(packet if packet.size else None):
                     if frame.is_corrupt:
                         raise UserError(f"frame {len(times)} is damaged")
+                    shape = frame.width, frame.height, frame.format.name, matrix_of(frame)
+                    if shape not in shapes:
+                        Upright(PROBE_SIZE)(frame)  # what cannot be converted cannot be read
+                        shapes.add(shape)
                     first = first or frame
-                    sizes.add((frame.width, frame.height))
                     interlaced |= frame.interlaced_frame
                     plain &= not any(turn_of(frame)) and frame.color_trc not in CURVES
                     ticks = frame.dts if timeline.misguessed else frame.pts
@@ -158,7 +164,8 @@ def decode_video(path: Path, stop: threading.Event) -> Source:
         seconds = ticks_shown[ticks_shown != UNKNOWN] * float(stream.time_base or 0)
         fps = measured_rate(seconds, declared_rate(stream))
         trimmed = stream.frames not in (0, num) or timeline.num_parts > 1  # DALI may number what an edit list hides
-        plain &= len(sizes) == 1 and not (interlaced or trimmed or damage or has_alpha(first)) and aspect == 1
+        plain &= len({(width, height) for width, height, *_ in shapes}) == 1 and aspect == 1
+        plain &= not (interlaced or trimmed or damage or has_alpha(first))
         sides = square_size(first.width, first.height, aspect)
         width, height = sides[::-1] if turn_of(first)[0] else sides
     plain &= pixels == "gbrp" or is_limited_601(first)

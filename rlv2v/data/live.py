@@ -1,4 +1,4 @@
-"""Read what can be read once only and has no name of its own: stdin, and cameras and screens by libavdevice."""
+"""Read what can be read once only: stdin, named pipes, and cameras and screens by libavdevice."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import av
 
 from rlv2v.data.clock import DEFAULT_FPS, Clock, declared_rate
 from rlv2v.data.damage import Faults
-from rlv2v.data.decoding import Deinterlace, TimedFrame, deinterlaced, open_named, pictures, stream_of
+from rlv2v.data.decoding import Deinterlace, TimedFrame, deinterlaced, file_name, open_named, pictures, stream_of
 from rlv2v.data.upright import Upright, pixel_aspect
 from rlv2v.data.video import Probe, describe
 from rlv2v.errors import UserError, nearest
@@ -24,12 +24,18 @@ def is_stdin(source: Path) -> bool:
     return source == STDIN
 
 
+def is_pipe(source: Path) -> bool:
+    """Return whether a source is stdin or a named pipe, such as `<(command)` in a shell."""
+    return is_stdin(source) or source.is_fifo()
+
+
 def open_live(
     source: Path, form: str | None = None, *, deinterlace: Deinterlace = "auto", faults: Faults | None = None
 ) -> tuple[Probe, Iterator[TimedFrame]]:
     """Open a stream and read its first frame; return what it declares, and all its frames.
 
-    source: `-` for stdin, else what FFmpeg's input `form` calls it: `/dev/video0` for v4l2, `:0` for x11grab.
+    source: `-` for stdin, a named pipe, or what FFmpeg's input `form` calls it: `/dev/video0` for v4l2, `:0` for
+    x11grab.
     form: FFmpeg's name of the format or device; None: found by the content.
     deinterlace, faults: as for `rlv2v.data.decoding.decode`.
 
@@ -41,7 +47,8 @@ def open_live(
         raise UserError(f"--input-format: this PyAV has no {form}{nearest(form, known)}")
     if is_stdin(source) and os.isatty(0):
         raise UserError("-: stdin is a terminal; expected a pipe or a file with a video")
-    container = open_named("pipe:0" if is_stdin(source) else str(source), source, form)
+    name = "pipe:0" if is_stdin(source) else file_name(source) if is_pipe(source) else str(source)
+    container = open_named(name, source, form)
     stream = stream_of(container)
     frames = pictures(source, container, faults)
     first = next(frames, None)
@@ -52,7 +59,7 @@ def open_live(
 
     def timed() -> Iterator[TimedFrame]:
         with container:
-            upright, clock = Upright((video.width, video.height), pixel_aspect(stream)), Clock(stream)
+            upright, clock = Upright((video.width, video.height), pixel_aspect(stream), source), Clock(stream)
             for frame in deinterlaced(chain([first], frames), deinterlace):
                 yield TimedFrame(upright(frame), clock.time_of(frame), clock.duration_of(frame))
 

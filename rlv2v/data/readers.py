@@ -40,7 +40,7 @@ class OpenVideo:
 
     def __init__(self, source: Source, times: Times, size: Size, files: SharedFiles) -> None:
         self.size, self.pixels, self._times = size, source.width * source.height, times
-        self._upright, self._interlaced = Upright(size), source.interlaced
+        self._upright, self._interlaced = Upright(size, path=source.path), source.interlaced
         self._skips = source.codec in SKIPPABLE and not source.interlaced
         self._file = files.file(source)
         self.num_frames = source.num_frames if isinstance(self._file, OwnFile) else 0

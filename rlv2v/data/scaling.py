@@ -26,6 +26,18 @@ def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
     return scaled
 
 
+def shrink(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Scale (H,W,3) down to a small picture as `resize` does, to a level or so, in less than half the time for video.
+
+    While it is ten times as large, every 2x2 pixels become one first, which OpenCV is fast at.
+    """
+    rows, columns = image.shape[:2]
+    while rows % 2 == columns % 2 == 0 and rows >= 10 * height and columns >= 10 * width:
+        rows, columns = rows // 2, columns // 2
+        image = resize(image, columns, rows)
+    return resize(image, width, height)
+
+
 def fit_size(width: int, height: int, size: int) -> tuple[int, int]:
     """Return (width, height) scaled so that the short side is `size`; the aspect stays."""
     return cover_size(width, height, CropSize(size, size))

@@ -37,7 +37,7 @@ class Tracks:
         self._path, self._start, self._audio = source, start, audio
         self._input = open_video(source)
         self._video: Any = stream_of(self._input)
-        self._writers: dict[int, Copy | Transcode] = {}
+        self._writers: dict[int, Copy | Transcode | Rewrite] = {}
         self._packets: Iterator[av.Packet[Any]] = iter(())
         self._next: av.Packet[Any] | None = None
 
@@ -51,19 +51,24 @@ class Tracks:
         for track in tracks:
             if (track.type == "audio" and not self._audio) or track.type not in ("audio", "subtitle"):
                 continue
-            codec = track.codec_context.codec.canonical_name if track.codec_context else None
+            codec = track.codec_context.codec if track.codec_context else None
+            name = codec.canonical_name if codec else "unknown codec"
+            kind, fits = ("sound", container.audio) if track.type == "audio" else ("subtitles", container.subtitles)
             try:
-                if codec in (container.audio if track.type == "audio" else container.subtitles):
-                    writer: Copy | Transcode = Copy(track, output)
-                elif codec is not None and track.type == "audio" and container.audio_encoder:
+                if name in fits:
+                    writer: Copy | Transcode | Rewrite = Copy(track, output)
+                elif codec and track.type == "audio" and container.audio_encoder:
                     writer = Transcode(track, output, container.audio_encoder)
-                    name = writer.stream.codec_context.codec.canonical_name
-                    log.warning("%s: %s sound does not fit into the output; encoded as %s", self._path, codec, name)
+                elif codec and codec.text_sub and container.subtitle_encoder:
+                    writer = Rewrite(track, output, container.subtitle_encoder)
                 else:
                     raise ValueError
             except (ValueError, av.FFmpegError):
-                left_out.append(f"{'sound' if track.type == 'audio' else 'subtitles'} ({codec or 'unknown codec'})")
+                left_out.append(f"{kind} ({name})")
                 continue
+            if not isinstance(writer, Copy):
+                new = writer.stream.codec_context.codec.canonical_name
+                log.warning("%s: the output cannot hold %s (%s); encoded as %s", self._path, kind, name, new)
             copy_tags(track, writer.stream)
             self._writers[track.index] = writer
         if left_out:
@@ -147,11 +152,45 @@ class Copy:
         self._output, self._last = output, Fraction(-(10**9))
 
     def write(self, packet: av.Packet[Any]) -> None:
-        """Write a packet, unless its time is taken: two recordings in one file may overlap by a few."""
-        if time_of(packet) > self._last:
-            self._last = time_of(packet)
-            packet.stream = self.stream
-            self._output.mux(packet)
+        """Write a packet, unless it is sound whose time is taken: two recordings in one file may overlap by a few."""
+        if time_of(packet) <= self._last:
+            if self.stream.type == "audio":
+                return
+            put_after(packet, self._last)
+        self._last = time_of(packet)
+        packet.stream = self.stream
+        self._output.mux(packet)
+
+    def finish(self, end: Fraction) -> None:
+        """Do nothing: all is written."""
+
+
+class Rewrite:
+    """Encode a track of subtitles anew, which are text: each shows the same words, in italics and bold where it did."""
+
+    def __init__(self, track: Any, output: av.container.OutputContainer, encoder: str) -> None:
+        stream: Any = output.add_stream(encoder)
+        self.stream, self._encoder, self._decoder = stream, stream.codec_context, track.codec_context
+        self._decoder.open(strict=False)
+        self._encoder.subtitle_header = self._decoder.subtitle_header
+        self._encoder.time_base = track.time_base
+        self._output, self._last = output, Fraction(-(10**9))
+
+    def write(self, packet: av.Packet[Any]) -> None:
+        """Decode and encode a packet; one that cannot be decoded, and one without words, is left out."""
+        with suppress(av.FFmpegError):
+            subtitle = self._decoder.decode2(packet)
+            if subtitle is None or not any(text.dialogue for text in subtitle):
+                return
+            text = self._encoder.encode_subtitle(subtitle)
+            shown = Fraction(subtitle.end_display_time - subtitle.start_display_time, 1000)
+            text.time_base, text.stream = packet.time_base, self.stream
+            text.pts = text.dts = packet.pts
+            text.duration = packet.duration or round(shown / packet.time_base)
+            if time_of(text) <= self._last:
+                put_after(text, self._last)
+            self._last = time_of(text)
+            self._output.mux(text)
 
     def finish(self, end: Fraction) -> None:
         """Do nothing: all is written."""
@@ -171,22 +210,43 @@ class Transcode:
         stream.codec_context.bit_rate = 96_000 * stream.codec_context.channels
         self.stream = stream
         self._track, self._output = track, output
+        self._form: tuple[str, str, int] | None = None
+        """Of the last frame: of its samples, of its channels, samples a second."""
+        self._resampler: av.AudioResampler | None = None
         self._graph: Graph | None = None
 
     def write(self, packet: av.Packet[Any]) -> None:
         """Decode and encode a packet; one that cannot be decoded becomes silence."""
-        with suppress(av.FFmpegError):
+        with suppress(av.FFmpegError, ValueError):
             for frame in self._track.codec_context.decode(packet):
-                self._encode(frame)
+                self._take(frame)
 
     def finish(self, end: Fraction) -> None:
         """Encode what is left."""
         if self._graph is not None:
+            self._flush()
             self._encode(None)
         self._output.mux(self.stream.encode(None))
 
+    def _take(self, frame: av.AudioFrame) -> None:
+        """Bring a frame to one form: broadcasts, and files put together, change rate and channels on the way."""
+        form = frame.format.name, frame.layout.name, frame.sample_rate
+        if self._resampler is None or form != self._form:
+            self._flush()
+            # whole numbers are clipped: damage decodes to 1e7, at which FFmpeg's encoder of AAC never ends
+            self._resampler = av.AudioResampler("s32", self._layout, self.stream.codec_context.sample_rate)
+            self._form = form
+        for even in self._resampler.resample(frame):
+            self._encode(even)
+
+    def _flush(self) -> None:
+        """Encode what is left of the frames of one form."""
+        if self._resampler is not None:
+            for even in self._resampler.resample(None):
+                self._encode(even)
+
     def _encode(self, frame: av.AudioFrame | None) -> None:
-        """Even out a frame (None: the end), encode and write what comes of it."""
+        """Close the gap before a frame (None: the end), encode and write what comes of it."""
         if self._graph is None:
             assert frame is not None
             self._graph = self._even(frame)
@@ -201,7 +261,7 @@ class Transcode:
     def _even(self, frame: av.AudioFrame) -> Graph:
         """Return a filter that brings frames like this one to the encoder's form, from 0 on and without gaps."""
         context, graph = self.stream.codec_context, Graph()
-        tick = self._track.time_base
+        tick: Any = frame.time_base
         source = graph.add(
             "abuffer",
             f"time_base={tick.numerator}/{tick.denominator}:sample_rate={frame.sample_rate}"
@@ -216,6 +276,11 @@ class Transcode:
 def time_of(packet: av.Packet[Any]) -> Fraction:
     """Return when a packet is due, seconds; it has a time."""
     return (packet.dts if packet.dts is not None else packet.pts or 0) * packet.time_base
+
+
+def put_after(packet: av.Packet[Any], last: Fraction) -> None:
+    """Let a subtitle begin a tick after `last`, seconds: two people may speak at once, and files hold one at a time."""
+    packet.pts = packet.dts = last // packet.time_base + 1
 
 
 def copy_tags(track: Any, stream: Any) -> None:

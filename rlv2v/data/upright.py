@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import av
@@ -19,7 +20,9 @@ SCALING = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_C
 HD_LINES = 720
 """Untagged pictures of that many lines are BT.709, as players take them; smaller ones BT.601."""
 UNTAGGED = 2
-"""AVColorSpace's number for a picture without a tag."""
+"""The number of H.273 for a matrix that is not known."""
+MATRICES = {*range(18)} - {3}
+"""The numbers of H.273 for a matrix. Cameras and damage write others, which count as no tag, as for players."""
 Turn = tuple[bool, bool, bool]
 """How a coded picture is shown: transposed, then upside down, then mirrored left to right."""
 
@@ -45,9 +48,14 @@ def pixel_aspect(stream: av.VideoStream) -> Fraction:
     return Fraction(aspect) if aspect and Fraction(1, 8) <= aspect <= 8 else Fraction(1)
 
 
+def matrix_of(frame: av.VideoFrame) -> int:
+    """Return the matrix that a frame is tagged with, by its number of H.273."""
+    return int(frame.colorspace) if frame.colorspace in MATRICES else UNTAGGED
+
+
 def is_limited_601(frame: av.VideoFrame) -> bool:
     """Return whether a frame is BT.601 limited range, or untagged and small: what DALI assumes of every file."""
-    untagged = frame.colorspace == UNTAGGED and frame.height < HD_LINES
+    untagged = matrix_of(frame) == UNTAGGED and frame.height < HD_LINES
     return (untagged or frame.colorspace in {5, 6}) and frame.color_range != 2  # AVColorSpace: BT.601; full range
 
 
@@ -61,11 +69,15 @@ class Upright:
 
     size: (width, height) of the upright frames, scaled to in the same pass (area average where that shrinks, bilinear
     where it grows); None: the size of the first frame, with square pixels by `aspect` (see `pixel_aspect`).
+    path: what errors name; None: nothing.
     It caches tables from frame to frame: use one for each stream.
     """
 
-    def __init__(self, size: tuple[int, int] | None = None, aspect: Fraction = Fraction(1)) -> None:
+    def __init__(
+        self, size: tuple[int, int] | None = None, aspect: Fraction = Fraction(1), path: Path | None = None
+    ) -> None:
         self._size, self._aspect, self._reformatter = size, aspect, VideoReformatter()
+        self._name = f"{path}: " if path else ""
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
         turn = transposed, upside_down, mirrored = turn_of(frame)
@@ -89,16 +101,16 @@ class Upright:
         return tone_map(self._reformat(frame, size, "gbrp16le"), curve)  # rgb48le comes out wrong with these flags
 
     def _reformat(self, frame: av.VideoFrame, size: tuple[int, int], form: str) -> np.ndarray:
-        untagged = frame.colorspace == UNTAGGED
-        hdr = frame.color_trc in CURVES or frame.color_primaries == ColorPrimaries.BT2020
-        matrix = Colorspace.BT2020 if untagged and hdr else None
-        if untagged and not hdr and frame.height >= HD_LINES and not frame.format.is_rgb:
-            matrix = Colorspace.ITU709
+        matrix = None
+        if matrix_of(frame) == UNTAGGED and not frame.format.is_rgb:
+            hdr = frame.color_trc in CURVES or frame.color_primaries == ColorPrimaries.BT2020
+            small = frame.height < HD_LINES
+            matrix = Colorspace.BT2020 if hdr else Colorspace.ITU601 if small else Colorspace.ITU709
         try:
             picture = self._reformatter.reformat(
                 frame, *size, form, src_colorspace=matrix, interpolation=SCALING, threads=1
             )
         except (av.FFmpegError, ValueError) as error:
-            shape = f"{frame.width}x{frame.height} {frame.format.name}"
-            raise UserError(f"a frame of {shape} cannot be converted to RGB: {first_line(error)}") from None
+            shape = f"{frame.width}x{frame.height} {frame.format.name}, matrix {frame.colorspace} of H.273,"
+            raise UserError(f"{self._name}a frame of {shape} cannot be converted to RGB: {first_line(error)}") from None
         return picture.to_ndarray()

@@ -22,7 +22,7 @@ from rlv2v.data.yuv import YuvConverter, made_even
 from rlv2v.errors import UserError
 from rlv2v.files import atomic_file
 
-FINE_TICK, FINEST_TICK = Fraction(1, 1000), Fraction(1, 1_000_000)
+FINE_TICK, FINEST_TICK, TV_TICK = Fraction(1, 1000), Fraction(1, 1_000_000), Fraction(1, 90_000)
 
 
 def check_folder(path: Path) -> None:
@@ -34,10 +34,12 @@ def check_folder(path: Path) -> None:
 
 
 def fine_tick(tick: Fraction) -> Fraction:
-    """Return a clock's tick that counts times in `tick` exactly, a millisecond or less; 1/90000 for what is finer."""
-    if tick < FINEST_TICK:
-        return Fraction(1, 90_000)
-    return tick / max(1, -(-tick // FINE_TICK))
+    """Return a clock's tick that counts times in `tick` exactly, a millisecond or less.
+
+    It is 1/90000 for what is finer than a microsecond, or would make an MP4 count in less than 1/10000000.
+    """
+    fine = tick / max(1, -(-tick // FINE_TICK))
+    return fine if fine >= FINEST_TICK and fine.denominator <= 10**7 else TV_TICK
 
 
 class VideoWriter:
@@ -220,10 +222,10 @@ class VideoWriter:
         elif self._last_dts is not None and packet.dts <= self._last_dts:
             packet.dts = self._last_dts + 1  # an encoder that starts anew counts back from its first frame
         self._last_dts = packet.dts
-        if self._tracks is not None:
-            self._tracks.write_until(packet.dts * self._tick)
         packet.stream = self._stream
         with named(self.path):
+            if self._tracks is not None:
+                self._tracks.write_until(packet.dts * self._tick)
             self._output.mux(packet)
 
     def __enter__(self) -> VideoWriter:
@@ -239,9 +241,9 @@ class VideoWriter:
                 if self._held is None:
                     raise ValueError(f"VideoWriter: {self.path} has no frames")
                 self._encode_last(self._held)
-                if self._tracks is not None:
-                    self._tracks.finish(self._end)
                 with named(self.path):
+                    if self._tracks is not None:
+                        self._tracks.finish(self._end)
                     self._output.close()
         finally:
             with suppress(av.FFmpegError):  # the end of a file that is thrown away, perhaps because the disk is full

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from rlv2v.config import Config
 from rlv2v.data import to_model, to_uint8
-from rlv2v.data.scaling import fit_size, resize
+from rlv2v.data.scaling import fit_size, resize, shrink
 from rlv2v.errors import UserError
 from rlv2v.kernels.bilateral import slice_apply_frame
 from rlv2v.model import Generator, GridTranslator
@@ -113,14 +113,15 @@ class Stream:
         wide = round(width * self.aspect)  # in square pixels
         scale = (self.size or min(height, wide)) / min(height, wide)
         rows, columns = (max(1, round(side * scale / g.multiple)) * g.multiple for side in (height, wide))
-        small = frame if (rows, columns) == (height, width) else resize(frame, columns, rows)
+        frame = np.require(frame, np.uint8, ("C", "W"))  # what torch takes without a copy
+        small = torch.from_numpy(shrink(frame, columns, rows))
         device = g.guide.weight.device
-        grids, self.state = g.decide(to_model(torch.from_numpy(small.copy()).to(device))[None, None], self.state)
+        grids, self.state = g.decide(to_model(small.to(device))[None, None], self.state)
         self.state = g.limit_state(self.state, self.config.data.frames)
         grid = grids.grid
         if not torch.isfinite(grid).all():
             raise UserError(NOT_FINITE)
-        whole = torch.from_numpy(frame.copy())
+        whole = torch.from_numpy(frame)
         if device.type == "cpu":
             return slice_apply_frame(whole, grid[0, 0], g.guide.curve, grids.around[0, 0]).numpy()
         return to_uint8(g.transform(grids, to_model(whole.to(device))[None, None]))[0, 0].cpu().numpy()

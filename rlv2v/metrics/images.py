@@ -125,7 +125,7 @@ def stacked(frames: Sequence[Mapping[str, np.ndarray]]) -> Values:
 
 def decode_only(path: Path, numbers: Sequence[int], size: tuple[int, int]) -> Iterator[np.ndarray]:
     """Yield those frames of a video, by number in ascending order; the others are decoded and not converted."""
-    upright, wanted = Upright(size), set(numbers)
+    upright, wanted = Upright(size, path=path), set(numbers)
     with open_video(path) as container:
         try:
             for number, frame in enumerate(deinterlaced(pictures(path, container), "auto")):

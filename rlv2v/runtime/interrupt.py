@@ -71,17 +71,26 @@ class Stop(KeyboardInterrupt):
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """Raise the first signal as `Stop` in the block, and no later one, so that the block can tidy up."""
-    stopped = False
+    """Raise the first signal as `Stop` in the block, and no later one, so that the block can tidy up.
+
+    Where the block ends with an error after it, as when PyAV loses a `Stop` and reports an interrupted call, the signal
+    is what counts.
+    """
+    stop: Stop | None = None
 
     def handle(number: int, _: FrameType | None) -> None:
-        nonlocal stopped
-        if not stopped:
-            stopped = True
-            raise Stop(number)
+        nonlocal stop
+        if stop is None:
+            stop = Stop(number)
+            raise stop
 
     with handled_by(handle):
-        yield
+        try:
+            yield
+        except Exception as error:
+            if stop is None:
+                raise
+            raise stop from error
 
 
 @contextmanager

@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from queue import Empty, Queue
-from typing import Any, TypeVar
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
+
+from rlv2v.runtime.interrupt import held
 
 DEPTH = 2
 """Items that wait between two threads, at most."""
@@ -15,24 +17,64 @@ PATIENCE = 1.0
 T = TypeVar("T")
 
 
+class Handover(Generic[T]):
+    """Pass items from one thread to another, in order; `put` waits while `DEPTH` of them wait.
+
+    A signal may raise an exception anywhere in the main thread. `queue.Queue` then loses the next call to a thread that
+    waits, or keeps its lock for ever; these two, which are written in C, do not.
+    """
+
+    def __init__(self) -> None:
+        self._items, self._room = SimpleQueue[T](), SimpleQueue[None]()
+        for _ in range(DEPTH):
+            self._room.put(None)
+        self.closed = False
+        """Whether nobody takes items any more."""
+
+    def put(self, item: T) -> None:
+        """Hand an item over."""
+        self._room.get()
+        self._items.put(item)
+
+    def end(self, item: T) -> None:
+        """Hand the last item over, which waits for nobody."""
+        self._items.put(item)
+
+    def get(self) -> T:
+        """Take an item."""
+        item = self._items.get()
+        self._room.put(None)
+        return item
+
+    def close(self) -> None:
+        """Let nobody wait in `put` any more."""
+        self.closed = True
+        self._room.put(None)
+
+
+def start(thread: threading.Thread) -> None:
+    """Start a thread, which no signal may interrupt."""
+    with held():
+        thread.start()
+
+
 @contextmanager
 def read_ahead(items: Iterator[T]) -> Iterator[Iterator[T]]:
     """Yield an iterator over `items`, which another thread takes `DEPTH` of ahead.
 
     An exception of theirs is raised where the items are taken, as it is. The thread ends with the block.
     """
-    queue: Queue[tuple[bool, Any]] = Queue(DEPTH)
-    stopped = threading.Event()
+    queue = Handover[tuple[bool, Any]]()
 
     def work() -> None:
         try:
             for item in items:
                 queue.put((True, item))
-                if stopped.is_set():
+                if queue.closed:
                     return
-            queue.put((False, None))
+            queue.end((False, None))
         except BaseException as error:
-            queue.put((False, error))
+            queue.end((False, error))
         finally:
             if close := getattr(items, "close", None):  # a file that a generator holds open is closed here
                 close()
@@ -48,15 +90,12 @@ def read_ahead(items: Iterator[T]) -> Iterator[Iterator[T]]:
                 raise item
 
     thread = threading.Thread(target=work, name="read-ahead", daemon=True)
-    thread.start()
     try:
+        start(thread)
         yield taken()
     finally:
-        stopped.set()
-        try:
-            while True:  # make room for what the thread is about to put, after which it looks at `stopped`
-                queue.get_nowait()
-        except Empty:
+        queue.close()
+        if thread.ident is not None:
             thread.join(PATIENCE)
 
 
@@ -67,20 +106,19 @@ def write_behind(write: Callable[[T], None]) -> Iterator[Callable[[T], None]]:
     An exception of `write` is raised as it is, by the next item or by the end of the block, which waits until all is
     written. After an error of the block what waits is dropped. No call of `write` outlives the block.
     """
-    queue: Queue[tuple[bool, Any]] = Queue(DEPTH)
+    queue = Handover[tuple[bool, Any]]()
     failures: list[BaseException] = []
-    dropped = threading.Event()
 
     def work() -> None:
         while True:
             more, item = queue.get()
             if not more:
                 return
-            if not dropped.is_set():
+            if not queue.closed:
                 try:
                     write(item)
                 except BaseException as error:
-                    dropped.set()
+                    queue.close()
                     failures.append(error)
 
     def put(item: T) -> None:
@@ -92,14 +130,15 @@ def write_behind(write: Callable[[T], None]) -> Iterator[Callable[[T], None]]:
             raise failures.pop()
 
     thread = threading.Thread(target=work, name="write-behind", daemon=True)
-    thread.start()
     try:
+        start(thread)
         yield put
-        queue.put((False, None))
+        queue.end((False, None))
         thread.join()
     except BaseException:
-        dropped.set()
-        queue.put((False, None))
-        thread.join()
+        queue.close()
+        queue.end((False, None))
+        if thread.ident is not None:
+            thread.join()
         raise
     raise_failure()

@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 from commands import Command, run_in_process
-from resume_cases import PIECE, strange_nets
+from resume_cases import PIECE, write_strange_run
 
 from rlv2v import translate_file
-from rlv2v.checkpoint.export import pack_translators
-from rlv2v.config import Config
 from rlv2v.translate_resume import Work
 
 
@@ -26,11 +24,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 @pytest.fixture
 def strange_run(tmp_path: Path) -> Path:
     """A run whose model changes every picture; untrained, it would keep them."""
-    (run := tmp_path / "strange").mkdir()
-    nets = strange_nets(config := Config.of("tiny", out=run))
-    (run / "config.json").write_text(config.to_json())
-    (run / "model.safetensors").write_bytes(pack_translators(nets.g_x, nets.g_y, config))
-    return run
+    return write_strange_run(tmp_path / "strange")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import av
 import numpy as np
 import torch
 
+from rlv2v.checkpoint.export import pack_translators
 from rlv2v.config import Config
 from rlv2v.data.video import timed_frames
 from rlv2v.model.build import build_nets
@@ -29,6 +30,15 @@ def strange_nets(config: Config) -> Any:
         for weight in nets.g_y.parameters():
             weight.add_(0.3 * torch.randn_like(weight))
     return nets
+
+
+def write_strange_run(run: Path) -> Path:
+    """Write a run folder with those networks, as training does."""
+    run.mkdir()
+    nets = strange_nets(config := Config.of("tiny", out=run))
+    (run / "config.json").write_text(config.to_json())
+    (run / "model.safetensors").write_bytes(pack_translators(nets.g_x, nets.g_y, config))
+    return run
 
 
 def wave_clip(num: int, height: int = 64, width: int = 64) -> list[np.ndarray]:

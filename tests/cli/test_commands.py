@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import processes
 import pytest
 from commands import Command, refusal
 
@@ -64,7 +66,7 @@ def test_the_flags_of_training_are_grouped_by_section(command: Command) -> None:
     text = " ".join(cli.unboxed(out).split())
     for words in (
         "--frames INT Clip length T in frames. (default: 8)",
-        "--cycle FLOAT Added term: weight of |G_X(G_Y(x)) - x| and its mirror. (default: 1.0)",
+        "--cycle FLOAT Added term: weight of |G_X(G_Y(x)) - x| and its mirror. (default: 10.0)",
         "transition: log D(a) - c ||a - a_true||, for each transition.",
     ):
         assert words in text
@@ -154,6 +156,19 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         cli.run_command(lambda _: signal.raise_signal(signal.SIGINT), dict[str, str])
     (printed,) = capsys.readouterr().err.splitlines()
     assert printed.endswith(": stopped by SIGINT")
+
+
+@pytest.mark.parametrize(
+    "program",
+    [("-m", "rlv2v.translate"), ("-m", "rlv2v", "train"), ("-c", "from rlv2v.cli import main; main()", "report")],
+)
+def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path: Path, program: tuple[str, ...]) -> None:
+    """Some of what is imported takes any exception for a missing library, and goes on."""
+    code = "import signal\ntry: signal.raise_signal(signal.SIGINT)\nexcept BaseException: raise SystemExit(7)"
+    for name in ("av", "torch", "numpy"):
+        (tmp_path / f"{name}.py").write_text(code)
+    process = processes.start(*program, environment={"PYTHONPATH": f"{tmp_path}{os.pathsep}{processes.ROOT}"})
+    assert processes.finish(process) == ([130], ["rlv2v: stopped by SIGINT\n"])
 
 
 def test_train_translate_evaluate_report(data: Path, tmp_path: Path, command: Command) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -159,6 +160,35 @@ def test_a_signal_ends_a_wait_for_stdin(tiny_run: Path, tmp_path: Path) -> None:
     assert code == 128 + signal.SIGTERM and "Traceback" not in err
     assert err.splitlines()[-1] == "rlv2v.translate: stopped by SIGTERM"
     assert [p.name for p in tmp_path.iterdir()] == ["in.y4m"]
+
+
+def test_a_named_pipe_is_read_once(strange_run: Path, tmp_path: Path, command: Command) -> None:
+    """A shell makes one of `<(command)`."""
+    write_y4m(tmp_path / "in.y4m", smooth(4, 48, 64))
+    os.mkfifo(pipe := tmp_path / "a: pipe")
+    with subprocess.Popen(f"cat '{tmp_path / 'in.y4m'}' > '{pipe}'", shell=True):
+        code, _, err = command("translate", strange_run, pipe, tmp_path / "piped.mp4", "--lossless")
+    assert code == 0, err
+    assert command("translate", strange_run, tmp_path / "in.y4m", tmp_path / "read.mp4", "--lossless")[0] == 0
+    piped, read = (list(read_frames(tmp_path / f"{name}.mp4")) for name in ("piped", "read"))
+    assert len(piped) == 4
+    np.testing.assert_array_equal(piped, read)
+    line = refusal(command("translate", strange_run, pipe, tmp_path / "out.mp4", "--resume"))
+    assert f"--resume: {pipe} can be read once only" in line
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_signal_ends_a_wait_for_a_program_that_opens_the_pipe(
+    tiny_run: Path, tmp_path: Path, command: Command, name: str
+) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    number = getattr(signal, name)
+    waiting = threading.Timer(1, os.kill, (os.getpid(), number))
+    waiting.start()
+    code, printed, err = command("translate", tiny_run, pipe, tmp_path / "out.mp4")
+    waiting.join()
+    assert (code, printed, err) == (128 + number, "", f"rlv2v.translate: stopped by {name}\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["pipe"]
 
 
 def test_a_device_is_read_and_its_frames_keep_their_times(tiny_run: Path, tmp_path: Path, command: Command) -> None:

@@ -18,7 +18,7 @@ from rlv2v.data.images import write_image
 from rlv2v.data.index import Dataset, open_dataset
 from rlv2v.data.loader import evaluation_clips
 from rlv2v.data.prepare.convert import Format
-from rlv2v.data.scaling import cover_size, fit_size
+from rlv2v.data.scaling import cover_size, fit_size, resize, shrink
 from rlv2v.data.video import read_frames
 from rlv2v.errors import UserError
 from rlv2v.prepare import Args, main
@@ -124,6 +124,19 @@ def data(root: Path) -> Dataset:
 
 
 OPTIONS: dict[str, Any] = {"batch": {"x": 5, "y": 1, "s": 1}, "size": CROP}
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "halvings"), [(720, 1280, 1), (1440, 1280, 1), (718, 1279, 0), (640, 640, 0)]
+)
+def test_a_small_picture_is_that_of_resize_to_a_level_or_so(height: int, width: int, halvings: int) -> None:
+    y, x = np.mgrid[:height, :width]
+    wave = 128 + 60 * np.sin(x / 40) * np.cos(y / 30) + 40 * ((x // 90 + y // 70) % 2)
+    image = (wave[..., None] + [0, 10, -10]).clip(0, 255).astype(np.uint8)
+    small = shrink(image, 112, 72)
+    error = np.abs(small.astype(int) - resize(image, 112, 72))
+    assert small.shape == (72, 112, 3) and error.mean() < 0.5 and error.max() <= 6
+    assert (error.max() > 0) == bool(halvings), "it is exact where nothing is halved"
 
 
 def test_a_clip_is_a_window_of_the_frames_scaled_to_cover_it(data: Dataset) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import pytest
 from data_clips import numbers_of
 from odd_files import NUM, write
 
-from rlv2v.data.clock import MAX_FPS, MAX_GAP, Clock, measured_rate, without_leaps
+from rlv2v.data.clock import MAX_FPS, MAX_GAP, MIN_FPS, Clock, measured_rate, without_leaps
 from rlv2v.data.index import index_folder
 from rlv2v.data.prepare.convert import survey_source
 from rlv2v.data.video import probe, resampled, timed_frames
+from rlv2v.data.writer import VideoWriter
 
 DAY = 24 * 3600
 
@@ -62,3 +64,23 @@ def test_times_without_a_leap_are_not_touched() -> None:
 def test_a_rate_is_never_above_what_a_video_may_have() -> None:
     assert measured_rate(np.arange(9) * 1e-6, None) == MAX_FPS
     assert measured_rate(np.array([0, 2.0**62, 2.0**63]), Fraction(10)) == 10
+
+
+@pytest.mark.parametrize(("scale", "rate"), [(574916848, 17), (2097217, 42)])
+def test_a_rate_of_less_than_a_frame_an_hour_is_none(tmp_path: Path, scale: int, rate: int) -> None:
+    """Damage writes such a rate, and with it a clock of which a frame is a tick."""
+    path = write(tmp_path / "a.avi", "mjpeg", "yuvj420p")
+    data = bytearray(path.read_bytes())
+    place = data.index(b"vidsMJPG") + 20
+    assert struct.unpack_from("<II", data, place)[1] % 10 == 0
+    struct.pack_into("<II", data, place, scale, rate)
+    path.write_bytes(data)
+    assert 0 < rate / scale < MIN_FPS
+    video, frames = probe(path), list(timed_frames(path))
+    assert video.fps == 25 and video.tick == Fraction(scale, rate)
+    assert [frame.time for frame in frames] == [Fraction(k, 25) for k in range(len(frames))] and len(frames) >= NUM
+    with VideoWriter(tmp_path / "out.mp4", video.fps, tick=video.tick) as writer:
+        for frame in frames:
+            writer.write(frame.rgb, frame.time, frame.duration)
+    got = [float(frame.time) for frame in timed_frames(tmp_path / "out.mp4")]
+    np.testing.assert_allclose(got, np.arange(len(frames)) / 25, atol=0.001)

@@ -14,8 +14,9 @@ from flash_clips import AT, VARIABLE, beeps, flashes, write_flashes
 
 from rlv2v.data.containers import CODECS, CONTAINERS, choose_codec
 from rlv2v.data.sequence import SequenceWriter, is_sequence
+from rlv2v.data.tracks import Tracks
 from rlv2v.data.video import probe, read_frames, timed_frames
-from rlv2v.data.writer import VideoWriter, write_clip
+from rlv2v.data.writer import TV_TICK, VideoWriter, write_clip
 from rlv2v.errors import UserError
 from rlv2v.translate import Args, main
 
@@ -131,3 +132,14 @@ def test_times_that_a_container_cannot_hold_are_refused_in_a_line(tmp_path: Path
         for time in (0, 2**52):
             writer.write(frame, Fraction(time))
     assert not list(tmp_path.iterdir())
+
+
+def test_such_times_are_refused_in_a_line_with_sound_too(tmp_path: Path) -> None:
+    """A packet of the pictures waits in the muxer for one of the sound, with which it is then refused."""
+    source = write_flashes(tmp_path / "in.mkv")
+    with (
+        pytest.raises(UserError, match=r"out\.mp4: this kind of file cannot hold the video: invalid"),
+        VideoWriter(tmp_path / "out.mp4", 25, tick=TV_TICK, tracks=Tracks(source, Fraction(0))) as writer,
+    ):
+        writer.write(np.zeros((32, 32, 3), np.uint8), Fraction(0), Fraction(30_000))
+    assert not (tmp_path / "out.mp4").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -14,11 +15,12 @@ import numpy as np
 import pytest
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from heic import write_heic
+from priority import usual_priority
 
 from rlv2v.data.images import write_image
 from rlv2v.data.index import index_folder
 from rlv2v.data.readers import FrameReader
-from rlv2v.data.video import probe, read_frames
+from rlv2v.data.video import probe, read_frames, timed_frames
 from rlv2v.data.writer import write_clip
 from rlv2v.errors import UserError
 from rlv2v.translate import Args, main
@@ -201,6 +203,46 @@ def test_untagged_pictures_are_bt709_from_720_lines_on(tmp_path: Path, height: i
     frame.colorspace, frame.color_range = 2, ColorRange.UNSPECIFIED
     path = write(tmp_path / "a.mp4", [frame] * 2)
     np.testing.assert_allclose(middle(path), (200, 40, 90), atol=LEVELS)
+
+
+def tagged(path: Path, codec: str, matrix: int, num: int = 2, **options: str) -> Path:
+    """Write a red picture of BT.601 that says its matrix has that number."""
+    frame = av.VideoFrame.from_ndarray(np.full((96, 128, 3), (200, 40, 90), np.uint8), format="rgb24")
+    frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU601, dst_color_range=ColorRange.MPEG)
+    frame.colorspace = matrix
+    with usual_priority():
+        return write(path, [frame] * num, codec, lambda s: setattr(s.codec_context, "colorspace", matrix), **options)
+
+
+@pytest.mark.skipif("libsvtav1" not in av.codecs_available, reason="this PyAV has no encoder that takes any number")
+@pytest.mark.parametrize("matrix", [3, 32, 255])
+def test_a_matrix_that_has_no_meaning_is_no_tag(tmp_path: Path, matrix: int) -> None:
+    path = tagged(tmp_path / "a.mp4", "libsvtav1", matrix, preset="12", **{"svtav1-params": "lp=1"})
+    with av.open(str(path)) as container:
+        assert next(container.decode(video=0)).colorspace == matrix
+    np.testing.assert_allclose(middle(path), (200, 40, 90), atol=LEVELS)
+    frame = next(timed_frames(path, deinterlace="on")).rgb
+    np.testing.assert_allclose(frame[48, 64], (200, 40, 90), atol=LEVELS)
+
+
+def test_a_matrix_that_cannot_be_converted_is_refused_by_the_index_as_by_a_reader(tmp_path: Path) -> None:
+    path = tagged(tmp_path / "a.mp4", "libx264", 14)
+    words = r"a frame of 128x96 yuv420p, matrix 14 of H.273, cannot be converted to RGB: "
+    (source,) = index_folder(tmp_path, frames=1)
+    assert source.status == "excluded"
+    assert re.match(f"no frame can be decoded: decoding stops after frame 0: {words}", source.reason)
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: {words}"):
+        next(read_frames(path))
+
+
+def test_frames_before_one_that_cannot_be_converted_are_used(tmp_path: Path) -> None:
+    good, bad = (tagged(tmp_path / f"{matrix}.h264", "libx264", matrix, 5).read_bytes() for matrix in (6, 14))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.h264").write_bytes(good + bad)
+    (source,) = index_folder(tmp_path / "set", frames=1)
+    assert (source.status, source.num_frames) == ("truncated", 4)
+    assert source.reason.startswith("decoding stops after frame 5: a frame of 128x96 yuv420p, matrix 14 of H.273")
+    assert FrameReader().read(source, 0, 4).shape == (4, 96, 128, 3)
 
 
 def combed(number: int) -> np.ndarray:

@@ -76,6 +76,21 @@ def test_a_clock_that_starts_anew(tiny_run: Path, tmp_path: Path, starts: tuple[
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "webm"])
+def test_sound_that_changes_its_rate_on_the_way_is_encoded_on(tiny_run: Path, tmp_path: Path, suffix: str) -> None:
+    """Two broadcasts put together, whose sound is encoded anew: each is heard."""
+    parts = [
+        write_flashes(tmp_path / f"{rate}.ts", start=Fraction(2), sounds=["mp2"], sample_rate=rate)
+        for rate in (48_000, 32_000, 44_100)
+    ]
+    source = tmp_path / "in.ts"
+    source.write_bytes(b"".join(part.read_bytes() for part in parts))
+    out = translate(tiny_run, source, tmp_path / f"out.{suffix}")
+    expected = [at + LENGTH * k for k in range(3) for at in AT]
+    np.testing.assert_allclose(flashes(out), expected, atol=0.04)
+    np.testing.assert_allclose(beeps(out), expected, atol=SOUND)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "webm"])
 def test_sound_that_pauses_or_starts_late_stays_in_step(tiny_run: Path, tmp_path: Path, suffix: str) -> None:
     """Copied into MP4, encoded anew for WebM."""
     for number, lacking in enumerate([(0.0, 0.8), (1.4, 2.7)]):
@@ -114,7 +129,9 @@ def test_fps_is_the_rate_of_a_folder_of_images(tiny_run: Path, tmp_path: Path) -
 
 def test_a_writer_keeps_times_to_a_fine_tick(tmp_path: Path) -> None:
     assert fine_tick(Fraction(1, 25)) == Fraction(1, 1000) and fine_tick(Fraction(1, 12_800)) == Fraction(1, 12_800)
-    assert fine_tick(Fraction(1, 10**9)) == Fraction(1, 90_000)
+    assert fine_tick(Fraction(1001, 30_000)) == Fraction(1001, 1_020_000)
+    for odd in (Fraction(1, 10**9), Fraction(574916848, 17), Fraction(2097217, 42)):
+        assert fine_tick(odd) == Fraction(1, 90_000)
     with VideoWriter(tmp_path / "a.mp4", 25, tick=Fraction(1, 25)) as writer:
         for time in (Fraction(0), Fraction(1, 10), Fraction(7, 20)):
             writer.write(np.zeros((16, 16, 3), np.uint8), time, Fraction(1, 2))

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from processes import finish, start
 
 from rlv2v.runtime.overlap import DEPTH, read_ahead, write_behind
 
@@ -119,3 +120,33 @@ def test_a_read_that_never_ends_holds_nobody_up() -> None:
             raise Oops
     finally:
         os.close(writing)
+
+
+STOPS = """
+import random, signal
+from itertools import count
+from rlv2v.runtime.interrupt import Stop, raised
+from rlv2v.runtime.overlap import read_ahead, write_behind
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGUSR1))
+rng = random.Random(0)
+for _ in range(400):
+    signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.0001, 0.004), 0.01)
+    try:
+        with raised(), write_behind(lambda item: None) as put, read_ahead(count()) as items:
+            for item in items:
+                put(item)
+    except Stop:
+        pass
+signal.setitimer(signal.ITIMER_REAL, 0)
+"""
+
+
+def test_a_signal_at_any_moment_ends_both_threads() -> None:
+    """`queue.Queue` does not survive it: one stop in thirty waits for ever."""
+    process = start("-c", STOPS)
+    try:
+        process.wait(60)
+    finally:
+        process.kill()
+    assert finish(process) == ([0], [""])
