@@ -40,7 +40,6 @@ def test_only_the_bindings_know_python() -> None:
         "bind_gates.cpp",
         "bind_norm.cpp",
         "bind_persistent.cpp",
-        "bind_norm.cpp",
         "bind_slice.cpp",
         "bindings.cpp",
     }

@@ -131,8 +131,8 @@ def check(case: Case, dtype: torch.dtype, backend: str, used: str = "yams", seed
     exact = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
     ours, right = run(case, leaves, backend), literal(case, exact)
     eps = torch.finfo(dtype).eps
-    variance = right[2].square - right[2].mean.square()
-    scale = max(1.0, float((exact["weight"] / (variance + EPS).sqrt()).abs().max()))
+    variance = (right[2].square - right[2].mean.square()).detach()
+    scale = max(1.0, float((exact["weight"].detach() / (variance + EPS).sqrt()).abs().max()))
     for got, want in zip((*ours[:2], *ours[2]), (*right[:2], *right[2]), strict=True):
         assert got.shape == want.shape
         # A frame is rounded as a, as p and as y, the first two before they are scaled.
