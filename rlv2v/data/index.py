@@ -294,13 +294,12 @@ def open_dataset(root: Path, *, frames: int) -> Dataset:
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; expected a dataset folder with trainX and trainY")
     places = {name: next((root / f for f in names if (root / f).is_dir()), None) for name, names in LAYOUT.items()}
-    for name in "x" if places["s"] else "xy":
-        if not places[name]:
-            present = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "no folders"
-            raise UserError(f"{root}: expected a folder {' or '.join(LAYOUT[name])}, found {present}")
     sets: dict[str, list[Source]] = {name: [] for name in LAYOUT}
     excluded: list[Source] = []
-    for name in "sxyz":
+    for name in "xsyz":
+        if not places[name] and (name == "x" or (name == "y" and not places["s"])):
+            present = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "no folders"
+            raise UserError(f"{root}: expected a folder {' or '.join(LAYOUT[name])}, found {present}")
         if folder := places[name]:
             sources = index_folder(folder, frames=1 if name == "s" else frames, stills=name == "s")
             stills = [replace(s, status="ok", reason="") for s in sources if s.is_still and s.status == "excluded"]
