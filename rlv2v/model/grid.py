@@ -35,6 +35,7 @@ LUMA = (0.299, 0.587, 0.114)  # BT.601
 BURN_IN = 6  # frames
 AROUND = (4, 16)  # pixels of a small frame
 CONTRAST = 4.0  # of the units of the guide that begin as a difference from around, whose size is about 1 / CONTRAST
+LEAST = 0.02  # a difference that is none: rounding does not decide on which side of a kink a plane of one colour lies
 LOCAL = 0.3  # step of the local deviations beside that of the global part
 
 
@@ -57,6 +58,7 @@ class Guide(nn.Module):
                 self.weight[unit] = 0.0
                 self.weight[unit, :3] = sign * CONTRAST * torch.tensor(LUMA)
                 self.weight[unit, 3 + around] = -sign * CONTRAST
+                self.bias[unit] = -CONTRAST * LEAST
         self.register_buffer("luma", torch.tensor([*LUMA, 1.0, 0.0]) / 2)
 
     @property

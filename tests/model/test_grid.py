@@ -78,9 +78,10 @@ def test_the_guide_is_luma_and_a_network_of_the_pixel_and_what_is_around() -> No
 
 def test_the_guide_begins_with_units_for_what_differs_from_around() -> None:
     """Of a plane of one colour they see nothing, whatever the colour; and each sees one sign at one size alone."""
-    weight = GridTranslator((4, 6), patch=2).guide.weight.detach()[:4]
-    grey = torch.full((5,), 0.7)
+    guide = GridTranslator((4, 6), patch=2).guide
+    weight, grey = guide.weight.detach()[:4], torch.full((5,), 0.7)
     torch.testing.assert_close(weight @ grey, torch.zeros(4), rtol=0, atol=1e-6)
+    assert (guide.bias[:4] < -0.01).all(), "no rounding takes them over the kink"
     for size in (0, 1):
         lighter = grey.clone()
         lighter[3 + size] -= 0.25
