@@ -59,7 +59,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "transitions": 2,
         "replay_capacity": 32,
     },
-    # rlv2v.method.memory counts 7.1 GB without CUDA graphs, 7.9 with them, its reserve included. Widths are multiples
+    # rlv2v.method.memory counts 6.5 GB without CUDA graphs, 7.3 with them, its reserve included. Widths are multiples
     # of 32, to fill the tensor cores. It paints: the kernels of the grid have not run on a GPU yet.
     "workstation": {
         **PAINT,

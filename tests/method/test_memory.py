@@ -196,7 +196,7 @@ def test_the_workstation_fits_its_card() -> None:
     assert (config.data.size.plain, config.data.frames, config.runtime.precision) == (128, 16, "bf16")
     assert all(width % 16 == 0 for width in (*config.model.widths, *config.model.disc_widths))
     recorded = estimate(config).reserved
-    assert 5.5 * GB <= estimate(config.replace(graphs=False)).reserved <= 7.5 * GB < recorded <= 8.5 * GB
+    assert 5.5 * GB <= estimate(config.replace(graphs=False)).reserved < recorded - 0.5 * GB <= 7.5 * GB
 
 
 @pytest.mark.parametrize(
