@@ -28,7 +28,7 @@ from rlv2v.files import atomic_file
 from rlv2v.model.conv_lstm import ConvLSTM
 from rlv2v.model.frames import State, attributes_set
 from rlv2v.model.generator import Generator
-from rlv2v.model.grid import GridTranslator
+from rlv2v.model.grid import AROUND, GridTranslator
 from rlv2v.model.networks import Translator
 from rlv2v.model.norm import SequenceNorm
 
@@ -42,7 +42,7 @@ MAX_SIDE = 16384  # of `frame`, pixels
 class StartGraph(nn.Module):
     """Translate the first frame of a video: small (1,3,h,w)[, frame (1,3,H,W)] -> translated, and the state's tensors.
 
-    Frames are in [-1,1], h and w multiples of `g.multiple`, at least two. horizon: as in `Generator.limit_state`.
+    Frames are in [-1,1], h and w multiples of `multiple_of(g)`, at least two. horizon: as in `Generator.limit_state`.
     """
 
     def __init__(self, g: Generator, horizon: int) -> None:
@@ -128,9 +128,10 @@ def write_graphs(g: Generator, horizon: int, size: int, out: Path, about: Mappin
         raise UserError(f"export: {' and '.join(missing)} not installed; pip install 'rlv2v[export]'")
     if not isinstance(g, (GridTranslator, Translator)):
         raise UserError(f"export: expected a generator of --method rlv2v, got {type(g).__name__}, which cannot be one")
-    if size < MIN_SMALL * g.multiple:
-        raise UserError(f"export: expected a run of --size {MIN_SMALL * g.multiple} or more, got {size}")
-    about = {"size": str(size), "multiple": str(g.multiple), **about}
+    multiple = multiple_of(g)
+    if size < MIN_SMALL * multiple:
+        raise UserError(f"export: expected a run of --size {MIN_SMALL * multiple} or more, got {size}")
+    about = {"size": str(size), "multiple": str(multiple), **about}
     paths = [out / f"{name}{suffix}" for name in NAMES for suffix in SUFFIXES]
     for path in paths:
         if path.exists():
@@ -150,13 +151,18 @@ def write_graphs(g: Generator, horizon: int, size: int, out: Path, about: Mappin
     return paths
 
 
+def multiple_of(g: Generator) -> int:
+    """Return what the sides of `small` are multiples of; cells of the luma around are then whole."""
+    return max(g.multiple, *AROUND) if isinstance(g, GridTranslator) else g.multiple
+
+
 def trace(g: Generator, horizon: int) -> Iterator[tuple[str, Any, list[str], list[str]]]:
     """Yield both graphs: name, exported program, and the names of its inputs and outputs."""
     side = torch.export.Dim
     rows, columns = side("rows", min=MIN_SMALL, max=MAX_SMALL), side("columns", min=MIN_SMALL, max=MAX_SMALL)
-    tall, wide = 4, 6  # of the example, in multiples
-    frames = [torch.zeros(1, 3, tall * g.multiple, wide * g.multiple)]
-    sides: list[Any] = [{2: g.multiple * rows, 3: g.multiple * columns}]
+    tall, wide, multiple = 4, 6, multiple_of(g)  # of the example, in multiples
+    frames = [torch.zeros(1, 3, tall * multiple, wide * multiple)]
+    sides: list[Any] = [{2: multiple * rows, 3: multiple * columns}]
     if isinstance(g, GridTranslator):
         frames.append(torch.zeros(1, 3, 70, 110))
         sides.append({2: side("height", max=MAX_SIDE), 3: side("width", max=MAX_SIDE)})

@@ -84,14 +84,14 @@ def test_what_cannot_be_exported_is_refused_before_any_work(tmp_path: Path, monk
     g = generators("grid").g_y
     with pytest.raises(UserError, match="expected a generator of --method rlv2v, got Other"):
         write_graphs(Other(), HORIZON, 16, tmp_path)
-    with pytest.raises(UserError, match="expected a run of --size 16 or more, got 8"):
-        write_graphs(g, HORIZON, 8, tmp_path)
+    with pytest.raises(UserError, match="expected a run of --size 32 or more, got 16"):
+        write_graphs(g, HORIZON, 16, tmp_path)
     (tmp_path / "step.pt2").write_bytes(b"")
     with pytest.raises(UserError, match=r"step\.pt2: is there already; choose another folder"):
-        write_graphs(g, HORIZON, 16, tmp_path)
+        write_graphs(g, HORIZON, 32, tmp_path)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(UserError, match=r"^export: onnxscript not installed; pip install 'rlv2v\[export\]'$"):
-        write_graphs(g, HORIZON, 16, tmp_path / "other")
+        write_graphs(g, HORIZON, 32, tmp_path / "other")
     assert [path.name for path in tmp_path.iterdir()] == ["step.pt2"]
 
 
@@ -99,7 +99,7 @@ def test_what_cannot_be_exported_is_refused_before_any_work(tmp_path: Path, monk
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run and its export, the direction y2x of a painting one."""
     head, folder = request.param, tmp_path_factory.mktemp("export")
-    config, nets = config_of(head), generators(head)
+    config, nets = config_of(head).replace(size=32), generators(head)
     (folder / "model.safetensors").write_bytes(pack_translators(nets.g_x, nets.g_y, config))
     main(Args(folder, folder / "out", "x2y" if head == "grid" else "y2x"))
     return folder, folder / "out"
@@ -116,15 +116,16 @@ def test_both_formats_translate_as_the_model(
     sessions = [onnxruntime.InferenceSession(out / f"{name}.onnx") for name in ("start", "step")]
     programs = [torch.export.load(out / f"{name}.pt2").module() for name in ("start", "step")]
     about = sessions[0].get_modelmeta().custom_metadata_map
-    assert about["size"] == "16" and about["multiple"] == "8"
     g, _ = load_translator(run, about["direction"])
+    multiple = 16 if isinstance(g, GridTranslator) else 8
+    assert about["size"] == "32" and about["multiple"] == str(multiple)
     rng = torch.Generator().manual_seed(0)
     state: Any = None
     of_onnx: list[np.ndarray] = []
     of_torch: list[Tensor] = []
     for number in range(FRAMES):
         small, frame = (
-            2 * torch.rand(1, 3, *sides, generator=rng) - 1 for sides in ([8 * cell for cell in cells], size)
+            2 * torch.rand(1, 3, *sides, generator=rng) - 1 for sides in ([multiple * cell for cell in cells], size)
         )
         if isinstance(g, GridTranslator):
             grids, state = g.decide(small[:, None], state)
