@@ -8,6 +8,7 @@ size on the way is scaled to the size of its first frame.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -56,13 +57,19 @@ def files_of(path: Path) -> list[Path]:
     return sorted(images, key=natural_key)
 
 
+HEADERS = threading.Lock()
+"""Held while NumPy parses a header: threads that are in CPython's parser at once can get a SystemError (gh-106905)."""
+
+
 @contextmanager
 def open_raw(path: Path) -> Iterator[tuple[BufferedReader, tuple[int, int, int, int]]]:
     """Open a raw clip: the file, at its first frame, and the declared (T,H,W,3). Raises `UserError`."""
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
         with path.open("rb") as file:
-            shape, fortran, dtype = read[np.lib.format.read_magic(file)](file)
+            version = np.lib.format.read_magic(file)
+            with HEADERS:
+                shape, fortran, dtype = read[version](file)
             if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape or fortran:
                 order = " in Fortran order" if fortran else ""
                 raise UserError(f"{path}: expected uint8 (T,H,W,3), got {dtype} {shape}{order}")

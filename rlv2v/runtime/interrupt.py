@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
 import errno
 import os
 import signal
+import sys
 import termios
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
@@ -14,6 +17,8 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Ctrl-C; `kill`; a terminal that closes; what batch systems send before the time is up."""
 INSISTING = (signal.SIGINT, signal.SIGTERM)
+AGAIN = 0.01
+"""Seconds after which a signal comes once more whose exception Python dropped."""
 Handler = Callable[[int, FrameType | None], None]
 
 
@@ -64,7 +69,7 @@ class Stop(KeyboardInterrupt):
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
-        self.exit_code = 128 + number
+        self.number, self.exit_code = number, 128 + number
         self.remedy = ""
         """How to go on, if there is something to say."""
 
@@ -74,23 +79,49 @@ def raised() -> Iterator[None]:
     """Raise the first signal as `Stop` in the block, and no later one, so that the block can tidy up.
 
     Where the block ends with an error after it, as when PyAV loses a `Stop` and reports an interrupted call, the signal
-    is what counts.
+    is what counts. Where Python drops a `Stop`, since it was raised in a finaliser or in the callback of a weak
+    reference, the signal comes once more.
     """
     stop: Stop | None = None
+    dropped, on_the_way = False, list[_thread.LockType]()
+    report = sys.unraisablehook
 
     def handle(number: int, _: FrameType | None) -> None:
-        nonlocal stop
-        if stop is None:
-            stop = Stop(number)
+        nonlocal stop, dropped
+        if stop is None or dropped:
+            stop, dropped = Stop(number), False
             raise stop
 
+    def come_again(number: int, arrived: _thread.LockType) -> None:
+        time.sleep(AGAIN)
+        if dropped:
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
+        arrived.release()
+
+    def unraisable(raised: sys.UnraisableHookArgs) -> None:
+        nonlocal dropped
+        if stop is None or raised.exc_value is not stop:
+            report(raised)
+            return
+        dropped = True
+        on_the_way.append(arrived := _thread.allocate_lock())
+        arrived.acquire()
+        _thread.start_new_thread(come_again, (stop.number, arrived))  # `threading` takes locks that may be held here
+
     with handled_by(handle):
+        sys.unraisablehook = unraisable
         try:
             yield
         except Exception as error:
             if stop is None:
                 raise
             raise stop from error
+        finally:
+            sys.unraisablehook = report
+            for arrived in on_the_way:
+                arrived.acquire()
+        if dropped and stop is not None:
+            raise stop
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -30,6 +32,24 @@ def test_raw_clips_images_and_folders(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read(source, 2, 3), clip[2:5])
         assert video.probe(source).num_frames == 12
     np.testing.assert_array_equal(read(tmp_path / "folder" / "3.png")[0], clip[3])
+
+
+def test_raw_headers_are_parsed_by_one_thread_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy parses them by CPython's parser, which counts its depth for all threads together."""
+    np.save(tmp_path / "a.npy", smooth(2, 4, 4))
+    parse, at_once, most = np.lib.format.read_array_header_1_0, [], []
+
+    def watched(file: object) -> object:
+        at_once.append(file)
+        most.append(len(at_once))
+        time.sleep(0.01)
+        at_once.remove(file)
+        return parse(file)
+
+    monkeypatch.setattr(np.lib.format, "read_array_header_1_0", watched)
+    with ThreadPoolExecutor(4) as threads:
+        shapes = list(threads.map(video.raw_shape, [tmp_path / "a.npy"] * 8))
+    assert shapes == [((2, 4, 4, 3), 2)] * 8 and most == [1] * 8
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (47, 63), (1, 1)])
