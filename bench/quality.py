@@ -3,6 +3,7 @@
     python bench/quality.py --case synth32 --methods default cyclegan --seeds 0 1 2
     python bench/quality.py --case region64 --methods default cyclegan --lr-search 2e-4 6e-4 2e-3
     python bench/quality.py --case graded64 --methods default cyclegan --few 1 2 5 20
+    python bench/quality.py --case region32 --methods ladder --steps 100
     python bench/quality.py --case mine --methods default --size 64
 
 Trains every (method, number of target clips, seed) with `python -m rlv2v.train` and measures each on a split with
@@ -23,7 +24,8 @@ import quality_few
 from harness import Args as SharedArgs
 from harness import Bench, Row
 from quality_cases import Case, digest, few_shot, has_truth, make_case, pick_split
-from quality_runs import Run, Workers, code_digest, rows_of_run
+from quality_ladder import LADDER
+from quality_runs import Run, Unit, Workers, code_digest, rows_of_run
 
 from rlv2v.cli import run_command
 from rlv2v.config import Config, check_name
@@ -41,12 +43,13 @@ OURS = {
     "paper-letter": ("--preset", "paper-letter"),
     "bf16": ("--preset", "default", "--precision", "bf16"),
     "tiny": ("--preset", "tiny"),
+    **LADDER,
 }
 FLAGS: dict[str, tuple[str, ...]] = OURS | {
     name: ("--preset", "default", "--method", name) for name in METHODS if name != "rlv2v"
 }
 """The flags of each method: ours in several settings, and the baselines of the registry."""
-TIMELESS = ("default", "rl", "bf16")  # of ours, those that do not know by themselves that clips start together
+TIMELESS = ("default", "rl", "bf16", *LADDER)  # of ours, those that do not know by themselves that clips start together
 BUDGET = 300.0  # seconds
 
 
@@ -60,7 +63,8 @@ class Args(SharedArgs):
     reading: Reading = "ours"
     """Of the synthetic set; paper: what the paper's words say."""
     methods: tuple[str, ...] = ("default", "cyclegan")
-    """What to train: default, rl (with P and the policy gradient), paint, paper, bf16, tiny, or a baseline's name."""
+    """What to train: default, rl (with P and the policy gradient), paint, paper, bf16, tiny, a baseline's name, or
+    ladder: the steps from paper to default."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run for each method and seed; the synthetic sets are drawn by it too."""
     few: tuple[int, ...] = ()
@@ -72,6 +76,8 @@ class Args(SharedArgs):
     """Metric of that choice and of the few-shot curve; default: psnr where there is a truth, else patch_distance."""
     budget: float | None = None
     """Seconds of training a run; default: 300."""
+    steps: int | None = None
+    """Length of a run in steps instead."""
     split: Literal["val", "test"] = "test"
     """Settings are chosen on val, reported on test."""
     frames: int = 8
@@ -89,7 +95,11 @@ class Args(SharedArgs):
 
     def check(self) -> Args:
         """Raise UserError for a flag that is out of range; return the arguments, changed by --quick."""
-        args = replace(self, seeds=self.seeds[:1], budget=10.0) if self.quick else self
+        args = replace(self, seeds=self.seeds[:1], budget=10.0, steps=None) if self.quick else self
+        named = ([*LADDER] if name == "ladder" else [name] for name in args.methods)
+        args = replace(args, methods=tuple(name for names in named for name in names))
+        if args.steps is not None and (args.steps < 1 or args.budget is not None):
+            raise UserError(f"--steps: expected at least 1, without --budget, got {args.steps}")
         if args.budget is not None and args.budget <= 0:
             raise UserError(f"--budget: expected seconds > 0, got {args.budget:g}")
         if args.jobs < 1:
@@ -116,7 +126,7 @@ class Plan:
     def __init__(self, args: Args, case: Case) -> None:
         self.args, self.case, self.code = args, case, code_digest()
         self.digest = cache(digest)
-        budget = BUDGET if args.budget is None else args.budget
+        budget = float(args.steps or 0) or (BUDGET if args.budget is None else args.budget)
         self.budgets = (budget, 2 * budget) if args.twice else (budget,)
         self.data = {seed: case.data(args.out, seed) for seed in args.seeds}
         data = self.data[args.seeds[0]]
@@ -144,12 +154,14 @@ class Plan:
             *(["--chrono"] if case.starts_together and method in TIMELESS else []),
         ]
         flags += [] if lr is None else ["--lr", f"{lr:g}", "--disc-lr", f"{lr:g}"]
-        name = "-".join([case.name, method, *([f"few{few}"] if few else []), *([f"lr{lr:g}"] if lr else []), str(seed)])
-        row = {"case": case.name, "method": method, "seed": seed, "few": few, "lr": lr}
+        shown = f"{case.name}-{args.steps}steps" if args.steps else case.name
+        name = "-".join([shown, method, *([f"few{few}"] if few else []), *([f"lr{lr:g}"] if lr else []), str(seed)])
+        row = {"case": shown, "method": method, "seed": seed, "few": few, "lr": lr}
         digests = {"data": self.digest(data, case.frames), "code": self.code}
         stored = {"measured_on": self.digest(self.data[seed], case.frames)}
         flags_text = tuple(map(str, flags))
-        return Run(args.out / name, data, flags_text, row, self.budgets, args.threads, digests | stored)
+        unit: Unit = "steps" if args.steps else "budget"
+        return Run(args.out / name, data, flags_text, row, self.budgets, args.threads, digests | stored, unit)
 
     def best_lr(self, rows: list[Row], method: str, few: int | None) -> float | None:
         """Return the learning rate of the best row of a search; the first one's where none has a value."""

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from harness import Row, commit, machine
 
@@ -33,6 +33,9 @@ from rlv2v.metrics.evaluation import ROWS, Split
 
 STOPPED = "go on with --resume"
 """What a training says that was asked to end before its time."""
+
+
+Unit = Literal["budget", "steps"]
 
 
 def code_digest() -> str:
@@ -107,11 +110,14 @@ class Run:
     threads: int
     digests: Mapping[str, str] = field(default_factory=dict)
     """Of the data and of the code."""
+    unit: Unit = "budget"
+    """Of the budgets: seconds, or steps."""
 
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that decides what is trained."""
         settings = {**self.row, "flags": list(self.flags), "budgets": list(self.budgets), "threads": self.threads}
+        settings |= {"unit": self.unit} if self.unit != "budget" else {}
         return {**settings, **self.digests}
 
     @property
@@ -162,13 +168,13 @@ class Run:
 
 
 def train(run: Run, total: float, workers: Workers) -> Row:
-    """Train a run up to a budget in seconds, on from its checkpoint if it has one; return its steps and seconds."""
+    """Train a run up to a budget in its unit, on from its checkpoint if it has one; return its steps and seconds."""
     start = time.perf_counter()
     resumed = run.folder.exists() and bool(Checkpoints(run.folder, keep=1, num_replicas=1).steps)
     if not resumed and run.folder.exists():
         shutil.rmtree(run.folder)  # killed before its first checkpoint
     flags = ("--resume",) if resumed else run.flags
-    common = ("--data", run.data, "--out", run.folder, "--budget", f"{total:g}", "--threads", run.threads)
+    common = ("--data", run.data, "--out", run.folder, f"--{run.unit}", f"{total:g}", "--threads", run.threads)
     workers.python("-m", "rlv2v.train", *common, *flags)
     log = run.folder / "metrics.jsonl"
     lines = log.read_text().splitlines() if log.is_file() else []  # empty where the warm-up took the whole budget
@@ -197,14 +203,14 @@ def rows_of_run(run: Run, data: Path, split: Split, workers: Workers, *, search:
     run.save(journal)
     rows = list[Row]()
     for total in run.budgets:
-        wanted = {"budget_s": total, "split": split}
+        wanted = {"budget_s": total if run.unit == "budget" else 0.0, "split": split}
         found = [row for row in journal["rows"] if wanted.items() <= row.items()]
         if not found:
             begun = {**run.row, **wanted, "ours": True, "fingerprint": run.fingerprint}
             begun |= {"commit": commit(), "cpu": machine()["cpu"]}
             try:
                 if longer := [budget for budget in journal["trained"] if float(budget) > total]:
-                    raise RuntimeError(f"trained for {longer[-1]} seconds already; choose another --out")
+                    raise RuntimeError(f"trained up to --{run.unit} {longer[-1]} already; choose another --out")
                 if f"{total:g}" not in journal["trained"]:
                     journal["trained"][f"{total:g}"] = train(run, total, workers)
                     run.save(journal)

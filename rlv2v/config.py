@@ -246,8 +246,9 @@ class Config:
 
     preset: str = "default"
     """Where every other flag starts: default (a generator that transforms colours), paint (one that paints, for flat
-    scenes), paper (nothing beyond it), paper-letter (its most literal form), tiny (seconds, for tests), workstation
-    (128x128, T=16, bf16, one replica per rank on cards of 8 GB)."""
+    scenes), paper (nothing beyond it), paper-letter (its most literal form), tiny (seconds, for tests), laptop (default
+    at 128x128, 15 minutes); for GPUs default at 256x256 in bf16, four hours: workstation (cards of 8 GB), gpu24 (wider
+    and larger batches, 24 GB), gpu80 (T=16 as well, 80 GB)."""
     method: str = "rlv2v"
     """What is trained."""
     out: Path = Path("runs/rlv2v")

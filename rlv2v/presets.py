@@ -43,6 +43,18 @@ PAINT: dict[str, Any] = {
     "adversarial_end": 0.3,
 }
 
+# Widths are multiples of 16, to fill the tensor cores. Batches are what `rlv2v.method.memory` says of a card.
+GPU: dict[str, Any] = {
+    "size": 256,
+    "precision": "bf16",
+    "widths": (32, 64, 128),
+    "disc_widths": (32, 64, 128, 128, 128),
+    "loader_threads": 4,
+    "budget": 14400.0,
+    "snapshot_seconds": 300.0,
+}
+"""What the presets for GPUs have in common, one replica per rank."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paint": PAINT,
@@ -59,23 +71,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "transitions": 2,
         "replay_capacity": 32,
     },
-    # rlv2v.method.memory counts 6.5 GB without CUDA graphs, 7.3 with them, its reserve included. Widths are multiples
-    # of 32, to fill the tensor cores. It paints: the kernels of the grid have not run on a GPU yet.
-    "workstation": {
-        **PAINT,
-        "size": 128,
-        "frames": 16,
-        "precision": "bf16",
-        "widths": (32, 64, 128),
-        "disc_widths": (32, 64, 128, 128, 128),
-        "batch_x": 1,
-        "batch_y": 1,
-        "batch_z": 1,
-        "batch_s": 2,
-        "transitions": 1,
-        "replay_capacity": 256,
-        "loader_threads": 4,
-        "budget": 14400.0,
-        "snapshot_seconds": 300.0,
-    },
+    "laptop": {"size": 128, "budget": 900.0},
+    "workstation": {**GPU, "widths": (16, 32, 64), "disc_widths": (16, 32, 64, 64, 64)},
+    "gpu24": {**GPU, "batch_x": 4, "batch_y": 2, "batch_z": 4, "batch_s": 8, "batch_pool": 12},
+    "gpu80": {**GPU, "batch_x": 8, "batch_y": 4, "batch_z": 8, "batch_s": 16, "batch_pool": 12, "frames": 16},
 }

@@ -19,13 +19,17 @@ import pytest
 import quality
 import quality_few
 import quality_runs
+import tyro
 from quality_cases import Case, digest, few_shot, make_case, pick_split, target_order
+from quality_ladder import LADDER, SWITCHES, rung
 from quality_runs import Run, Workers, rows_of_run
 
+from rlv2v.config import Config
 from rlv2v.data.index import open_dataset
 from rlv2v.data.synth import Counts, clip_of, write_dataset
 from rlv2v.data.video import read_frames
 from rlv2v.errors import UserError
+from rlv2v.flags import flags_type, resolve
 from rlv2v.method.baselines import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,10 +58,11 @@ class Recorded(Workers):
         if words[1] == self.fails:
             raise RuntimeError("no space left")
         if words[1] == "rlv2v.train":
-            folder, budget = (Path(words[words.index(flag) + 1]) for flag in ("--out", "--budget"))
-            folder.mkdir(exist_ok=True)
-            line = {"step": int(float(str(budget)) * 10), "seconds": float(str(budget)) + 0.04}
-            (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+            length = "--steps" if "--steps" in words else "--budget"
+            folder, budget = (words[words.index(flag) + 1] for flag in ("--out", length))
+            Path(folder).mkdir(exist_ok=True)
+            line = {"step": int(float(budget) * 10), "seconds": float(budget) + 0.04}
+            (Path(folder) / "metrics.jsonl").write_text(json.dumps(line) + "\n")
         else:
             spread = {name: dict.fromkeys(row, 0.5) for name, row in self.rows.items()}
             Path(words[words.index("--json") + 1]).write_text(json.dumps({"rows": self.rows, "spread": spread}))
@@ -69,10 +74,28 @@ def run_of(out: Path, data: Path, **row: Any) -> Run:
 
 
 def test_every_method_of_the_registry_is_there() -> None:
-    assert set(quality.FLAGS) == {"default", "rl", "paint", "paper", "paper-letter", "bf16", "tiny", *METHODS} - {
-        "rlv2v"
-    }
+    ours = {"default", "rl", "paint", "paper", "paper-letter", "bf16", "tiny", *LADDER}
+    assert set(quality.FLAGS) == ours | set(METHODS) - {"rlv2v"}
     assert quality.FLAGS["cyclegan"][-2:] == ("--method", "cyclegan")
+
+
+def test_the_ladder_leads_from_paper_to_default() -> None:
+    steps = [Config.of("paper", **rung(number)).check() for number in range(len(SWITCHES))]
+    assert steps[0] == Config.of("paper") and steps[-1].replace(preset="default", augment="flip") == Config()
+    assert len({step.to_json() for step in steps}) == len(steps), "each switch changes something"
+    for number, step in enumerate(steps):
+        assert resolve(tyro.cli(flags_type(), args=LADDER[f"ladder-{number:02}"])) == step
+
+
+def test_a_run_may_be_so_many_steps_long(data: Path, tmp_path: Path) -> None:
+    plan = plan_of(data, tmp_path, steps=7)
+    run, workers = plan.run("ladder-00", None, 0, None), Recorded()
+    (row, *_) = rows_of_run(run, data, "test", workers)
+    assert "--steps 7" in " ".join(workers.commands[0]) and "--budget" not in workers.commands[0]
+    assert run.folder.name == "mine-7steps-ladder-00-0"
+    assert (row["case"], row["budget_s"], row["steps"], row["psnr"]) == ("mine-7steps", 0.0, 70, 20.0)
+    assert plan.run("ladder-00", None, 0, None).fingerprint != replace(run, unit="budget").fingerprint
+    quality.Args(methods=("default", "ladder")).check()
 
 
 @pytest.mark.parametrize(
@@ -294,6 +317,7 @@ def test_mistakes_are_named(data: Path, tmp_path: Path) -> None:
     args = quality.Args(case=str(data), out=tmp_path / "out", frames=4, size=16)
     for changes, message in (
         ({"budget": 0.0}, "--budget: expected seconds > 0, got 0"),
+        ({"steps": 0}, "--steps: expected at least 1, without --budget, got 0"),
         ({"jobs": 0}, "--jobs: expected at least 1, got 0"),
         ({"methods": ("cyclgan",)}, "--methods: expected default, .* got 'cyclgan'; did you mean cyclegan?"),
         ({"select": "psnrr"}, "--select: expected .* did you mean psnr?"),

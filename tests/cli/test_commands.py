@@ -81,8 +81,8 @@ def test_the_flags_of_training_are_grouped_by_section(command: Command) -> None:
         ("train --lr 1 quux", "unexpected argument 'quux'"),
         (
             "train --preset tinny",
-            "--preset: expected default, paint, paper, paper-letter, tiny, workstation, got 'tinny'; "
-            "did you mean tiny?",
+            "--preset: expected default, paint, paper, paper-letter, tiny, laptop, workstation, gpu24, gpu80, got "
+            "'tinny'; did you mean tiny?",
         ),
         (
             "train --method cylegan",

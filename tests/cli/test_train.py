@@ -176,7 +176,7 @@ def test_flags_go_on_top_of_preset_and_method() -> None:
     assert Config().length == ("s", 300.0)
 
 
-@pytest.mark.parametrize("preset", ["default", "paper", "tiny", "workstation"])
+@pytest.mark.parametrize("preset", ["default", "paper", "tiny", "laptop", "workstation", "gpu24", "gpu80"])
 def test_a_config_survives_its_file(preset: str) -> None:
     config = Config.of(preset, data=Path("mine"), seed=3).check()
     assert Config.from_json(config.to_json(), "config") == config

@@ -191,12 +191,12 @@ def test_a_rectangle_needs_more_than_its_short_side_and_less_than_its_long_one(m
 
 
 @pytest.mark.thorough
-def test_the_workstation_fits_its_card() -> None:
-    config = Config.of("workstation").check()
-    assert (config.data.size.plain, config.data.frames, config.runtime.precision) == (128, 16, "bf16")
+@pytest.mark.parametrize(("preset", "card"), [("workstation", 8), ("gpu24", 24), ("gpu80", 80)])
+def test_a_preset_fits_its_card_with_graphs(preset: str, card: int) -> None:
+    config = Config.of(preset).check()
+    assert (config.data.size.plain, config.runtime.precision, config.runtime.graphs) == (256, "bf16", True)
     assert all(width % 16 == 0 for width in (*config.model.widths, *config.model.disc_widths))
-    recorded = estimate(config).reserved
-    assert 5.5 * GB <= estimate(config.replace(graphs=False)).reserved < recorded - 0.5 * GB <= 7.5 * GB
+    assert 0.55 * card * GB <= estimate(config).reserved <= 0.95 * card * GB
 
 
 @pytest.mark.parametrize(
