@@ -64,7 +64,7 @@ class Case:
     @property
     def starts_together(self) -> bool:
         """Whether a user would say of its clips that time in the clip matters (`--chrono`)."""
-        return self.kind == "synth"
+        return self.kind in ("synth", "graded")
 
     def data(self, out: Path, seed: int) -> Path:
         """Return the dataset folder for a run's seed, made in `out` if it is not there."""

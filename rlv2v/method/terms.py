@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # `rlv2v.config` reads the registry, and these modules read t
     from rlv2v.model.build import Nets
 
 Values = Iterator[tuple[str, Tensor]]  # (suffix, value ()) pairs
+ROUND = 1e-3  # of coefficients of a grid, which change by less from frame to frame where nothing happens
 NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, 3), (3, 0))  # (dy, dx) in pixels
 
 
@@ -163,15 +164,25 @@ def mask_terms(inputs: TermInputs) -> Values:
             yield domain, mask_prior(rollout.details.mask)
 
 
+def rounded(d: Tensor) -> Tensor:
+    """Return |d| without its kink: sqrt(d^2 + e^2) - e, e = `ROUND`; there rounding would decide a gradient."""
+    return (d.square() + ROUND**2).sqrt() - ROUND
+
+
 def roughness(whole: Tensor, local: Tensor) -> Tensor:
     """Return how much a bilateral grid varies: what a capacity that is free would make of the content of a clip.
 
     Mean squares of the differences of neighbouring cells of `local` (B,T,12,bins,h,w), down and to the right; 0.3 of
-    those of neighbouring bins, of `local` and of `whole`; 0.05 of the mean square of `local`.
+    those of neighbouring bins, of `local` and of `whole`; 0.05 of the mean square of `local`. In time, 0.1 of the mean
+    of |differences of neighbouring frames| of `local`, and of |their second differences| of `whole`: the light of a
+    scene may fade at a steady rate or be switched, not flicker.
     """
     space = [local.diff(dim=dim).square().mean() for dim in (4, 5) if local.shape[dim] > 1]
     bins = [part.diff(dim=3).square().mean() for part in (whole, local) if part.shape[3] > 1]
-    return torch.stack([*space, *(0.3 * value for value in bins), 0.05 * local.square().mean()]).sum()
+    frames = whole.shape[1]
+    time = [rounded(part.diff(n=n, dim=1)).mean() for part, n in ((local, 1), (whole, 2)) if frames > n]
+    costs = [*space, *(0.3 * value for value in bins), *(0.1 * value for value in time), 0.05 * local.square().mean()]
+    return torch.stack(costs).sum()
 
 
 def smoothness_terms(inputs: TermInputs) -> Values:

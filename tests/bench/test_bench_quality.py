@@ -104,13 +104,14 @@ def test_a_run_may_be_so_many_steps_long(data: Path, tmp_path: Path) -> None:
         ("synth32", Case("synth32", "synth", 32, 8)),
         ("cue64", Case("cue64", "cue", 64, 8)),
         ("region48", Case("region48", "region", 48, 8)),
+        ("graded64", Case("graded64", "graded", 64, 8)),
     ],
 )
 def test_named_cases(case: str, expected: Case) -> None:
     assert make_case(case, frames=8) == expected
-    assert expected.is_synthetic == (expected.kind != "region")
+    assert expected.is_synthetic == (expected.kind in ("synth", "cue"))
     assert (expected.augment == "dihedral") == (expected.kind == "synth"), "a transpose breaks the cue, and streets"
-    assert expected.starts_together == (expected.kind == "synth"), "the cue comes at any time"
+    assert expected.starts_together == (expected.kind in ("synth", "graded")), "the cue comes at any time"
 
 
 def test_a_seed_has_its_own_synthetic_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

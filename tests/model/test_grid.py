@@ -144,6 +144,17 @@ def test_roughness_is_of_what_varies(part: str, shape: tuple[int, ...], dim: int
     torch.testing.assert_close(roughness(whole, 2 * rows), 4 * (1 + 0.05 * rows.square().mean()))
 
 
+def test_roughness_in_time_is_of_flicker() -> None:
+    time = torch.arange(5.0).reshape(1, 5, 1, 1, 1, 1)
+    still, local = torch.zeros(1, 5, 12, 3, 1, 1), torch.zeros(1, 5, 12, 3, 4, 5)
+    assert roughness(still + 3 * time, local) == 0, "light that fades at a steady rate"
+    flicker = still + 0.1 * (time % 2)
+    torch.testing.assert_close(roughness(flicker, local), torch.tensor(0.1 * 0.2), rtol=0.01, atol=0)
+    torch.testing.assert_close(roughness(flicker[:, :2], local[:, :2]), torch.tensor(0.0))
+    fading = local + 0.1 * time
+    torch.testing.assert_close(roughness(still, fading), 0.1 * torch.tensor(0.099) + 0.05 * fading.square().mean())
+
+
 def test_inversion_is_of_a_transform_that_makes_light_dark() -> None:
     eye = torch.eye(3, 4).reshape(1, 1, 12, 1, 1, 1)
     local = torch.zeros(1, 1, 12, 4, 2, 3)
