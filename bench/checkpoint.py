@@ -28,8 +28,8 @@ from rlv2v.errors import UserError
 from rlv2v.method.step import Algorithm
 
 CASES: dict[str, dict[str, Any]] = {
-    "default": {},
-    "128x128 T=16": {"size": 128, "frames": 16, "replay_capacity": 256},
+    "default": {"rl": True},
+    "128x128 T=16": {"rl": True, "size": 128, "frames": 16, "replay_capacity": 256},
 }
 
 

@@ -21,16 +21,16 @@ from torch import Tensor
 from rlv2v.cli import run_command
 from rlv2v.config import Config
 from rlv2v.errors import UserError
-from rlv2v.method.clips import Clips, Gains
+from rlv2v.method.clips import Clips
 from rlv2v.method.memory import some_clips
 from rlv2v.method.objective import discriminator_losses, generator_losses
 from rlv2v.method.patches import draw
+from rlv2v.method.terms import TERMS
 from rlv2v.model.build import Nets, build_nets
 
 TOLERANCE = {"value": 1e-6, "gradient": 5e-6}
 """Relative, float32."""
-ADDITIONS = ("cycle", "identity", "contrast", "mask_prior", "colours")
-PAPER_TERMS: dict[str, Any] = {"disc_frames": 0} | dict.fromkeys(ADDITIONS, 0.0)
+PAPER_TERMS: dict[str, Any] = {"disc_frames": 0, "l_tau": 10.0, "l_rc": 10.0} | dict.fromkeys(TERMS, 0.0)
 GENERATORS, DISCRIMINATORS = ("g_x", "g_y", "p_x", "p_y"), ("d_x", "d_y")
 
 
@@ -59,7 +59,7 @@ def both_sides(nets: Nets, clips: Clips, config: Config, *, literal: bool) -> tu
         side(generator_losses_ref(nets, clips, config, steps.tolist()), GENERATORS)
         side(discriminator_losses_ref(nets, clips, config, steps.tolist()), DISCRIMINATORS)
     else:
-        terms, out, back = generator_losses(nets, clips, config, Gains(1.0, 1.0), steps, draws)
+        terms, out, back = generator_losses(nets, clips, config, 1.0, steps, draws)
         side(terms, GENERATORS)
         side(discriminator_losses(nets, clips, out.fake.detach(), back.fake.detach(), config, steps), DISCRIMINATORS)
     return torch.stack(values).detach(), gradients

@@ -95,7 +95,8 @@ def measured_row(config: Config) -> Row:
             torch.cuda.reset_peak_memory_stats()
         with device:
             clips = some_clips(config, 1)
-        algorithm.advance(float(number), algorithm.step(clips).pop("distance"))
+        algorithm.step(clips)
+        algorithm.advance(float(number))
     torch.cuda.synchronize()
     held, (free, total) = torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()
     fields = {"held": held, "beside": total - free - torch.cuda.memory_reserved()}

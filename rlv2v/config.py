@@ -105,11 +105,6 @@ class EquationConfig:
     """Norm of the recurrent and recycle losses; l2 is the paper's."""
     disc_frames: int = 2
     """Single frames of each clip that D sees in a step; 0: all of them, as in the paper."""
-    ramp_at: float = 0.3
-    """Contrast and mask terms rise once the translations' distance to the target is below this share of the distance
-    between the domains."""
-    adversarial_end: float = 1.0
-    """Share of the adversarial terms that is left after that ramp; 1: they stay as they are."""
 
     def term(self, name: str) -> float:
         """Return the weight of an added term of `rlv2v.method.terms`."""

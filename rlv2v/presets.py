@@ -36,11 +36,11 @@ PAPER: dict[str, Any] = {
 }
 
 PAINT: dict[str, Any] = {
-    **EQUATIONS,
     "head": "mask",
     "chrono": True,
+    "lr": 2e-3,
+    "warmup_steps": 80,
     **{name: term.paint for name, term in TERMS.items()},
-    "adversarial_end": 0.3,
 }
 
 # Widths are multiples of 16, to fill the tensor cores. Batches are what `rlv2v.method.memory` says of a card.

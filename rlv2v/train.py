@@ -150,7 +150,7 @@ def run(config: Config, world: World, interrupted: Interrupt) -> None:
             due = seconds >= checkpoint_at
             checkpoint_at = math.inf if due else checkpoint_at  # asked for; ranks may agree to it a step later
             control = world.all_agree(StepControl(bool(interrupted.by), seconds, due))
-            logs |= trainer.advance(control.seconds, logs.pop("distance"))
+            logs |= trainer.advance(control.seconds)
             guard.record(schedule.step, logs)
             timer.step()
             is_logged = schedule.step % LOG_EVERY == 0 or schedule.step == 1 or schedule.progress >= 1.0

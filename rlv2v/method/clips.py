@@ -52,13 +52,6 @@ class Clips(NamedTuple):
         return cls(own_x, own_y, first(z), stills, rest(x), rest(y + z))
 
 
-class Gains(NamedTuple):
-    """Factors of the schedule: on the adversarial terms, and on the added terms that are ramped."""
-
-    adversarial: float | Tensor
-    content: float | Tensor
-
-
 def pool_size(config: Config) -> int:
     """Return the clips of each set of videos that a replica takes for statistics alone."""
     return config.data.batch_pool if config.loss.term("patches") else 0

@@ -20,7 +20,7 @@ from rlv2v.config import BATCH, Config
 from rlv2v.errors import get_logger
 from rlv2v.method import rl as ddpg
 from rlv2v.method.baselines import METHODS
-from rlv2v.method.clips import Clips, Gains, pool_size
+from rlv2v.method.clips import Clips, pool_size
 from rlv2v.method.objective import discriminator_losses, generator_losses
 from rlv2v.method.optim import autocast
 from rlv2v.method.patches import draw
@@ -162,7 +162,7 @@ def generators(nets: Nets, config: Config, num_replicas: int) -> Callable[[], Te
     draws = draw(np.random.default_rng(0), num_replicas, replicas, torch.device("cpu"))
 
     def run() -> Tensor:
-        terms, _, _ = generator_losses(nets, clips, config, Gains(1.0, 1.0), frames, draws)
+        terms, _, _ = generator_losses(nets, clips, config, 1.0, frames, draws)
         if batch is not None:
             terms["actor"] = ddpg.actor_loss(nets.q_x, ddpg.Policies.of(nets, "x"), batch.states, batch.lengths)
         return torch.stack(list(terms.values())).sum()

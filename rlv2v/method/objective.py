@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rlv2v.config import Config
 from rlv2v.method import losses
-from rlv2v.method.clips import Clips, Gains
+from rlv2v.method.clips import Clips
 from rlv2v.method.patches import Draws
 from rlv2v.method.rollout import Rollout, discriminate, rollouts
 from rlv2v.method.terms import TERMS, TermInputs
@@ -32,11 +32,12 @@ def score_fakes(d: Discriminator, fake: Tensor, real: tuple[Tensor | None, ...],
 
 
 def generator_losses(
-    nets: Nets, clips: Clips, config: Config, gains: Gains, indices: Tensor, draws: Draws
+    nets: Nets, clips: Clips, config: Config, gain: float | Tensor, indices: Tensor, draws: Draws
 ) -> tuple[dict[str, Tensor], Rollout, Rollout]:
     """Return the weighted terms of eq. 10 that G and P descend, by name, and the two rollouts that they came from.
 
-    indices (n,): the frames that D sees one by one. draws: of the added terms. A term of weight 0 is not computed.
+    gain (): factor on the added terms that are ramped. indices (n,): the frames that D sees one by one. draws: of the
+    added terms. A term of weight 0 is not computed.
     """
     weights = config.loss
     added = [(term, weights.term(name)) for name, term in TERMS.items() if weights.term(name)]
@@ -62,7 +63,6 @@ def generator_losses(
     if weights.l_v:
         terms["v_y"] = l_v * losses.l_v_y(score, fakes=score_fakes(nets.d_y, of_x.fake, real_y, None))
         terms["v_x"] = l_v * losses.l_v_x(score, fakes_y=score_fakes(nets.d_x, of_yz.fake, real_x, None))
-    terms = {name: gains.adversarial * value for name, value in terms.items()}
 
     for name, rollout in (("x", of_x), ("y", of_yz)):
         if weights.l_tau:  # eq. 3, 4
@@ -74,9 +74,9 @@ def generator_losses(
 
     inputs = TermInputs(nets, clips, of_x, of_yz, draws)
     for term, weight in added:
-        gain = gains.content if term.ramped else 1.0
+        factor = gain * weight if term.ramped else weight
         for suffix, value in term.compute(inputs):
-            terms[f"{term.name}_{suffix}"] = gain * weight * value
+            terms[f"{term.name}_{suffix}"] = factor * value
     return terms, of_x, of_yz
 
 

@@ -24,7 +24,6 @@ from rlv2v.runtime.distributed import gather
 
 NUM_PATCHES = 4096  # of a kind, domain and step, of all ranks together
 NUM_DIRECTIONS = 16  # of patches, in patch_gap
-NUM_COLOURS = 4  # directions of colour space, in domain_gap
 HEIGHT = 3.0  # scale of the place of a patch: what is the sky and what is the ground
 
 
@@ -46,8 +45,6 @@ KINDS = (Kind(1, 1), Kind(1, 3), Kind(2, 1))
 class Draws(NamedTuple):
     """The random part of a step's added terms; a tuple has an entry for each of `KINDS`."""
 
-    colours: Tensor
-    """Unit vectors in colour space, (3,K), of `domain_gap`."""
     places: tuple[Tensor, ...]
     """Of the patches of the two domains: (2,R,n,5), uniform in [0,1), for clip, frame, row, column and later frame; R
     replicas."""
@@ -61,13 +58,13 @@ def draw(rng: np.random.Generator, num_replicas: int, replicas: range, device: t
     def unit_vectors(size: int, num: int) -> Tensor:
         return normalize(on_device(rng.standard_normal((size, num)).astype(np.float32), device), dim=0)
 
-    colours, places, directions = unit_vectors(3, NUM_COLOURS), [], []
+    places, directions = [], []
     own, num = slice(replicas.start, replicas.stop), max(1, NUM_PATCHES // num_replicas)
     for kind in KINDS:
         uniform = rng.random((2, num_replicas, num, 5), np.float32)[:, own]
         places.append(on_device(np.ascontiguousarray(uniform), device))
         directions.append(unit_vectors(kind.num_features, NUM_DIRECTIONS))
-    return Draws(colours, tuple(places), tuple(directions))
+    return Draws(tuple(places), tuple(directions))
 
 
 def patch_features(clips: Tensor, kind: Kind, places: Tensor) -> Tensor:

@@ -26,8 +26,7 @@ from rlv2v.method.patches import Draws, draw
 from rlv2v.method.pretrain import warm_up
 from rlv2v.method.rl import Transitions, actor_loss, critic_loss, critic_targets, frozen, polyak
 from rlv2v.method.schedule import Schedule
-from rlv2v.method.terms import domain_gap
-from rlv2v.method.trainer import Generators, Logs, measure_domains
+from rlv2v.method.trainer import Generators, Logs
 from rlv2v.model.build import build_nets
 from rlv2v.runtime.cuda_graphs import Graphs, Recorder
 from rlv2v.runtime.device import on_device
@@ -99,10 +98,7 @@ class Algorithm:
         self.average.load_state_dict({key: state[key] for key in self.average.state_dict()})
 
     def step(self, clips: Clips, book_time: BookTime = no_timing) -> Logs:
-        """Run one step on this rank's clips, and return its losses and norms.
-
-        They include `distance`, that of the translations to the target domain, which `advance` takes.
-        """
+        """Run one step on this rank's clips, and return its losses and norms."""
         config, schedule, graphs = self.config, self.schedule, self.graphs
         phase_time = no_timing if self.may_record else book_time  # a recording cannot be timed inside
         rng = np.random.default_rng([config.seed, schedule.step])
@@ -138,7 +134,6 @@ class Algorithm:
         discriminator_logs = graphs("discriminators", self.discriminator_phase, clips, fakes, indices, phase_time)
         book_time("discriminators")
 
-        measure_domains(schedule, clips.x, [clips.y] if clips.z is None else [clips.y, clips.z], draws.colours)
         return logs | generator_logs | discriminator_logs
 
     def critic_phase(self, agent: Agent, batch: Transitions, book_time: BookTime) -> tuple[Logs, Tensor]:
@@ -163,7 +158,7 @@ class Algorithm:
         for g in (nets.g_x, nets.g_y):
             g.limit_copying(ramp if config.loss.term("mask_prior") else torch.zeros_like(ramp))
         with frozen(nets.d_x, nets.d_y, nets.q_x, nets.q_y), autocast(config, self.device):
-            terms, of_x, of_yz = generator_losses(nets, clips, config, self.schedule.gains, indices, draws)
+            terms, of_x, of_yz = generator_losses(nets, clips, config, self.schedule.gain, indices, draws)
             if agent and batch:
                 loss_a = actor_loss(agent.q, agent.policies, batch.states, batch.lengths)
                 terms[f"actor_{agent.domain}"] = config.rl.weight * loss_a
@@ -176,11 +171,6 @@ class Algorithm:
                 polyak(getattr(self.targets, name), getattr(nets, name), config.rl.tau)
         for name in ("g_x", "g_y") if config.optim.average else ():
             polyak(getattr(self.average, name), getattr(nets, name), 1.0 - config.optim.average)
-        if config.loss.term("colours"):
-            logs["distance"] = terms["colours_y"] / config.loss.term("colours")
-        else:
-            with torch.no_grad():
-                logs["distance"] = domain_gap(of_x.fake, clips.yz, draws.colours)
         return logs, (of_x.fake, of_yz.fake)
 
     def discriminator_phase(
@@ -192,10 +182,10 @@ class Algorithm:
         loss = torch.stack(list(terms.values())).sum()
         return terms | self.optimizer_steps["discriminators"](loss, "discriminators", book_time)
 
-    def advance(self, seconds: float, distance: Tensor) -> Logs:
-        """End a step, `seconds` into the run: the schedule follows how near the translations are to the target."""
-        self.schedule.advance(seconds, distance)
-        return {"gap": self.schedule.remaining_gap, "ramp": self.schedule.ramp.clone()}
+    def advance(self, seconds: float) -> Logs:
+        """End a step, `seconds` into the run; return the ramp."""
+        self.schedule.advance(seconds)
+        return {"ramp": self.schedule.ramp.clone()}
 
     def pick_videos(self, clips: Clips, domain: str, rngs: list[np.random.Generator]) -> list[InPlay]:
         """Return the clip v of a domain for each replica, drawn from the replica's share of the batch."""

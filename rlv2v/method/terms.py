@@ -7,18 +7,15 @@ presets read their weights from the registry. Everything works on frames (B,T,3,
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool1d, avg_pool2d, l1_loss
+from torch.nn.functional import l1_loss
 
-from rlv2v.kernels.sorting import sort_rows
 from rlv2v.method.patches import Draws, patch_gap
 from rlv2v.model.grid import LUMA
-from rlv2v.runtime.distributed import gather, num_ranks
 
 if TYPE_CHECKING:  # `rlv2v.config` reads the registry, and these modules read the config
     from rlv2v.method.clips import Clips
@@ -53,7 +50,7 @@ class Term(NamedTuple):
     paper: float = 0.0  # weight in the preset `paper`
     paint: float = 0.0  # weight in the preset `paint`
     needs: frozenset[Literal["same", "back"]] = frozenset()  # optional parts of a rollout that it looks at
-    ramped: bool = False  # whether the schedule's content gain scales it
+    ramped: bool = False  # whether the schedule's gain scales it
 
 
 def local_contrast(frames: Tensor) -> Tensor:
@@ -82,50 +79,6 @@ def contrast_loss(source: Tensor, translated: Tensor) -> Tensor:
 def mask_prior(mask: Tensor) -> Tensor:
     """Return mean(1 - m): what can be copied from the source should be copied."""
     return (1 - mask).mean()
-
-
-def colours(frames: Tensor, directions: Tensor) -> Tensor:
-    """Project pixel colours, pooled to about 16 pixels a side, on `directions` (3,K): (B,T,3,H,W) -> (B,T,K,n)."""
-    pooled = avg_pool2d(frames.flatten(0, 1), max(1, min(frames.shape[-2:]) // 16)).unflatten(0, frames.shape[:2])
-    with torch.autocast(frames.device.type, enabled=False):
-        return torch.einsum("btchw,ck->btkhw", pooled, directions.to(pooled.dtype)).flatten(3)
-
-
-def quantile_gap(a: Tensor, b: Tensor, bins: int = 64) -> Tensor:
-    """Return the mean distance of two sets of `colours`, sorted and averaged in bins, by direction and by frame.
-
-    Averages, not single quantiles: which one of equal pixels a quantile is, is chance, and so is its gradient.
-    """
-
-    def table(values: Tensor) -> Tensor:
-        return adaptive_avg_pool1d(sort_rows(values.permute(1, 2, 0, 3).flatten(2)), bins)
-
-    return l1_loss(table(a), table(b))
-
-
-def domain_gap(a: Tensor, b: Tensor, directions: Tensor) -> Tensor:
-    """Return the sliced Wasserstein-1 distance of the pixel colours of two sets of clips, averaged over frame indices.
-
-    Colours are projected on `directions` (3,K), sorted, and compared in 64 bins. The clips need not be paired nor as
-    many; those of all ranks count. The distance knows nothing of shapes. It measures how far a translator has come
-    towards a domain's colours and their course in time, which the schedule follows.
-    """
-    return quantile_gap(gather(colours(a, directions)), gather(colours(b, directions)))
-
-
-def gap_floor(target: Sequence[Tensor], num_other: int, directions: Tensor) -> Tensor:
-    """Estimate the `domain_gap` between `target` and `num_other` clips a rank of the *same* domain.
-
-    Two samples of one domain are never at distance 0. The distance between samples of n and m clips falls as
-    sqrt(1/n + 1/m), so the distance between the target's halves is scaled by that; a single clip gives 0.
-    target: the domain's sets of clips.
-    """
-    values = torch.cat([gather(colours(clips, directions)) for clips in target])
-    num, half = len(values), len(values) // 2
-    if half == 0:
-        return torch.zeros((), device=values.device)
-    scale = math.sqrt((1 / (num_other * num_ranks()) + 1 / num) / (1 / half + 1 / (num - half)))
-    return scale * quantile_gap(values[:half], values[half:])
 
 
 def cycle_loss(inputs: TermInputs) -> Values:
@@ -240,12 +193,6 @@ def hue_terms(inputs: TermInputs) -> Values:
             yield domain, mixing(grids.whole, grids.local)
 
 
-def colour_terms(inputs: TermInputs) -> Values:
-    """Yield `domain_gap` between translated and target clips, in both directions."""
-    yield "y", domain_gap(inputs.x.fake, inputs.clips.yz, inputs.draws.colours)
-    yield "x", domain_gap(inputs.y.fake, inputs.clips.x, inputs.draws.colours)
-
-
 def patch_terms(inputs: TermInputs) -> Values:
     """Yield the distance of the patches of translated clips to those of the domain, in both directions."""
     clips, draws = inputs.clips, inputs.draws
@@ -257,7 +204,6 @@ def patch_terms(inputs: TermInputs) -> Values:
 
 IDENTITY = "|G_Y(z) - z|, |G_Y(s) - s|, |G_X(x) - x|"
 MASK_PRIOR = "prior of the copy mask; 0: the mask stays shut and nothing is copied"
-COLOURS = "distance between the colours of translated and target clips, by frame index"
 ORDER = "brightness of which a grid head turns the order around, at a place"
 HUE = "what a grid head makes a channel of the others, beyond grey"
 PATCHES = "distance of the patches of translated clips to those of the target domain"
@@ -268,8 +214,7 @@ TERMS: dict[str, Term] = {
         Term("identity", IDENTITY, 4.0, identity_loss, paint=4.0, needs=frozenset({"same"})),
         Term("contrast", "local-contrast loss, doubled for G_X", 0.0, contrast_terms, paint=40.0, ramped=True),
         Term("mask_prior", MASK_PRIOR, 0.0, mask_terms, paint=2.0, ramped=True),
-        Term("colours", COLOURS, 0.0, colour_terms, paint=3.0),
-        Term("patches", PATCHES, 10.0, patch_terms),
+        Term("patches", PATCHES, 10.0, patch_terms, paint=40.0),
         Term("order", ORDER, 10000.0, order_terms),
         Term("hue", HUE, 100.0, hue_terms),
         Term("smoothness", "deviations of a grid head from one transform of all pixels", 300.0, smoothness_terms),

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from rlv2v.method.optim import BookTime
-from rlv2v.method.terms import domain_gap, gap_floor
 from rlv2v.model.generator import Generator
 
 if TYPE_CHECKING:  # the config reads the registry of methods, whose modules import this one
@@ -19,7 +17,6 @@ if TYPE_CHECKING:  # the config reads the registry of methods, whose modules imp
     from rlv2v.method.schedule import Schedule
     from rlv2v.runtime.distributed import World
 
-MEASURE_EVERY = 10  # steps between two measurements of the distance between the domains
 Logs = dict[str, Tensor]  # a number () each
 
 
@@ -67,10 +64,10 @@ class Trainer(Protocol):
         """Do what comes before the first step of a new run; return False if `stop` asked for the end."""
 
     def step(self, clips: Clips, book_time: BookTime) -> Logs:
-        """Run one step on this rank's clips; return its losses, and `distance`, which `advance` takes."""
+        """Run one step on this rank's clips; return its losses."""
 
-    def advance(self, seconds: float, distance: Tensor) -> Logs:
-        """End a step, `seconds` into the run; `distance` is that of the translations to the target domain."""
+    def advance(self, seconds: float) -> Logs:
+        """End a step, `seconds` into the run; return more for the log."""
 
 
 class Phase(NamedTuple):
@@ -90,14 +87,3 @@ class Footprint(NamedTuple):
     nets: Callable[[], nn.Module]
     phases: Mapping[str, Phase]
     copies: tuple[str, ...] = ()
-
-
-def measure_domains(schedule: Schedule, x: Tensor, target: list[Tensor], directions: Tensor) -> None:
-    """Measure the distance between the domains, every `MEASURE_EVERY` steps, for what the log calls `gap`.
-
-    x (B,T,3,H,W).  target: the sets of clips of the target domain.  directions (3,K): of `domain_gap`.
-    """
-    if schedule.step % MEASURE_EVERY == 0:
-        with torch.no_grad():
-            domain_distance = domain_gap(x, torch.cat(target), directions)
-            schedule.measure(domain_distance, gap_floor(target, len(x), directions))

@@ -35,7 +35,9 @@ class NanGuard:
         self._num_seen = 0
 
     def record(self, step: int, values: Mapping[str, Tensor]) -> None:
-        """Take the values () of a step."""
+        """Take the values () of a step; a method may have none."""
+        if not values:
+            return
         stacked = torch.stack([value.detach().float() for value in values.values()])
         self._pending.append((step, tuple(values), HostCopy(dist.mean(stacked))))
 

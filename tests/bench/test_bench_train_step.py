@@ -34,7 +34,6 @@ CASES = [
             "l_tau": 10.0,
             "l_rc": 10.0,
             "batch_pool": 1,
-            "colours": 1.0,
             "chrono": True,
             "seed": 2,
         },
@@ -42,7 +41,7 @@ CASES = [
     ("paint", 4, {"rl_every": 1, "eta1": (1.0, 1.0), "frames": 3, "size": "16x8"}),
     ("paper", 8, {"eta1": (0.5, 0.5), "q_positive": False}),
     ("paint", 8, {"reward": "paper", "gan": "nonsaturating", "distance": "l2", "seed": 1}),
-    ("paint", 8, {"rl": False, "identity": 0.0, "colours": 0.0, "average": 0.0, "clip_grad": 0.5}),
+    ("paint", 8, {"rl": False, "identity": 0.0, "patches": 40.0, "average": 0.0, "clip_grad": 0.5}),
     ("default", 1, {"frames": 3, "size": "8x16", "batch_pool": 2}),  # later Adam magnifies rounding of gradients of 0
     ("paper", 8, {"reward": "transition", "gan": "hinge", "gamma": 0.5, "tau": 0.5}),
 ]
@@ -114,7 +113,7 @@ def test_what_only_one_logs_is_a_difference() -> None:
 @pytest.mark.thorough
 def test_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     changes = {name: value for name, value in SMALL.items() if name not in ("size", "frames")}
-    monkeypatch.setitem(train_step.COMPARABLE, "paint", changes | {"rl_every": 1})
+    monkeypatch.setitem(train_step.COMPARABLE, "paint", train_step.COMPARABLE["paint"] | changes | {"rl_every": 1})
     train_step.main(Args(quick=True))
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert [row["backend"] for row in rows] == ["rlv2v", "plain"] and not rows[1]["speedup_over"]

@@ -28,7 +28,7 @@ from rlv2v.train import train
 SMALL: dict[str, Any] = {"size": "16x24", "snapshot_seconds": 0.0, "warmup_steps": 1, "rl_every": 1}
 CASES: dict[str, dict[str, Any]] = {
     "grid": {},
-    "mask": {"head": "mask", "contrast": 1.0, "colours": 1.0, "mask_prior": 1.0},
+    "mask": {"head": "mask", "contrast": 1.0, "mask_prior": 1.0},
     **{name: {"method": name, "patch": 1, "disc_widths": (2, 3)} for name in METHODS if name != "rlv2v"},
 }
 

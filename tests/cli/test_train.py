@@ -64,7 +64,7 @@ def test_a_run_logs_what_it_does_and_translates_both_ways(data: Path, trained: P
     run = trained
     lines = read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 4]
-    names = {"loss", "loss_d", "g_y", "v_x", "tau_x", "rc_y", "cycle_x", "patches_y", "smoothness_x", "gap"}
+    names = {"loss", "loss_d", "g_y", "v_x", "tau_x", "rc_y", "cycle_x", "patches_y", "smoothness_x", "ramp"}
     assert names <= {name for line in lines for name in line}
     assert Config.from_json((run / "config.json").read_text(), "config") == tiny(
         data, run, replicas=1, snapshot_seconds=0.0
@@ -130,7 +130,7 @@ def test_same_seed_same_run_other_seed_other_run(data: Path, trained: Path, tmp_
     "changes",
     [
         {"average": 0.0, "patches": 0.0, "smoothness": 0.0, "cycle": 0.0, "identity": 0.0},
-        {"head": "mask", "contrast": 1.0, "colours": 1.0},
+        {"head": "mask", "contrast": 1.0},
         *(
             pytest.param(changes, marks=pytest.mark.thorough)
             for changes in (
@@ -154,7 +154,7 @@ def test_the_paper_preset_trains(data: Path, tmp_path: Path) -> None:
     small = {"size": 16, "frames": 4, "steps": 3, "warmup_steps": 2, "disc_widths": (4, 8, 8)}
     train(Config.of("paper", data=data, out=tmp_path / "run", **small))
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
-    additions = ("cycle", "identity", "contrast", "mask", "colours")
+    additions = ("cycle", "identity", "contrast", "mask", "patches")
     assert not [name for name in last if name.startswith(additions)]
     assert {"g_x", "g_y", "v_x", "v_y", "tau_x", "tau_y", "rc_x", "rc_y", "actor_x", "loss_q_x"} <= last.keys()
 

@@ -53,7 +53,7 @@ def run(config: Config, steps: int, graphs: Graphs | None = None) -> tuple[list[
     logs = []
     for step in range(steps):
         values = algorithm.step(clips_of(config, step))
-        values |= algorithm.advance(float(step + 1), values.pop("distance"))
+        values |= algorithm.advance(float(step + 1))
         logs.append({name: value.item() for name, value in values.items()})
     return logs, algorithm
 
@@ -65,11 +65,13 @@ def test_a_step_waits_for_nothing(precision: str) -> None:
     algorithm.start()
     clips = [clips_of(config, step) for step in range(8)]
     for step in range(2):  # kernels are compiled and checked, memory is taken
-        algorithm.advance(float(step), algorithm.step(clips[step])["distance"])
+        algorithm.step(clips[step])
+        algorithm.advance(float(step))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(2, 8):
-            algorithm.advance(float(step), algorithm.step(clips[step])["distance"])
+            algorithm.step(clips[step])
+            algorithm.advance(float(step))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -18,8 +18,7 @@ PAPER = {
     "norm": "batch", "disc_norm": "batch", "chrono": False, "q_positive": False,
     # eq. 1-10 with log D and squared distances, on every frame; no added term
     "gan": "log", "l_adv": 1.0, "l_v": 2.0, "l_tau": 10.0, "l_rc": 10.0, "distance": "l2", "disc_frames": 0,
-    "ramp_at": 0.3, "adversarial_end": 1.0,
-    "cycle": 0.0, "identity": 0.0, "contrast": 0.0, "mask_prior": 0.0, "colours": 0.0, "smoothness": 0.0,
+    "cycle": 0.0, "identity": 0.0, "contrast": 0.0, "mask_prior": 0.0, "smoothness": 0.0,
     "patches": 0.0, "order": 0.0, "hue": 0.0,
     # section 3.4, 6.2: L2 penalty 0.001, pre-training; no clipping, no average of the weights
     "lr": 2e-3, "disc_lr": 2e-3, "betas": (0.5, 0.99), "weight_decay": 1e-3, "clip_grad": 0.0, "average": 0.0,

@@ -13,7 +13,7 @@ from torch import Tensor
 from rlv2v.config import Config
 from rlv2v.data.loader import Batch
 from rlv2v.method import patches
-from rlv2v.method.clips import Clips, Gains, batch_sizes, pool_size
+from rlv2v.method.clips import Clips, batch_sizes, pool_size
 from rlv2v.method.objective import generator_losses
 from rlv2v.method.patches import KINDS, Kind, draw, patch_features, patch_gap
 
@@ -132,7 +132,7 @@ def test_the_pool_counts_in_the_distance_and_in_nothing_else() -> None:
     nets, some = random_nets(config), random_clips()
 
     def terms(clips: Clips) -> dict[str, float]:
-        values, *_ = generator_losses(nets, clips, config, Gains(1.0, 1.0), torch.arange(2), random_draws())
+        values, *_ = generator_losses(nets, clips, config, 1.0, torch.arange(2), random_draws())
         return {name: value.item() for name, value in values.items()}
 
     alone, pooled = terms(some), terms(some._replace(pool_x=some.x * 0.5, pool_yz=some.yz * 0.5))

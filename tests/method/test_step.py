@@ -41,7 +41,7 @@ def test_the_domains_take_turns_and_only_their_networks_move() -> None:
         nets = {name: weights(net) for name, net in algorithm.nets.named_children()}
         targets = {name: weights(net) for name, net in algorithm.targets.named_children()}
         logs = algorithm.step(clips)
-        algorithm.advance(0.0, logs["distance"])
+        algorithm.advance(0.0)
         assert (f"loss_q_{turn}" in logs) == (f"actor_{turn}" in logs) == (turn is not None)
         moved = {name for name, net in algorithm.nets.named_children() if not same(net, nets[name])}
         assert moved == {"g_x", "g_y", "p_x", "p_y", "d_x", "d_y"} | ({f"q_{turn}"} if turn else set())
@@ -56,24 +56,10 @@ def test_the_domains_take_turns_and_only_their_networks_move() -> None:
 
 @pytest.mark.parametrize(("mask_prior", "gain"), [(2.0, 0.25), (0.0, 0.0)])
 def test_the_ramp_opens_the_copy_mask_where_the_mask_has_a_prior(mask_prior: float, gain: float) -> None:
-    algorithm = started("paint", rl=False, mask_prior=mask_prior)
+    algorithm = started("paint", mask_prior=mask_prior)
     algorithm.schedule.ramp.fill_(0.25)
     algorithm.step(random_clips(dtype=torch.float32))
     assert algorithm.nets.g_x.mask_gain == algorithm.nets.g_y.mask_gain == gain
-
-
-@pytest.mark.parametrize("colours", [0.0, 3.0])
-def test_the_first_step_measures_the_distance_of_the_domains(colours: float) -> None:
-    algorithm = started(rl=False, colours=colours)
-    clips = random_clips(dtype=torch.float32)
-    dark = clips._replace(x=0.1 * clips.x - 0.8)
-    logs = algorithm.step(dark)
-    algorithm.advance(0.0, logs["distance"])
-    assert algorithm.schedule.num_measured == 1 and algorithm.schedule.whole_gap > 0.3
-    torch.testing.assert_close(algorithm.schedule.gap, logs["distance"])
-    assert logs["distance"] > 0.1
-    if colours:
-        torch.testing.assert_close(logs["distance"], logs["colours_y"] / colours)
 
 
 def test_a_run_starts_from_the_same_networks_in_both_domains(tmp_path: Path) -> None:

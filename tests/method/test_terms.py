@@ -9,27 +9,19 @@ import sys
 import pytest
 import torch
 from method_cases import CLIP_NORM, random_clips, random_draws, random_nets
-from scipy.stats import wasserstein_distance
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, normalize
 
 from rlv2v.config import Config
-from rlv2v.method.clips import Gains
 from rlv2v.method.objective import generator_losses
 from rlv2v.method.rollout import Rollout
 from rlv2v.method.terms import (
     TERMS,
-    colours,
     contrast_loss,
-    domain_gap,
-    gap_floor,
     local_contrast,
     mask_prior,
-    quantile_gap,
 )
 
 PAIRS = [(0, 1), (1, 0), (1, 1), (1, -1), (0, 3), (3, 0)]
-DIRECTIONS = torch.eye(3, dtype=torch.float64)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -80,50 +72,6 @@ def test_mask_prior_is_the_share_that_is_not_copied() -> None:
     assert mask_prior(mask) == 0.5
 
 
-def test_domain_gap_is_the_sliced_wasserstein_distance_by_frame_index() -> None:
-    a, b = frames(3, 2, 3, 32, 32, seed=1) * 0.3, frames(5, 2, 3, 32, 32, seed=2) * 0.9 + 0.1
-    directions = normalize(frames(3, 4, seed=3), dim=0)
-    distances = []
-    for t in range(2):
-        for k in range(4):
-            pooled = [avg_pool2d(v[:, t], 2).movedim(1, -1) @ directions[:, k] for v in (a, b)]
-            distances.append(wasserstein_distance(*(p.flatten().tolist() for p in pooled)))
-    want = sum(distances) / len(distances)
-    assert quantile_gap(colours(a, directions), colours(b, directions), 1000).item() == pytest.approx(want, rel=0.01)
-    assert domain_gap(a, b, directions).item() == pytest.approx(want, rel=0.08), "64 levels, the extremes among them"
-
-
-def test_domain_gap_follows_the_course_of_the_colours_in_time() -> None:
-    video = torch.cat((constant(-1.0, steps=2), constant(1.0, steps=2)), 1)
-    assert domain_gap(video, video.flip(1), DIRECTIONS).item() == pytest.approx(2.0)
-    assert domain_gap(video, video.repeat(4, 1, 1, 1, 1), DIRECTIONS) == 0, "however many clips"
-    assert domain_gap(video, video.flip(3), DIRECTIONS) == 0, "nothing about places"
-
-
-def test_descending_the_domain_gap_brings_the_colours_over() -> None:
-    video, target = frames(2, 2, 3, 8, 8, seed=1).requires_grad_(), frames(3, 2, 3, 8, 8, seed=2) * 0.2 + 0.6
-    optimiser = torch.optim.Adam([video], 0.05)
-    first = domain_gap(video, target, DIRECTIONS).item()
-    for _ in range(60):
-        optimiser.zero_grad()
-        domain_gap(video, target, DIRECTIONS).backward()
-        optimiser.step()
-    assert domain_gap(video, target, DIRECTIONS).item() < 0.1 * first
-
-
-def test_gap_floor_is_the_distance_of_two_samples_of_one_domain() -> None:
-    torch.manual_seed(0)
-    directions = normalize(torch.randn(3, 4), dim=0)
-
-    def sample(num: int) -> torch.Tensor:
-        return torch.randn(num, 1, 3, 1, 1).expand(-1, 2, -1, 4, 4).contiguous()
-
-    measured = torch.stack([domain_gap(sample(8), sample(8), directions) for _ in range(300)]).mean()
-    predicted = torch.stack([gap_floor([sample(3), sample(5)], 8, directions) for _ in range(300)]).mean()
-    assert predicted == pytest.approx(measured.item(), rel=0.1)
-    assert gap_floor([sample(1)], 4, directions) == 0
-
-
 # --- in the objective ---
 
 
@@ -133,13 +81,13 @@ OFF = [(name,) for name in (*TERMS, "l_v", "l_tau", "l_rc")] + [("l_tau", "l_rc"
 
 @pytest.mark.parametrize("off", OFF, ids="+".join)
 def test_a_weight_of_zero_leaves_its_terms_out_and_changes_no_other(off: tuple[str, ...]) -> None:
-    config = Config.of("paint", **CLIP_NORM)
-    if {"smoothness", "patches", "order", "hue"} & {*off}:
-        config = config.replace(head="grid", smoothness=1.0, patches=1.0, order=1.0, hue=1.0)
+    config = Config.of("paint", **CLIP_NORM, l_tau=10.0, l_rc=10.0)
+    if {"smoothness", "order", "hue"} & {*off}:
+        config = config.replace(head="grid", smoothness=1.0, order=1.0, hue=1.0)
     nets, clips = random_nets(config), random_clips()
 
     def losses(config: Config) -> tuple[dict[str, Tensor], Rollout, Rollout]:
-        return generator_losses(nets, clips, config, Gains(1.0, 1.0), torch.arange(2), random_draws())
+        return generator_losses(nets, clips, config, 1.0, torch.arange(2), random_draws())
 
     every, *_ = losses(config)
     terms, of_x, _ = losses(config.replace(**dict.fromkeys(off, 0.0)))
@@ -162,7 +110,7 @@ def brightness(inputs):
 TERMS["brightness"] = Term("brightness", "mean of G_Y(x)", 0.5, brightness, paper=0.25, paint=0.75)
 from rlv2v.config import Config
 from rlv2v.flags import flags_type, resolve
-from rlv2v.method.clips import Clips, Gains
+from rlv2v.method.clips import Clips
 from rlv2v.method.objective import generator_losses
 from rlv2v.method.rollout import Rollout
 from rlv2v.method.patches import draw
@@ -175,9 +123,7 @@ config = resolve(tyro.cli(flags_type(), args=["--preset", "tiny", "--brightness"
 assert Config.from_json(config.to_json(), "config").get("brightness") == 3
 x, y = torch.rand(2, 2, 4, 3, 16, 16)
 draws = draw(np.random.default_rng(0), 1, range(1), torch.device("cpu"))
-terms, of_x, _ = generator_losses(
-    build_nets(config), Clips(x, y, None, None), config, Gains(1.0, 1.0), torch.arange(2), draws
-)
+terms, of_x, _ = generator_losses(build_nets(config), Clips(x, y, None, None), config, 1.0, torch.arange(2), draws)
 torch.testing.assert_close(terms["brightness_y"], 3 * of_x.fake.mean())
 """
 

@@ -34,10 +34,9 @@ from rlv2v.method.clips import Clips
 from rlv2v.method.collector import annealed
 from rlv2v.method.schedule import Schedule
 from rlv2v.method.step import DISCRIMINATORS, GENERATORS, Algorithm
-from rlv2v.method.terms import contrast_loss, domain_gap, gap_floor, inversion, mask_prior, mixing, roughness
-from rlv2v.method.trainer import MEASURE_EVERY
+from rlv2v.method.terms import contrast_loss, inversion, mask_prior, mixing, roughness
 
-NUM_COLOURS, NUM_PATCHES, NUM_DIRECTIONS = 4, 4096, 16
+NUM_PATCHES, NUM_DIRECTIONS = 4096, 16
 
 
 class Stored(NamedTuple):
@@ -187,8 +186,6 @@ class Plain:
         rng = np.random.default_rng([config.seed, schedule.step])
         length = clips.x.shape[1]
         steps = sorted(rng.permutation(length)[: min(config.loss.disc_frames or length, length)].tolist())
-        directions = torch.from_numpy(rng.standard_normal((3, NUM_COLOURS)).astype(np.float32)).to(self.device)
-        directions = normalize(directions, dim=0)
         self.patch_draws = draw_patches(rng)
         for name, optimiser in self.optimisers.items():
             for group in optimiser.param_groups:
@@ -199,17 +196,12 @@ class Plain:
             domain = "xy"[schedule.step // config.rl.every % 2]
             batch = self.collect(domain, clips, ids)
             logs |= self.critic(domain, batch)
-        more, fake_y, fake_x = self.generators(clips, steps, directions, domain, batch)
-        logs |= more | self.discriminators(clips, fake_y, fake_x, steps)
-        if schedule.step % MEASURE_EVERY == 0:
-            target = [clips.y] if clips.z is None else [clips.y, clips.z]
-            gap = domain_gap(clips.x, clips.yz, directions)
-            schedule.measure(gap, gap_floor(target, len(clips.x), directions))
-        return logs
+        more, fake_y, fake_x = self.generators(clips, steps, domain, batch)
+        return logs | more | self.discriminators(clips, fake_y, fake_x, steps)
 
-    def advance(self, seconds: float, distance: float) -> None:
+    def advance(self, seconds: float) -> None:
         """End a step."""
-        self.schedule.advance(seconds, torch.tensor(distance, device=self.device))
+        self.schedule.advance(seconds)
 
     def descend(self, name: str, loss: Tensor, limit: float) -> float:
         """Take one step of an optimiser; return the norm of the gradient without clipping."""
@@ -322,7 +314,7 @@ class Plain:
 
     # G and P descend L (eq. 10) and climb J; then the targets follow                              (section 3.3)
     def generators(
-        self, clips: Clips, steps: Sequence[int], directions: Tensor, domain: str | None, batch: list[Transition]
+        self, clips: Clips, steps: Sequence[int], domain: str | None, batch: list[Transition]
     ) -> tuple[dict[str, float], Translated, Translated]:
         config, nets, schedule = self.config, self.nets, self.schedule
         ramp = schedule.ramp.item() if config.loss.term("mask_prior") else 0.0
@@ -332,7 +324,7 @@ class Plain:
         frozen = (nets.d_x, nets.d_y, nets.q_x, nets.q_y)
         for net in frozen:
             net.requires_grad_(False)
-        terms, fake_y, fake_x = self.terms(clips, steps, directions)
+        terms, fake_y, fake_x = self.terms(clips, steps)
         if domain:
             terms[f"actor_{domain}"] = config.rl.weight * self.actor(domain, batch)
         loss = torch.stack(list(terms.values())).sum()
@@ -344,17 +336,11 @@ class Plain:
             follow(getattr(self.targets, name), getattr(nets, name), config.rl.tau)
         for name, average in self.average.items() if config.optim.average else ():
             follow(average, getattr(nets, name), 1.0 - config.optim.average)
-        if config.loss.term("colours"):
-            logs["distance"] = logs["colours_y"] / config.loss.term("colours")
-        else:
-            logs["distance"] = domain_gap(fake_y.video.detach(), clips.yz, directions).item()
         return logs, fake_y, fake_x
 
-    def terms(
-        self, clips: Clips, steps: Sequence[int], directions: Tensor
-    ) -> tuple[dict[str, Tensor], Translated, Translated]:
+    def terms(self, clips: Clips, steps: Sequence[int]) -> tuple[dict[str, Tensor], Translated, Translated]:
         """Return the weighted terms of eq. 10 that G and P descend, and the translations of x and of y, z."""
-        config, nets, gains = self.config, self.nets, self.schedule.gains
+        config, nets, gain = self.config, self.nets, self.schedule.gain
         score = losses.generator_score(config.loss.gan)
         x, yz, s = clips.x, clips.yz, clips.s
         fake_y, fake_x = self.translate(nets.g_y, x, clips.pool_x), self.translate(nets.g_x, yz)
@@ -365,7 +351,6 @@ class Plain:
         if config.loss.l_v:
             terms["v_y"] = config.loss.l_v * losses.l_v_y(score, fakes=scores(nets.d_y, fake_y.video))
             terms["v_x"] = config.loss.l_v * losses.l_v_x(score, fakes_y=scores(nets.d_x, fake_x.video))
-        terms = {name: gains.adversarial * term for name, term in terms.items()}
         ways = (
             ("x", x, fake_y, nets.g_x, nets.p_x, nets.p_y, 1.0),
             ("y", yz, fake_x, nets.g_y, nets.p_y, nets.p_x, 2.0),
@@ -386,18 +371,15 @@ class Plain:
                 terms[f"identity_{domain}"] = config.loss.term("identity") * l1_loss(g_back(like_x), like_x)
             if config.loss.term("contrast"):
                 contrast = contrast_loss(video, fake.video)
-                terms[f"contrast_{name}"] = twice * gains.content * config.loss.term("contrast") * contrast
+                terms[f"contrast_{name}"] = twice * gain * config.loss.term("contrast") * contrast
             if config.loss.term("mask_prior") and isinstance(fake.beside, Tensor):
-                terms[f"mask_prior_{name}"] = gains.content * config.loss.term("mask_prior") * mask_prior(fake.beside)
+                terms[f"mask_prior_{name}"] = gain * config.loss.term("mask_prior") * mask_prior(fake.beside)
             if config.loss.term("smoothness") and isinstance(fake.beside, tuple):
                 terms[f"smoothness_{name}"] = config.loss.term("smoothness") * roughness(*fake.beside)
             if config.loss.term("order") and isinstance(fake.beside, tuple):
                 terms[f"order_{name}"] = config.loss.term("order") * inversion(*fake.beside)
             if config.loss.term("hue") and isinstance(fake.beside, tuple):
                 terms[f"hue_{name}"] = config.loss.term("hue") * mixing(*fake.beside)
-        if config.loss.term("colours"):
-            terms["colours_y"] = config.loss.term("colours") * domain_gap(fake_y.video, yz, directions)
-            terms["colours_x"] = config.loss.term("colours") * domain_gap(fake_x.video, x, directions)
         if config.loss.term("patches"):
             real_y, real_x = joined(yz, clips.pool_yz), joined(x, clips.pool_x)
             gap = patch_gap(joined(fake_y.video, fake_y.pool), real_y, self.patch_draws)

@@ -6,11 +6,12 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rlv2v.errors import UserError
-from rlv2v.method.terms import domain_gap, gap_floor
+from rlv2v.method.patches import draw, patch_gap
 from rlv2v.model.norm import SequenceNorm, stats_over
 from rlv2v.runtime import distributed as dist
 
@@ -43,13 +44,13 @@ def normalise(x: Tensor, weights: Tensor) -> dict[str, Tensor]:
     return {"y": y.detach(), "dx": x.grad, "dw": norm.weight.grad, "alone": alone}
 
 
-def gaps(a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    directions = torch.eye(3, dtype=torch.float64)
-    a = a.requires_grad_()
-    gap = domain_gap(a, b, directions)
+def patches(a: Tensor, b: Tensor, num_ranks: int, ranks: range) -> dict[str, Tensor]:
+    """Return the distance of the patches of some ranks' clips, and its gradient; a replica a rank."""
+    draws, a = draw(np.random.default_rng(0), num_ranks, ranks, torch.device("cpu")), a.requires_grad_()
+    gap = patch_gap((a,), (b,), draws)
     gap.backward()
     assert a.grad is not None
-    return {"gap": gap.detach(), "da": a.grad, "floor": gap_floor([a.detach(), b], len(a), directions)}
+    return {"gap": gap.detach(), "da": a.grad}
 
 
 class Net(nn.Module):
@@ -101,7 +102,8 @@ def main(out: Path) -> None:
     results: dict[str, object] = {}
     x, g = (share(clips[name], world.rank) for name in "xg")
     results["norm"] = normalise(x, g)
-    results["gaps"] = gaps(share(clips["a"], world.rank), share(clips["b"], world.rank))
+    own = range(world.rank, world.rank + 1)
+    results["patches"] = patches(share(clips["a"], world.rank), share(clips["b"], world.rank), world.size, own)
     results["grads"], results["counts"], results["closed"] = reduce(Net(), torch.full((300,), world.rank + 1.0), 3)
 
     agreed = []

@@ -49,8 +49,8 @@ def main(data: Path, out: Path, preset: str) -> None:
     algorithm.start()
     for _ in range(STEPS):
         sets = [getattr(clips, name) for clips in [Clips.of(next(loader), world.device)] for name in "xyzs"]
-        logs = algorithm.step(Clips(*(s.double() for s in sets)))
-        algorithm.advance(0.0, logs["distance"])
+        algorithm.step(Clips(*(s.double() for s in sets)))
+        algorithm.advance(0.0)
     loader.close()
     if world.first:
         torch.save({name: algorithm.state_parts[name].state_dict() for name in ("nets", "targets", "average")}, out)

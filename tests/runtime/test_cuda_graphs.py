@@ -110,7 +110,7 @@ def run(config: Config, steps: int, *, record: bool) -> tuple[list[dict[str, flo
     logs = []
     for step in range(steps):
         values = algorithm.step(clips_of(config, step), book_time)
-        values |= algorithm.advance(float(step + 1), values.pop("distance"))
+        values |= algorithm.advance(float(step + 1))
         logs.append({name: value.item() for name, value in values.items()})
     return logs, algorithm
 
@@ -212,8 +212,8 @@ def test_a_step_reads_nothing_back() -> None:
     algorithm.start()
     for step in range(3):  # the third draws what the first one stored
         with Tape():
-            logs = algorithm.step(clips_of(config, step))
-            algorithm.advance(float(step), logs.pop("distance"))
+            algorithm.step(clips_of(config, step))
+            algorithm.advance(float(step))
         algorithm.flush()
 
 

@@ -14,7 +14,7 @@ from ranks import run_ranks
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from dist_worker import PER_RANK, Net, gaps, inputs, normalise
+from dist_worker import PER_RANK, Net, inputs, normalise, patches
 
 from rlv2v.runtime import device
 from rlv2v.runtime import distributed as dist
@@ -43,13 +43,12 @@ def test_batch_statistics_are_those_of_all_ranks(results: Results) -> None:
     torch.testing.assert_close(norms[0]["alone"], alone, msg="local statistics are those of this rank's clips")
 
 
-def test_the_domain_gap_is_that_of_all_ranks(results: Results) -> None:
-    clips = inputs(len(results))
-    expected = gaps(clips["a"].clone(), clips["b"])
+def test_the_distance_of_patches_is_that_of_all_ranks(results: Results) -> None:
+    clips, num = inputs(len(results)), len(results)
+    expected = patches(clips["a"].clone(), clips["b"], num, range(num))
     for f in results:
-        torch.testing.assert_close(f["gaps"]["gap"], expected["gap"])
-        torch.testing.assert_close(f["gaps"]["floor"], expected["floor"])
-    torch.testing.assert_close(torch.cat([f["gaps"]["da"] for f in results]) / len(results), expected["da"])
+        torch.testing.assert_close(f["patches"]["gap"], expected["gap"])
+    torch.testing.assert_close(torch.cat([f["patches"]["da"] for f in results]) / num, expected["da"])
 
 
 def test_gradients_are_averaged_in_few_buckets_that_go_early(results: Results) -> None:

@@ -21,16 +21,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from rlv2v.method.baselines.base import Method
 from rlv2v.method.baselines.colour_transport import ColourTable, frame_indices, transport_table
 from rlv2v.method.clips import Clips
 from rlv2v.method.optim import BookTime, no_timing
-from rlv2v.method.patches import NUM_COLOURS
 from rlv2v.method.schedule import Schedule
-from rlv2v.method.terms import domain_gap
-from rlv2v.method.trainer import Footprint, Generators, Logs, measure_domains
+from rlv2v.method.trainer import Footprint, Generators, Logs
 from rlv2v.model.frames import State
 from rlv2v.model.generator import Generator
 from rlv2v.runtime.device import on_device
@@ -171,23 +168,18 @@ class ColourTrainer(ABC):
         return True
 
     def step(self, clips: Clips, book_time: BookTime = no_timing) -> Logs:
-        """Take in the clips; the last step fits the maps. Return the distance of the translations."""
-        rng = np.random.default_rng([self.config.seed, self.schedule.step])
-        draws = rng.standard_normal((3, NUM_COLOURS)).astype(np.float32)
-        directions = normalize(on_device(draws, self.device), dim=0)
+        """Take in the clips; the last step fits the maps. Return nothing: there is no loss."""
         x, *yz = (gather(videos) for videos in (clips.x, clips.y, clips.z) if videos is not None)
         self.take_in(x, torch.cat(yz))
         if self.schedule.step + 1 >= self.schedule.length[1]:
             self.fit(self.schedule.step + 1)
-        measure_domains(self.schedule, clips.x, [clips.y] if clips.z is None else [clips.y, clips.z], directions)
         book_time("generators")
-        return {"distance": domain_gap(self.nets.g_y(clips.x)[0], clips.yz, directions)}
+        return {}
 
-    def advance(self, seconds: float, distance: Tensor) -> Logs:
-        """End a step, `seconds` into the run. A map changes at once, so its distance is that of the last step."""
-        self.schedule.advance(seconds, distance)
-        self.schedule.gap.copy_(distance)
-        return {"gap": self.schedule.remaining_gap}
+    def advance(self, seconds: float) -> Logs:
+        """End a step, `seconds` into the run."""
+        self.schedule.advance(seconds)
+        return {}
 
     @property
     def state_parts(self) -> Mapping[str, Any]:

@@ -45,7 +45,7 @@ def generator_losses(nets: ImageNets, x: Tensor, y: Tensor, config: Config) -> t
     if identity:
         terms["identity_y"] = identity * l1_loss(to_y[num:], y)
         terms["identity_x"] = identity * l1_loss(to_x[num:], x)
-    return terms, Made(fake_y, fake_x, fake_y[:, None])
+    return terms, Made(fake_y, fake_x)
 
 
 class CycleGan(ImageGan):

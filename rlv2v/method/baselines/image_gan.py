@@ -13,18 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 from torch.optim import Adam
 
 from rlv2v.method.baselines.image_networks import ImageGenerator, PatchDiscriminator
 from rlv2v.method.clips import Clips
 from rlv2v.method.optim import BookTime, OptimizerStep, autocast, no_timing
-from rlv2v.method.patches import NUM_COLOURS
 from rlv2v.method.rl import frozen, polyak
 from rlv2v.method.schedule import Schedule
-from rlv2v.method.terms import domain_gap
-from rlv2v.method.trainer import Footprint, Generators, Logs, Phase, measure_domains
-from rlv2v.runtime.device import on_device
+from rlv2v.method.trainer import Footprint, Generators, Logs, Phase
 
 if TYPE_CHECKING:  # the config reads the registry of methods, whose modules import this one
     from rlv2v.config import Config
@@ -106,11 +102,10 @@ class ImageNets(nn.Module):
 
 
 class Made(NamedTuple):
-    """What the generators made in a step: images for D to see, and translations to measure, of both domains."""
+    """What the generators made in a step for D to see, of both domains."""
 
     disc_y: Tensor  # (n,3,H,W)
     disc_x: Tensor
-    fake_y: Tensor  # translations of x, (n,k,3,H,W)
 
 
 class ImageGan(ABC):
@@ -195,8 +190,6 @@ class ImageGan(ABC):
         """Run one step on this rank's clips: the generators', then the discriminators'; return the logs."""
         config, nets, schedule = self.config, self.nets, self.schedule
         rngs = [np.random.default_rng([config.seed, schedule.step, 1 + replica]) for replica in self.replicas]
-        draws = np.random.default_rng([config.seed, schedule.step]).standard_normal((3, NUM_COLOURS))
-        directions = normalize(on_device(draws.astype(np.float32), self.device), dim=0)
         for optimizer_step in self.optimizer_steps.values():
             optimizer_step.set_rate(schedule.lr_factor)
         x, y = self.pick(clips, rngs)
@@ -222,16 +215,12 @@ class ImageGan(ABC):
         logs |= terms | self.optimizer_steps["discriminators"](loss, "discriminators", book_time)
         book_time("discriminators")
 
-        single_x, single_y, fake_y = (frames.flatten(0, 1)[:, None] for frames in (x, y, made.fake_y.detach()))
-        measure_domains(schedule, single_x, [single_y], directions)
-        return {name: value.detach() for name, value in logs.items()} | {
-            "distance": domain_gap(fake_y, single_y, directions)
-        }
+        return {name: value.detach() for name, value in logs.items()}
 
-    def advance(self, seconds: float, distance: Tensor) -> Logs:
+    def advance(self, seconds: float) -> Logs:
         """End a step, `seconds` into the run."""
-        self.schedule.advance(seconds, distance)
-        return {"gap": self.schedule.remaining_gap}
+        self.schedule.advance(seconds)
+        return {}
 
     @property
     def state_parts(self) -> Mapping[str, Any]:

@@ -49,7 +49,7 @@ class RecycleNets(ImageNets):
 def domain_losses(
     nets: Any, name: str, other: str, frames: Tensor, config: Config
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Return the terms of one direction, what D of the other domain will see, and the translations of frames 1 and 2.
+    """Return the terms of one direction, what D of the other domain will see, and what that of the same domain will.
 
     Args:
         name, other: the domain of `frames` and the one that they are translated to, "x" and "y" or the reverse.
@@ -85,7 +85,7 @@ def generator_losses(nets: RecycleNets, x: Tensor, y: Tensor, config: Config) ->
     terms_y, seen_x, predicted_y = domain_losses(nets, "y", "x", y, config)
     disc_y = torch.cat((seen_y, predicted_y[:, None]), 1).flatten(0, 1)
     disc_x = torch.cat((seen_x, predicted_x[:, None]), 1).flatten(0, 1)
-    return terms_x | terms_y, Made(disc_y, disc_x, seen_y[:, :2])
+    return terms_x | terms_y, Made(disc_y, disc_x)
 
 
 def discriminator_losses(nets: RecycleNets, x: Tensor, y: Tensor, made_x: Tensor, made_y: Tensor) -> dict[str, Tensor]:
