@@ -19,10 +19,10 @@ import tyro
 
 from rlv2v.checkpoint.export import load_translator
 from rlv2v.cli import Device, RunFolder, run_command
-from rlv2v.data.batch import Pair, find_pairs, named
+from rlv2v.data.batch import Pair, find_pairs
 from rlv2v.data.live import is_pipe
 from rlv2v.data.y4m import is_stdout
-from rlv2v.errors import UserError, first_line, get_logger, one_line
+from rlv2v.errors import UserError, first_line, get_logger, one_line, several
 from rlv2v.runtime.device import set_threads
 from rlv2v.runtime.distributed import World, connect
 from rlv2v.runtime.interrupt import Interrupt, Stop, raised
@@ -85,10 +85,10 @@ def check_args(args: Args) -> Plan:
         raise UserError(f"--resume: {reason}; give --skip-existing")
     existing = [str(pair.out) for pair in pairs if is_there(pair.out)]
     if existing and not (skip or args.overwrite):
-        raise UserError(f"{args.out}: exists already: {named(existing)}; give --skip-existing or --overwrite")
+        raise UserError(f"{args.out}: exists already: {several(existing)}; give --skip-existing or --overwrite")
     stopped = [str(pair.out) for pair in pairs if is_stopped(pair.out)]
     if stopped and not (args.resume or args.overwrite):
-        raise UserError(f"{args.out}: was stopped: {named(stopped)}; --resume goes on, --overwrite starts over")
+        raise UserError(f"{args.out}: was stopped: {several(stopped)}; --resume goes on, --overwrite starts over")
     todo = [pair for pair in pairs if not (skip and is_there(pair.out))]
     return Plan(todo, codec, many=True, num_skipped=len(pairs) - len(todo))
 

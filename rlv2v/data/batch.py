@@ -14,7 +14,7 @@ from rlv2v.data.index import source_paths
 from rlv2v.data.sequence import is_sequence
 from rlv2v.data.video import files_of, kind_of
 from rlv2v.data.y4m import is_stdout
-from rlv2v.errors import UserError, get_logger
+from rlv2v.errors import UserError, get_logger, several
 
 LIST = "@"
 """How the name of a list begins: `@list.txt` is a text file with a source a line."""
@@ -24,8 +24,6 @@ NO_VIDEO = re.compile(
     re.IGNORECASE,
 )
 """Names of what lies beside videos in people's folders: notes, subtitles and sound."""
-MAX_NAMED = 3
-"""Files that a message names."""
 log = get_logger(__name__)
 
 
@@ -121,13 +119,7 @@ def usable(found: list[Path], source: Path, out: Path) -> Iterator[Path]:
         else:
             left_out.append(path.relative_to(source).as_posix())
     if left_out:
-        log.warning("%s: left out, no videos by their names: %s", source, named(left_out))
-
-
-def named(names: list[str]) -> str:
-    """Return the first names, and how many more there are."""
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(names[:MAX_NAMED]) + more
+        log.warning("%s: left out, no videos by their names: %s", source, several(left_out))
 
 
 def check_out(source: Path, out: Path) -> None:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from rlv2v.data import video
 from rlv2v.data.inspect import Source, Stopped, excluded_source, inspect
 from rlv2v.data.workers import cores
-from rlv2v.errors import UserError, get_logger
+from rlv2v.errors import UserError, get_logger, several
 from rlv2v.files import write_atomically
 from rlv2v.runtime.interrupt import held
 
@@ -41,8 +41,8 @@ MANIFEST_VERSION = 5
 LAYOUT = {"x": ("trainX", "trainA"), "y": ("trainY", "trainB"), "z": ("trainZ",), "s": ("trainS",)}
 MAX_WORKERS = 8
 """Files decoded at a time, at most: each 4K decoder takes up to 400 MB."""
-MAX_NAMED = 3
-"""Files that a message names of each kind of change."""
+MAX_REASONS = 8
+"""Files that a message names with a reason each."""
 POLL = 0.1
 """Seconds between two looks for a signal that asks to stop."""
 SAVE_EVERY = 10.0
@@ -330,7 +330,7 @@ def usable_sources(sources: list[Source], folder: Path, wanted: str, *, required
     still = f"{len(stills)} images are stills of one frame, since their names are not numbered as frame_1, frame_2"
     if required and not usable:
         reasons = [f"{s.path.name}: {s.reason}" for s in others] + ([still] if stills else [])
-        raise UserError(f"{folder}: no usable {wanted}: {'; '.join(reasons) or 'it is empty'}")
+        raise UserError(f"{folder}: no usable {wanted}: {several(reasons, '; ', MAX_REASONS) or 'it is empty'}")
     if stills:
         log.warning("%s: %s; left out, as a %s needs more; stills serve in trainS", folder, still, wanted)
     for source in others:
@@ -350,8 +350,7 @@ def describe_change(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     texts = []
     for kind, names in kinds.items():
         if names:
-            more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-            texts.append(f"{', '.join(names[:MAX_NAMED])}{more} {kind}")
+            texts.append(f"{several(names)} {kind}")
     return "; ".join(texts) or "the names of its folders or the way its files are read changed"
 
 

@@ -230,6 +230,14 @@ def test_nothing_usable_lists_every_file(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_of_many_files_that_are_not_usable_a_few_are_named(tmp_path: Path) -> None:
+    write_dataset(tmp_path)
+    for number in range(20):
+        (tmp_path / "trainX" / f"{number:02}.mp4").write_bytes(b"bad")
+    with pytest.raises(UserError, match=r"00\.mp4: .*07\.mp4: [^;]* and 1[0-9] more$"):
+        open_dataset(tmp_path, frames=50)
+
+
 def test_missing_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere: no such folder"):
         open_dataset(tmp_path / "nowhere", frames=8)
