@@ -29,6 +29,7 @@ from rlv2v.method.trainer import Footprint, Phase
 from rlv2v.model.activation_memory import MEMORY
 from rlv2v.model.build import Nets, build_nets
 from rlv2v.runtime import distributed as dist
+from rlv2v.runtime.constants import made_anew
 from rlv2v.runtime.device import device_bytes
 from rlv2v.runtime.memory import CountFakes, CountStorages, Ledger
 
@@ -107,7 +108,7 @@ def count(config: Config, phase: str, num_replicas: int = 1, mode: type[CountSto
     """Count forward and backward of a phase on fake tensors; `mode=CountStorages` computes it on real ones."""
     held, ledger = METHODS[config.method].footprint(config), Ledger()
     trained, prepare = held.phases[phase]
-    with mode(ledger):
+    with made_anew(), mode(ledger):
         nets = held.nets()
         for tensor in (*nets.parameters(), *nets.buffers()):
             ledger.add(tensor)

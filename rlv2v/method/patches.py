@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from rlv2v.kernels.sorting import sort_rows
+from rlv2v.runtime.constants import constant
 from rlv2v.runtime.device import on_device
 from rlv2v.runtime.distributed import gather
 
@@ -74,28 +75,52 @@ def patch_features(clips: Tensor, kind: Kind, places: Tensor) -> Tensor:
     between two frames, both from -1 to 1. Places of replica r are in the r-th of R equal shares of the clips.
     """
     batch, length, _, height, width = clips.shape
-    (frames, side), share = kind, batch // len(places)
-    device = clips.device  # no number goes there from the host: a recording could not hold the copy
+    (frames, side), num_shares = kind, len(places)
+    share = batch // num_shares
     sizes = (share, max(1, length - frames + 1), height - side + 1, width - side + 1)
-    clip, t, row, column = (
-        (uniform * size).long().clamp(max=size - 1)
-        for uniform, size in zip(places[..., :4].unbind(-1), sizes, strict=True)
-    )
+    numbers, largest = constant(choices, *sizes, like=places)
+    clip, t, row, column = torch.minimum(places[..., :4] * numbers, largest).long().unbind(-1)
     later = length - 1 - t
     gap = 1 + torch.minimum((places[..., 4] * later).long(), later - 1) if frames == 2 else torch.zeros_like(t)
-    clip = clip + share * torch.arange(len(places), device=device)[:, None]
     plane = height * width
-    first = clip * (3 * length * plane) + t * (3 * plane) + row * width + column
-    channels, rows, columns = (torch.arange(n, device=device) for n in (3, side, side))
-    offsets = (channels[:, None, None] * plane + rows[:, None] * width + columns).flatten()
-    starts = torch.stack([first, first + gap * (3 * plane)][:frames], -1)  # (R,n,f)
-    indices = (starts.flatten()[:, None] + offsets).flatten()
-    pixels = clips.contiguous().flatten().index_select(0, indices).view(-1, frames, 3, side**2)
+    first = (clip * length + t) * (3 * plane) + row * width + column
+    if num_shares > 1:
+        first = first + constant(starts_of_shares, num_shares, share * length * 3 * plane, like=places)
+    starts = torch.stack((first, first + gap * (3 * plane)), -1) if frames == 2 else first  # (R,n,f)
+    indices = starts.view(-1, 1) + constant(offsets, side, width, plane, like=places)
+    pixels = clips.contiguous().flatten().index_select(0, indices.flatten()).view(-1, frames, 3, side**2)
     mean = pixels.mean((1, 3), keepdim=True)
     different = 2.0 / side * (pixels - mean)
-    place, time = (2 * torch.stack((row, gap), -1).flatten(0, 1).to(pixels.dtype)).unbind(-1)
-    rest = torch.stack((HEIGHT * ((place + side) / height - 1), time / length - 1), -1)
-    return torch.cat((different.flatten(1), 1.7 * mean.flatten(1), rest), 1)
+    place = (2 * torch.stack((row, gap), -1).flatten(0, 1)).to(pixels.dtype)
+    scale, shift = constant(scale_of_place, height, side, length, like=pixels)
+    return torch.cat((different.flatten(1), 1.7 * mean.flatten(1), torch.addcmul(shift, place, scale)), 1)
+
+
+def choices(clips: int, times: int, rows: int, columns: int, like: Tensor) -> Tensor:
+    """Return how many values each number of a place has, and the largest of them, (2,4); a product may be rounded up to
+    the first."""
+    sizes = [
+        torch.full((), float(size), dtype=like.dtype, device=like.device) for size in (clips, times, rows, columns)
+    ]
+    return torch.stack([torch.stack(sizes), torch.stack(sizes) - 1])
+
+
+def starts_of_shares(num: int, stride: int, like: Tensor) -> Tensor:
+    """Return where the shares of the replicas begin in the clips, (R,1)."""
+    return stride * torch.arange(num, device=like.device)[:, None]
+
+
+def offsets(side: int, width: int, plane: int, like: Tensor) -> Tensor:
+    """Return how far the values of a patch are from its first, (3*side*side,)."""
+    channels, rows, columns = (torch.arange(n, device=like.device) for n in (3, side, side))
+    return (channels[:, None, None] * plane + rows[:, None] * width + columns).flatten()
+
+
+def scale_of_place(height: int, side: int, length: int, like: Tensor) -> Tensor:
+    """Return scale and shift of (2 row, 2 gap) to features, (2,2)."""
+    values = ((HEIGHT / height, 1 / length), (HEIGHT * (side / height - 1), -1.0))
+    each = [torch.full((), value, dtype=like.dtype, device=like.device) for row in values for value in row]
+    return torch.stack(each).unflatten(0, (2, 2))
 
 
 def patch_gap(a: Sequence[Tensor | None], b: Sequence[Tensor | None], draws: Draws) -> Tensor:

@@ -16,6 +16,7 @@ from torch.nn.functional import l1_loss
 
 from rlv2v.method.patches import Draws, patch_gap
 from rlv2v.model.grid import LUMA
+from rlv2v.runtime.constants import constant
 
 if TYPE_CHECKING:  # `rlv2v.config` reads the registry, and these modules read the config
     from rlv2v.method.clips import Clips
@@ -175,14 +176,18 @@ def mixing(whole: Tensor, local: Tensor) -> Tensor:
     their luma weights l makes the colours greyer, and is free; the mean over the grid and the rows of |o - t l|^2 / 2,
     t = max(0, o . l / l . l), is not: with it red becomes violet and leaves turn blue.
     """
-    rows = (whole + local).unflatten(2, (3, 4))  # (B,T,3,4,bins,h,w)
-    values = []
-    for c in range(3):
-        (i, u), (k, v) = ((n, weight) for n, weight in enumerate(LUMA) if n != c)
-        a, b = rows[:, :, c, i], rows[:, :, c, k]
-        share = ((u * a + v * b) / (u * u + v * v)).clamp(min=0)
-        values.append(((a - share * u).square() + (b - share * v).square()).mean() / 2)
-    return torch.stack(values).mean()
+    rows = (whole + local).unflatten(2, (3, 4))[:, :, :, :3]  # (B,T,3,3,bins,h,w)
+    others, weights, shares = constant(luma_of_others, like=rows)
+    share = (rows * shares).sum(3, keepdim=True).clamp(min=0)
+    return 1.5 * (rows * others - share * weights).square().mean()  # a mean of three, of which two are not 0
+
+
+def luma_of_others(like: Tensor) -> Tensor:
+    """Return for each row c of a 3 x 3 matrix, (3,3,3,1,1,1): 1 at the other channels and 0 at c; their luma weights l;
+    and l / l . l."""
+    others = 1 - torch.eye(3, dtype=like.dtype, device=like.device)
+    weights = others * torch.stack([others.new_full((), weight) for weight in LUMA])
+    return torch.stack((others, weights, weights / weights.square().sum(1, keepdim=True)))[..., None, None, None]
 
 
 def hue_terms(inputs: TermInputs) -> Values:

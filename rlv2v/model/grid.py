@@ -30,6 +30,7 @@ from rlv2v.model.frames import (
     space_to_depth,
 )
 from rlv2v.model.generator import Details, Generator, Grids
+from rlv2v.runtime.constants import constant
 
 LUMA = (0.299, 0.587, 0.114)  # BT.601
 BURN_IN = 6  # frames
@@ -151,7 +152,8 @@ class GridTranslator(Generator):
         for block in self.encoder:
             y, _, block_state = block(y, next(old_states), **mode)
             new_states.append(block_state)
-        y, last_state = self.last(cat_channels(y, places(y)), next(old_states), **mode)
+        where = constant(places, *y.shape[-2:], like=y).expand(*y.shape[:2], -1, -1, -1)
+        y, last_state = self.last(cat_channels(y, where), next(old_states), **mode)
         with torch.autocast(y.device.type, enabled=False):  # the colours of a frame in full precision
             y = y.to(x.dtype)
             whole = self.to_whole(y.mean((3, 4)))[..., None, None]
@@ -168,11 +170,10 @@ class GridTranslator(Generator):
         return batch_major(y, frames)
 
 
-def places(y: Tensor) -> Tensor:
-    """Return the places of the pixels of y (B,T,C,h,w): two channels from -1 to 1, down and to the right."""
-    rows, columns = ((2 * torch.arange(size, device=y.device) + 1) / size - 1 for size in y.shape[-2:])
-    both = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).to(y.dtype)
-    return both.expand(*y.shape[:2], -1, -1, -1)
+def places(height: int, width: int, like: Tensor) -> Tensor:
+    """Return the places of pixels, (2,height,width): from -1 to 1, down and to the right, as dtype of `like`."""
+    rows, columns = ((2 * torch.arange(size, device=like.device) + 1) / size - 1 for size in (height, width))
+    return torch.stack(torch.meshgrid(rows, columns, indexing="ij")).to(like.dtype)
 
 
 def luma_around(x: Tensor, weights: Tensor) -> Tensor:
@@ -186,14 +187,14 @@ def luma_around(x: Tensor, weights: Tensor) -> Tensor:
         sizes = [tuple(-(-side // size) for side in x.shape[-2:]) for size in AROUND]
         levels = []
         for rows, columns in sizes:
-            down, across = cell_means(rows, luma), cell_means(columns, luma.mT)
+            down = constant(cell_means, rows, luma.shape[-2], like=luma)
+            across = constant(cell_means, columns, luma.shape[-1], like=luma)
             levels.append(bilinear(down @ luma @ across.T, *sizes[0]))
     return torch.stack(levels, 2)
 
 
-def cell_means(cells: int, like: Tensor) -> Tensor:
-    """Return the weights (cells, n) by which the n pixels along the second last axis of `like` make means of cells."""
-    pixels = like.shape[-2]
+def cell_means(cells: int, pixels: int, like: Tensor) -> Tensor:
+    """Return the weights (cells, pixels) by which pixels along an axis make means of cells, as dtype of `like`."""
     low = torch.arange(pixels, dtype=like.dtype, device=like.device)
     start = torch.arange(cells, dtype=like.dtype, device=like.device)[:, None] * pixels / cells
     covered = torch.minimum(low + 1, start + pixels / cells) - torch.maximum(low, start)
@@ -205,7 +206,8 @@ def bilinear(planes: Tensor, height: int, width: int) -> Tensor:
 
     Products with matrices: a gradient is summed in one order, on a GPU too.
     """
-    down, across = (hats(*sides, planes) for sides in zip(planes.shape[-2:], (height, width), strict=True))
+    sides = zip(planes.shape[-2:], (height, width), strict=True)
+    down, across = (constant(hats, cells, pixels, like=planes) for cells, pixels in sides)
     return down @ planes @ across.T
 
 

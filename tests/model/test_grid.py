@@ -100,7 +100,7 @@ def test_the_luma_around_is_of_cells_of_4_and_of_16_pixels() -> None:
 
 def test_cells_that_are_no_whole_pixels_share_them() -> None:
     """Of 10 pixels in 3 cells, a cell is 3 1/3 pixels."""
-    means = cell_means(3, torch.zeros(10, 1, dtype=torch.float64))
+    means = cell_means(3, 10, torch.zeros(1, dtype=torch.float64))
     want = torch.zeros(3, 10, dtype=torch.float64)
     for cell, weights in enumerate(((3, 3, 3, 1), (2, 3, 3, 2), (1, 3, 3, 3))):
         want[cell, 3 * cell : 3 * cell + 4] = torch.tensor(weights) / 10
