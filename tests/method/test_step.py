@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from method_cases import random_clips
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlv2v.checkpoint.store import Checkpoints
 from rlv2v.config import Config
 from rlv2v.data.synth import Counts, write_dataset
-from rlv2v.method.memory import some_clips
 from rlv2v.method.step import Algorithm
 from rlv2v.train import train
 
@@ -77,34 +74,3 @@ def test_a_run_starts_from_the_same_networks_in_both_domains(tmp_path: Path) -> 
             assert torch.equal(value, nets[key.replace("_x", "_y", 1)]), "pre-trained for both domains"
         assert torch.equal(value, state["targets"][key])
         assert key not in state["average"] or torch.equal(value, state["average"][key])
-
-
-VIEWS = {
-    *("alias", "as_strided", "detach", "expand", "lift_fresh", "permute", "select", "slice", "split_with_sizes"),
-    *("squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view", "_unsafe_view"),
-}
-"""Operators that launch nothing."""
-
-
-class CountOperators(TorchDispatchMode):
-    """Count the operators that compute; ours, of a sequence of frames, are one each."""
-
-    num = 0
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.num += op.name().split("::")[1].split(".")[0] not in VIEWS
-        return op(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(("preset", "most"), [("default", 2200), ("paint", 2100)])
-def test_a_step_is_few_operators(preset: str, most: int) -> None:
-    """On a GPU each of them waits for its launch; a step has as many whatever the size of the frames."""
-    config = Config.of(preset, replicas=1, steps=40, batch_pool=1, size=16)
-    algorithm = Algorithm(config, CPU)
-    algorithm.start()
-    for _ in range(2):  # the first one makes the constants
-        clips = some_clips(config, 1)
-        with CountOperators() as count:
-            algorithm.step(clips)
-        algorithm.advance(0.0)
-    assert 0.8 * most < count.num <= most
