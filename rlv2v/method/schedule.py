@@ -12,20 +12,28 @@ if TYPE_CHECKING:  # the config reads the registry of methods, whose modules imp
 
 START = 0.1  # share of the contrast and mask weights at the start
 RAMP = 0.2  # progress over which the ramp goes from 0 to 1
+NEAR = 0.3  # share of the first distance to the target domain, below which the ramp rises
+SMOOTH = 0.9  # of the average of the distance
+TENSORS = ("ramp", "first", "distance")
 
 
 class Schedule:
     """The state of a run's schedule; a checkpoint holds it.
 
-    Full contrast and mask weights from the first step on hold the translation at a copy of its source, so they rise
-    along a ramp. It opens the generators' copy mask as well: a mask that is open from the first step on copies
-    everything, and what it copies gets no gradient. `ramp` is float32 () on the device, filled in place: a recording of
-    a step reads it.
+    Full contrast and mask weights from the first step on hold the translation at a copy of its source, and a ramp at a
+    fixed step or time comes too early on one set or machine and too late on another. So the ramp rises while the
+    translations are near the target: while the distance of their patches, smoothed, is below `NEAR` of what it was at
+    the first step. Else it falls: terms that pull the clips back to the source loosen by themselves. The ramp opens the
+    generators' copy mask as well: a mask that is open from the first step on copies everything, and what it copies gets
+    no gradient.
+
+    `TENSORS` are float32 () on the device, filled in place and never read by the host; a recording of a step reads
+    `ramp`.
     """
 
     def __init__(self, config: Config, device: torch.device | str = "cpu") -> None:
         self.config, self.step, self.seconds = config, 0, 0.0
-        self.ramp = torch.zeros((), device=device)
+        self.ramp, self.first, self.distance = (torch.zeros((), device=device) for _ in TENSORS)
 
     @property
     def length(self) -> tuple[str, float]:
@@ -49,18 +57,30 @@ class Schedule:
         """Factor on the terms that are ramped: from `START` to 1."""
         return START + (1.0 - START) * self.ramp
 
-    def advance(self, seconds: float) -> None:
-        """Count one step that ended `seconds` into the run."""
+    def advance(self, seconds: float, distance: Tensor | None = None) -> None:
+        """Count one step that ended `seconds` into the run, with the distance of its translations to the target, ().
+
+        Without a distance the ramp rises always.
+        """
+        before = self.progress
         self.step, self.seconds = self.step + 1, seconds
-        self.ramp.fill_(min(1.0, self.progress / RAMP))
+        rise: float | Tensor = 1.0
+        if distance is not None:
+            if self.step == 1:
+                self.first.copy_(distance)
+                self.distance.copy_(distance)
+            self.distance.lerp_(distance.detach().to(self.distance.dtype), 1.0 - SMOOTH)
+            rise = 2.0 * (self.distance < NEAR * self.first).float() - 1.0
+        self.ramp.add_((self.progress - before) / RAMP * rise).clamp_(0.0, 1.0)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything but the config."""
-        return {"step": self.step, "seconds": self.seconds, "ramp": self.ramp}
+        return {name: getattr(self, name) for name in ("step", "seconds", *TENSORS)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a `state_dict`. Raises ValueError for one of other parts, as another version writes."""
         if state.keys() != self.state_dict().keys():
             raise ValueError(f"expected {', '.join(self.state_dict())}, got {', '.join(state)}")
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
-        self.ramp.copy_(state["ramp"])
+        for name in TENSORS:
+            getattr(self, name).copy_(state[name])

@@ -62,6 +62,8 @@ class Algorithm:
         if config.rl.enabled:  # a recording needs states of one shape
             self.agents = build_agents(self.nets, self.targets, config, self.replicas, crops=not self.may_record)
         self.schedule = Schedule(config, device)
+        self.distance: Tensor | None = None
+        """Of the last step's translations to the domains, by their patches; None without that term."""
 
         optim = config.optim
 
@@ -134,6 +136,8 @@ class Algorithm:
         discriminator_logs = graphs("discriminators", self.discriminator_phase, clips, fakes, indices, phase_time)
         book_time("discriminators")
 
+        distances = [generator_logs[name] for name in ("patches_x", "patches_y") if name in generator_logs]
+        self.distance = torch.stack(distances).sum() if distances else None
         return logs | generator_logs | discriminator_logs
 
     def critic_phase(self, agent: Agent, batch: Transitions, book_time: BookTime) -> tuple[Logs, Tensor]:
@@ -184,7 +188,7 @@ class Algorithm:
 
     def advance(self, seconds: float) -> Logs:
         """End a step, `seconds` into the run; return the ramp."""
-        self.schedule.advance(seconds)
+        self.schedule.advance(seconds, self.distance)
         return {"ramp": self.schedule.ramp.clone()}
 
     def pick_videos(self, clips: Clips, domain: str, rngs: list[np.random.Generator]) -> list[InPlay]:

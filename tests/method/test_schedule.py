@@ -13,9 +13,9 @@ from rlv2v.method.schedule import Schedule
 LENGTHS = [Config.of(steps=100), Config.of(budget=100.0)]
 
 
-def run(schedule: Schedule, steps: int) -> None:
+def run(schedule: Schedule, steps: int, distance: float | None = None) -> None:
     for _ in range(steps):
-        schedule.advance(float(schedule.step + 1))
+        schedule.advance(float(schedule.step + 1), None if distance is None else torch.tensor(distance))
 
 
 @pytest.mark.parametrize("config", LENGTHS)
@@ -30,27 +30,44 @@ def test_progress_counts_steps_or_seconds(config: Config) -> None:
 
 
 @pytest.mark.parametrize("config", LENGTHS)
-def test_the_ramp_rises_over_the_first_fifth_of_the_run(config: Config) -> None:
+def test_the_ramp_rises_while_the_target_is_near_and_falls_while_it_is_not(config: Config) -> None:
     schedule = Schedule(config)
     ramp = schedule.ramp
     assert ramp == 0.0 and schedule.gain.item() == pytest.approx(0.1)
-    run(schedule, 5)
-    assert ramp.item() == pytest.approx(0.25) and schedule.gain.item() == pytest.approx(0.325)
-    run(schedule, 15)
+    run(schedule, 20, 5.0)
+    assert ramp == 0.0, "as far as at the start"
+    run(schedule, 27, 0.5)
+    assert 0.5 < ramp < 1.0, "once the average has followed: 0.1 of the first distance"
+    run(schedule, 15, 0.5)
     assert ramp == schedule.gain == 1.0
-    run(schedule, 80)
-    assert ramp == schedule.gain == 1.0
+    run(schedule, 15, 5.0)
+    assert 0.2 < ramp < 0.6, "it falls as it rose"
     assert schedule.ramp is ramp, "a recording reads this very tensor"
+
+
+def test_what_came_before_the_first_step_does_not_raise_the_ramp() -> None:
+    schedule = Schedule(Config.of(budget=100.0))
+    schedule.seconds = 30.0  # of pre-training
+    schedule.advance(31.0)
+    assert schedule.ramp.item() == pytest.approx(0.01 / 0.2)
+
+
+def test_without_a_distance_the_ramp_follows_progress() -> None:
+    schedule = Schedule(Config.of(steps=100))
+    run(schedule, 5)
+    assert schedule.ramp.item() == pytest.approx(0.25) and schedule.gain.item() == pytest.approx(0.325)
+    run(schedule, 95)
+    assert schedule.ramp == schedule.gain == 1.0
 
 
 def test_a_saved_schedule_goes_on() -> None:
     config = Config.of(steps=100)
     one, two = Schedule(config), Schedule(config)
-    run(one, 15)
+    run(one, 15, 3.0)
     two.load_state_dict(one.state_dict())
     assert two.ramp == one.ramp and two.ramp is not one.ramp
-    run(one, 3)
-    run(two, 3)
+    run(one, 3, 0.1)
+    run(two, 3, 0.1)
     assert one.state_dict() == two.state_dict() and isinstance(two.step, int)
 
 
@@ -58,7 +75,7 @@ def test_a_saved_schedule_goes_on() -> None:
 def test_a_schedule_of_another_version_is_refused_in_one_line(change: dict[str, torch.Tensor | None]) -> None:
     schedule = Schedule(Config.of(steps=100))
     state = {name: value for name, value in (schedule.state_dict() | change).items() if value is not None}
-    message = "run: checkpoint 3: 'schedule' does not fit this run: expected step, seconds, ramp, got step, seconds"
+    message = "run: checkpoint 3: 'schedule' does not fit this run: expected step, seconds, ramp, first, distance, got "
     with pytest.raises(UserError, match=message) as error:
         load_states({"schedule": schedule}, {"schedule": state}, "run: checkpoint 3")
     assert "\n" not in str(error.value)

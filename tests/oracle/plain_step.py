@@ -197,11 +197,13 @@ class Plain:
             batch = self.collect(domain, clips, ids)
             logs |= self.critic(domain, batch)
         more, fake_y, fake_x = self.generators(clips, steps, domain, batch)
+        self.patches = {name: value for name, value in more.items() if name.startswith("patches")}
         return logs | more | self.discriminators(clips, fake_y, fake_x, steps)
 
     def advance(self, seconds: float) -> None:
         """End a step."""
-        self.schedule.advance(seconds)
+        distance = self.patches.get("patches_x"), self.patches.get("patches_y")
+        self.schedule.advance(seconds, None if None in distance else torch.tensor(sum(distance)))
 
     def descend(self, name: str, loss: Tensor, limit: float) -> float:
         """Take one step of an optimiser; return the norm of the gradient without clipping."""
