@@ -1,6 +1,6 @@
 """Compile every Triton kernel that the tile table can select, without a GPU, and print what each needs of one.
 
-    python -m rlv2v.kernels.aot [--arch 86 90] [--json F]
+    python -m rlv2v.kernels.aot [--arch 80 86 89 90 100 120] [--json F]
 The backend runs on tensors without storage, its launches are recorded, and each distinct one is compiled for each
 architecture. Registers, local memory and stack are read off the compiled kernel by the cuobjdump in Triton's package.
 Exits with 1 if a kernel spills, or takes more shared memory than its architecture has for a program. The CUDA kernels
@@ -34,7 +34,8 @@ from rlv2v.kernels.triton import norms, slices
 from rlv2v.kernels.triton.recurrence import DTYPES, Launch, TritonRecurrence, interpreted
 from rlv2v.kernels.triton.tiles import KIB, SHARED_LIMIT, Tile
 
-CHANNELS = (3, 16, 32, 64, 256)  # masked without vectors; one of each row of the tile table, the last with two sums
+# 3 is masked without vectors; 8, 16, 24 are the default's; one of each row of the tile table, the last with two sums.
+CHANNELS = (3, 8, 16, 24, 32, 64, 256)
 BINS = (6, 8)  # of a bilateral grid
 POOLS = ((1, 1), (2, 2))  # of the end of a block
 NORM_CALLS = ("none", "start", "state")  # without a normalisation, of a video's first frames, and of later ones
@@ -45,7 +46,14 @@ TYPE_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16
 # A kernel's dtype is that of the first of these that it takes.
 FRAMES = ("values", "x", "d_weight_bias", "weight", "dhs", "a", "frames")
 # Of a multiprocessor: shared memory, threads, programs. Each has 64K registers and keeps 1 KiB a program for itself.
-MULTIPROCESSOR = {86: (100 * KIB, 1536, 16), 90: (228 * KIB, 2048, 32)}
+MULTIPROCESSOR = {
+    80: (164 * KIB, 2048, 32),
+    86: (100 * KIB, 1536, 16),
+    89: (100 * KIB, 1536, 24),
+    90: (228 * KIB, 2048, 32),
+    100: (228 * KIB, 2048, 32),
+    120: (100 * KIB, 1536, 24),
+}
 REGISTERS, WARP = 65536, 32
 
 
@@ -113,7 +121,9 @@ def launched_kernels(
 
     backend = TritonRecurrence(record, (arch // 10, arch % 10), tile)
     for c, k, dtype, width, call in product(channels, sizes, dtypes, WIDTHS, CALLS):
-        run_without_storage(backend, c, k, dtype, width, *call)
+        for tf32 in (False, True)[: 1 + (dtype == torch.float32)]:
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+                run_without_storage(backend, c, k, dtype, width, *call)
     for bins, dtype in product(BINS, dtypes):
         grid, guide, frames = (
             torch.empty(1, *shape, dtype=dtype, device="meta") for shape in ((12, bins, 4, 4), (64, 64), (3, 64, 64))
@@ -207,7 +217,7 @@ def compile_kernel(launched: LaunchedKernel) -> Row:
         local_bytes=usage["STACK"] + usage["LOCAL"],
         shared_bytes=shared,
         ctas=ctas_per_multiprocessor(launched.arch, usage["REG"], shared, warps),
-        tensor_core_products=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)\b", binary.asm["ptx"])),
+        tensor_core_products=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", binary.asm["ptx"])),
     )
 
 

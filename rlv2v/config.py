@@ -188,6 +188,8 @@ class RuntimeConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of the networks; weights, statistics, losses and optimisers stay float32. fp16 scales its losses.
     """
+    tf32: bool = True
+    """On a GPU, multiply float32 numbers in TF32, with 10 bits of mantissa, in convolutions and ConvLSTMs alike."""
     memory: Literal["store", "recompute", "frames"] = "store"
     """What is kept for the backward pass: all activations; all but the gates, which are computed again; or only the
     state every few frames, from which they are run again. The first is fastest, the last needs least memory."""

@@ -51,6 +51,7 @@ def train(config: Config) -> None:
     """
     config.check()
     torch.set_num_threads(config.runtime.threads or torch.get_num_threads())
+    torch.backends.cudnn.allow_tf32 = config.runtime.tf32
     with Interrupt() as interrupted:
         world = connect(config.runtime.device)
         try:

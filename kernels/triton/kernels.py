@@ -9,6 +9,7 @@ Chetlur et al. 2014, arXiv:1410.0759: rows are the pixels of one step's B frames
 Every tensor is dense in the order G,T,B,H,W,channels; a state has no T. `pixels` is B*H*W. A program takes BM pixels
 and BC channels of one group: grid (ceil(pixels/BM), ceil(C/BC), G). Sums and pointwise maths in fp32. An argument that
 may be None is left out at compile time. WIDE: 64-bit offsets within a step; those between steps always are.
+TF32: float32 products of 10 bits of mantissa, on tensor cores.
 """
 
 # Triton's decorators and the kernels that they take know no Python types.
@@ -82,7 +83,17 @@ def store_gates(pointers, ok, i, f, o, g, C: tl.constexpr):
 
 @triton.jit
 def convolve(
-    frames, weight, pixel, ok, height, width, C: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, BK: tl.constexpr
+    frames,
+    weight,
+    pixel,
+    ok,
+    height,
+    width,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BK: tl.constexpr,
+    TF32: tl.constexpr,
 ):
     """Return the k x k same-padded convolution (pixels, COLUMNS) of `frames` (pixels, C) at this program's pixels.
 
@@ -91,6 +102,7 @@ def convolve(
     and a tap may be a single chunk.
     """
     CHUNKS: tl.constexpr = (C + BK - 1) // BK
+    PRECISION: tl.constexpr = "tf32" if TF32 else "ieee"
     part = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     weight += part * (K * K * CHUNKS * BK * COLUMNS)
     acc = tl.zeros((pixel.shape[0], COLUMNS), dtype=tl.float32)
@@ -112,7 +124,7 @@ def convolve(
         if INTERPRETED and left.dtype == tl.bfloat16:
             left = left.to(tl.float32)
             right = right.to(tl.float32)
-        acc = tl.dot(left, right, acc, input_precision="ieee")
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
     return acc
 
 
@@ -182,6 +194,7 @@ def forward_step(
     BC: tl.constexpr,
     BK: tl.constexpr,
     WIDE: tl.constexpr,
+    TF32: tl.constexpr,
 ):
     """Run step t of the forward: write its h and c, and the activated gates, which may lie in the memory of `a`.
 
@@ -198,7 +211,7 @@ def forward_step(
     acc = tl.zeros((BM, 4 * BC), dtype=tl.float32)
     if h_prev is not None:
         h_frames = h_prev + first_prev * C
-        acc = convolve(h_frames, weight, pixel, inside, height, width, C, K, 4 * BC, BK)
+        acc = convolve(h_frames, weight, pixel, inside, height, width, C, K, 4 * BC, BK, TF32)
     i_and_o, f_and_g = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BC, 2)), (0, 2, 1, 3)))
     i, o = tl.split(i_and_o)
     f, g = tl.split(f_and_g)
@@ -246,6 +259,7 @@ def backward_step(
     BK: tl.constexpr,
     ACTIVATED: tl.constexpr,
     WIDE: tl.constexpr,
+    TF32: tl.constexpr,
 ):
     """Run step t of the backward: write its da and the carry, dc f, which step t-1 adds to its dc.
 
@@ -259,7 +273,7 @@ def backward_step(
     dh = tl.zeros((BM, BC), dtype=tl.float32)
     if da_next is not None:
         frames_next = da_next + (first + pixels) * (4 * C)
-        dh = convolve(frames_next, weight, pixel, inside, height, width, 4 * C, K, BC, BK)
+        dh = convolve(frames_next, weight, pixel, inside, height, width, 4 * C, K, BC, BK, TF32)
     row, channel, ok = state_offsets(pixel, inside, C, BC)
     offset = row * (4 * C) + channel
     offset_state = row * C + channel
@@ -299,11 +313,12 @@ def backward_state(
     BC: tl.constexpr,
     BK: tl.constexpr,
     WIDE: tl.constexpr,
+    TF32: tl.constexpr,
 ):
     """Write the gradient of the hidden state before the first step: dh0 (G,B,C,H,W) = w_h^T * da_0."""
     group = tl.program_id(2).to(tl.int64)
     pixel, inside = pixel_rows(pixels, BM, WIDE)
     frames = da + group * steps * pixels * (4 * C)
-    dh = convolve(frames, weight, pixel, inside, height, width, 4 * C, K, BC, BK)
+    dh = convolve(frames, weight, pixel, inside, height, width, 4 * C, K, BC, BK, TF32)
     row, channel, ok = state_offsets(pixel, inside, C, BC)
     tl.store(dh0 + group * pixels * C + row * C + channel, dh, mask=ok)

@@ -156,6 +156,7 @@ class TritonRecurrence:
         sizes = {"height": height, "width": width, "pixels": pixels, "steps": steps, "C": channels, "K": k}
         sizes |= {"BM": tile.bm, "BC": tile.bc, "BK": tile.bk}
         sizes["WIDE"] = round_up(pixels, tile.bm) * 4 * channels >= 2**31
+        sizes["TF32"] = frames.dtype == torch.float32 and torch.backends.cudnn.allow_tf32  # as the convolution of x
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "maxnreg": tile.maxnreg}
         return tile, grid, {**sizes, **options, "enable_fp_fusion": True}
 

@@ -20,7 +20,8 @@ import torch
 WARPS = 4  # 8 warps with one loop over taps and channels is reported miscompiled (pytorch #173068)
 FEW_PROGRAMS = 128
 KIB = 1024
-SHARED_LIMIT = {86: 99 * KIB, 90: 227 * KIB}  # bytes of shared memory a program may have, by architecture
+SHARED_LIMIT = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
+"""Bytes of shared memory that a program may have, by architecture."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def forward_tile(channels: int, pixels: int, dtype: torch.dtype, capability: tup
         dtype: of the frames and the weight.
         capability: compute capability of the device.
     """
-    if dtype == torch.float32:  # no tensor cores: `ieee` sums run on the FMA units, operands in registers
+    if dtype == torch.float32:  # without TF32 sums run on the FMA units, operands in registers
         return Tile(pixels_a_program(pixels, channels, 16), 16, 16)
     bc = 16 if channels <= 16 else 32
     bm = pixels_a_program(pixels, channels, bc)

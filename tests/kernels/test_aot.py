@@ -28,7 +28,7 @@ def check(*arguments: str, interpret: bool = False) -> subprocess.CompletedProce
 @pytest.mark.thorough
 def test_kernels_of_the_table_neither_spill_nor_take_too_much_memory(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
-    shapes = ("--channels", "32", "--kernel-size", "3", "--dtype", "fp16", "fp32")
+    shapes = ("--arch", "86", "90", "--channels", "32", "--kernel-size", "3", "--dtype", "fp16", "fp32")
     done = check(*shapes, "--only", "(forward|backward)_step .* s[0-9]( recomputed)?$", "--json", str(file))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(file.read_text())["rows"]
@@ -42,9 +42,20 @@ def test_kernels_of_the_table_neither_spill_nor_take_too_much_memory(tmp_path: P
 
 
 @pytest.mark.thorough
+def test_tf32_is_for_tensor_cores_of_every_architecture(tmp_path: Path) -> None:
+    file, archs = tmp_path / "rows.json", (80, 86, 89, 90, 100, 120)
+    shapes = ("--arch", *map(str, archs), "--channels", "24", "--dtype", "fp32")
+    done = check(*shapes, "--only", "forward_step C24 k3 64.* s[0-9] tf32$", "--json", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["arch"] for row in rows} == set(archs)
+    assert all(row["tensor_core_products"] > 0 and row["local_bytes"] == 0 for row in rows)
+
+
+@pytest.mark.thorough
 def test_kernels_of_the_end_of_a_block_do_not_spill() -> None:
     kernels = "activate|normalise|sums|spread|add_clips"
-    done = check("--channels", "16", "--dtype", "fp32", "bf16", "--only", f"^({kernels}) ")
+    done = check("--arch", "86", "90", "--channels", "16", "--dtype", "fp32", "bf16", "--only", f"^({kernels}) ")
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(f" {name} " in done.stdout for name in kernels.split("|"))
 

@@ -135,6 +135,24 @@ def test_launches_are_one_a_step_and_one_that_packs(steps: int, state: str, use:
     assert launches == want
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_recurrence_is_in_tf32_where_the_convolutions_are(
+    allowed: bool, dtype: torch.dtype, use: Use, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[bool] = set()
+
+    def watch(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any]) -> None:
+        if "TF32" in arguments:
+            seen.add(arguments["TF32"])
+        recurrence.launch(kernel, grid, arguments)
+
+    use(TritonRecurrence(watch))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    results([None if a is None else a.to(dtype) for a in arguments(SMALL, torch.float32)])
+    assert seen == {allowed and dtype == torch.float32}
+
+
 def test_wide_offsets_give_the_same_bits(use: Use) -> None:
     def wide(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any]) -> None:
         recurrence.launch(kernel, grid, arguments | ({"WIDE": True} if "WIDE" in arguments else {}))
