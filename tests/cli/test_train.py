@@ -75,6 +75,12 @@ def test_a_run_logs_what_it_does_and_translates_both_ways(data: Path, trained: P
         assert config.data.frames == 4
 
 
+def test_tf32_is_one_switch(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # and back afterwards
+    train(tiny(data, tmp_path / "run", steps=1, tf32=False))
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_the_best_model_is_kept_beside_the_newest(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(tiny(data, run, steps=7, snapshot_seconds=0.0, lr=0.05))  # too fast to get better all the time

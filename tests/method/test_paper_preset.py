@@ -32,8 +32,8 @@ MACHINE = {
     "preset": "paper", "method": "rlv2v", "out": Path("runs/rlv2v"), "resume": False, "from": None, "steps": None,
     "budget": None,
     "seed": 0, "data": Path("@synthetic"), "loader_threads": 1, "decode": "cpu", "device": "auto", "threads": 1,
-    "precision": "fp32", "memory": "store", "graphs": True, "replicas": 0, "snapshot_seconds": 60.0, "keep": 2,
-    "patience": 0,
+    "precision": "fp32", "tf32": True, "memory": "store", "graphs": True, "replicas": 0,
+    "snapshot_seconds": 60.0, "keep": 2, "patience": 0,
 }  # fmt: skip
 
 
