@@ -253,7 +253,7 @@ class ClipMeter:
             self._stride *= 2
             for metric in self.metrics:
                 if metric.sampled:
-                    del self._values[metric.name][1::2]
+                    del self._values[metric.name][1::2], self._indices[metric.name][1::2]
 
     @property
     def values(self) -> Values:
