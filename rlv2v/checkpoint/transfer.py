@@ -62,6 +62,9 @@ def take_over(trainer: Trainer, run: Path, world: World) -> str:
         if name in saved:
             groups = optimiser.state_dict()["param_groups"]
             load_states({name: optimiser}, {name: saved[name] | {"param_groups": groups}}, f"{run}: checkpoint {step}")
+    trainer.schedule.first.copy_(
+        saved["schedule"].get("first", trainer.schedule.first)
+    )  # how far the domains are apart
     return (
         f"started from {run} at its step {step}: weights and moments are taken over; steps, schedule, replay buffers "
         "and order of clips begin anew, without a warm-up"

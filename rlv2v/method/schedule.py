@@ -23,9 +23,9 @@ class Schedule:
     Full contrast and mask weights from the first step on hold the translation at a copy of its source, and a ramp at a
     fixed step or time comes too early on one set or machine and too late on another. So the ramp rises while the
     translations are near the target: while the distance of their patches, smoothed, is below `NEAR` of what it was at
-    the first step. Else it falls: terms that pull the clips back to the source loosen by themselves. The ramp opens the
-    generators' copy mask as well: a mask that is open from the first step on copies everything, and what it copies gets
-    no gradient.
+    the first step, of the earlier run with `--from`. Else it falls: terms that pull the clips back to the source loosen
+    by themselves. The ramp opens the generators' copy mask as well: a mask that is open from the first step on copies
+    everything, and what it copies gets no gradient.
 
     `TENSORS` are float32 () on the device, filled in place and never read by the host; a recording of a step reads
     `ramp`.
@@ -67,7 +67,7 @@ class Schedule:
         rise: float | Tensor = 1.0
         if distance is not None:
             if self.step == 1:
-                self.first.copy_(distance)
+                self.first.copy_(torch.where(self.first > 0, self.first, distance))  # or that of an earlier run
                 self.distance.copy_(distance)
             self.distance.lerp_(distance.detach().to(self.distance.dtype), 1.0 - SMOOTH)
             rise = 2.0 * (self.distance < NEAR * self.first).float() - 1.0

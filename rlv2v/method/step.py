@@ -137,7 +137,7 @@ class Algorithm:
         book_time("discriminators")
 
         distances = [generator_logs[name] for name in ("patches_x", "patches_y") if name in generator_logs]
-        self.distance = torch.stack(distances).sum() if distances else None
+        self.distance = torch.stack(distances).sum() / config.loss.term("patches") if distances else None
         return logs | generator_logs | discriminator_logs
 
     def critic_phase(self, agent: Agent, batch: Transitions, book_time: BookTime) -> tuple[Logs, Tensor]:

@@ -294,6 +294,7 @@ def test_a_run_starts_from_an_earlier_ones_weights(data: Path, trained: Path, tm
         assert all(torch.equal(a["exp_avg"], b["exp_avg"]) and a["step"] == b["step"] for (_, a), (_, b) in moments)
     assert first["adam_generators"]["param_groups"][0]["lr"] == 1e-9
     assert first["schedule"]["step"] == 0 and store_of(out).steps == [0, 1]
+    assert first["schedule"]["first"] == before["schedule"]["first"] > 0, "how far the domains were apart"
     config = Config.read(out / "config.json")
     assert (config.from_run, config.data.size.plain, config.data.folder, config.seed) == (trained, 16, few, 5)
     code, _, err = command("train", "--resume", "--out", out, "--steps", 2)

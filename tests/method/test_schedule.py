@@ -52,6 +52,13 @@ def test_what_came_before_the_first_step_does_not_raise_the_ramp() -> None:
     assert schedule.ramp.item() == pytest.approx(0.01 / 0.2)
 
 
+def test_a_run_that_starts_near_the_target_knows_how_far_an_earlier_one_was() -> None:
+    schedule = Schedule(Config.of(steps=100))
+    schedule.first.fill_(5.0)
+    run(schedule, 20, 0.5)
+    assert schedule.ramp == 1.0 and schedule.first == 5.0
+
+
 def test_without_a_distance_the_ramp_follows_progress() -> None:
     schedule = Schedule(Config.of(steps=100))
     run(schedule, 5)

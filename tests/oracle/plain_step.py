@@ -202,8 +202,8 @@ class Plain:
 
     def advance(self, seconds: float) -> None:
         """End a step."""
-        distance = self.patches.get("patches_x"), self.patches.get("patches_y")
-        self.schedule.advance(seconds, None if None in distance else torch.tensor(sum(distance)))
+        weight = self.config.loss.term("patches")
+        self.schedule.advance(seconds, torch.tensor(sum(self.patches.values()) / weight) if self.patches else None)
 
     def descend(self, name: str, loss: Tensor, limit: float) -> float:
         """Take one step of an optimiser; return the norm of the gradient without clipping."""
