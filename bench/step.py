@@ -5,33 +5,39 @@
 A case is preset:size[:factor]: the preset's step at size x size, with `factor` times its batch (default 1), in the
 preset's precision, on a GPU with CUDA graphs. A time is that of one step, the device waited for. `clips_per_s` is how
 many clips of X, Y and Z go through a second, those that statistics alone look at included. `launches` are the kernels
-that a GPU ran, by torch's profiler; on a CPU `operators`: what PyTorch dispatches, views not counted, an operator of
-ours as one. bench/train_step.py compares the step with its plain twin.
+that a GPU ran, by torch's profiler; on a CPU `kernels`, those that a GPU would be asked for: one for each operator of
+PyTorch that computes (one for each gradient of a convolution), and of an operator of ours those of its Triton form,
+which is traced. bench/train_step.py compares the step with its plain twin.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from harness import Bench, Contender, DeviceArgs, Row, compare
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rlv2v.cli import run_command
 from rlv2v.config import BATCH, Config, check_name
 from rlv2v.errors import UserError
+from rlv2v.kernels import bilateral, norm_ops
+from rlv2v.kernels import ops as convlstm
+from rlv2v.kernels.triton import norms, slices
+from rlv2v.kernels.triton.recurrence import TritonRecurrence
 from rlv2v.method.memory import some_clips
 from rlv2v.method.step import Algorithm
+from rlv2v.model.frames import attributes_set
 from rlv2v.presets import PRESETS
 from rlv2v.runtime.cuda_graphs import NUM_PLAIN
 
-VIEWS = {
-    *("alias", "as_strided", "detach", "expand", "lift_fresh", "permute", "select", "slice", "split_with_sizes"),
-    *("squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view", "_unsafe_view"),
-}
-"""Operators that compute nothing."""
+EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+"""Operators that compute nothing, beside those whose results are views."""
 CASE = re.compile(r"([\w-]+):(\d+)(?::(\d+))?")
 
 
@@ -43,14 +49,55 @@ class Args(DeviceArgs):
     """preset:size[:factor] of the batch."""
 
 
-class CountOperators(TorchDispatchMode):
-    """Count the operators that compute."""
+class CountKernels(TorchDispatchMode):
+    """Count the kernels that a GPU would be asked for."""
 
     num = 0
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.num += op.name().split("::")[1].split(".")[0] not in VIEWS
-        return op(*args, **(kwargs or {}))
+        name = op.name().split("::")[1].split(".")[0]
+        result = op(*args, **(kwargs or {}))
+        if name in TRITON_FORMS:
+            self.num += kernels_of_ours(name, args)
+        elif name == "convolution_backward":
+            self.num += sum(gradient is not None for gradient in result)
+        elif name not in EMPTY:
+            self.num += name.endswith("_") or not storages(result) <= storages((args, kwargs))
+        return result
+
+
+def storages(values: Any) -> set[int]:
+    """Return the addresses of the memory of all tensors in nested values."""
+    return {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)}
+
+
+TRITON_FORMS: dict[str, Callable[..., object]] = {
+    "convlstm": lambda launch, *args: convlstm.forward_by(TritonRecurrence(launch), *args[:-2], args[-1]),
+    "convlstm_backward": lambda launch, *args: convlstm.backward_by(TritonRecurrence(launch), *args[:-2], args[-1]),
+    "sequence_norm": lambda _, *args: norm_ops.forward(*args[:-1], "triton"),
+    "sequence_norm_backward": lambda _, *args: norm_ops.backward(*args[:-2], "triton", args[-1]),
+    "slice_apply": lambda _, *args: bilateral.forward(args[0], args[1], args[2], "triton"),
+    "slice_apply_backward": lambda _, *args: bilateral.backward(args[0], args[1], args[2], args[3], "triton", args[-1]),
+}
+"""Operators of ours as a GPU runs them, given what runs a kernel."""
+
+
+def kernels_of_ours(name: str, args: Sequence[Any]) -> int:
+    """Return how many kernels an operator of ours is in Triton; its kernels do not run."""
+    launched = 0
+
+    def launch(kernel: Any, grid: Any, arguments: Any) -> None:
+        nonlocal launched
+        launched += 1
+
+    forms = [
+        (module, direction, partial(getattr(module, direction), run=launch))
+        for module in (norms, slices)
+        for direction in ("forward", "backward")
+    ]
+    with attributes_set(forms), CountKernels() as around:
+        TRITON_FORMS[name](launch, *args)
+    return launched + around.num
 
 
 def config_of(case: str, device: str) -> tuple[Config, int]:
@@ -73,10 +120,10 @@ def count(algorithm: Algorithm, step: Any, steps: int) -> dict[str, float]:
             torch.cuda.synchronize()
         kernels = [e for e in profile.events() if "CUDA" in str(e.device_type) and "Mem" not in e.name]
         return {"launches": len(kernels) / steps, "gpu_us": sum(e.time_range.elapsed_us() for e in kernels) / steps}
-    with CountOperators() as counted:
+    with CountKernels() as counted:
         for _ in range(steps):
             step()
-    return {"operators": counted.num / steps}
+    return {"kernels": counted.num / steps}
 
 
 def case_rows(case: str, args: Args) -> list[Row]:

@@ -90,6 +90,11 @@ class Pair:
     def __init__(self, config: Config, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self.config, self.device, self.dtype = config, device, dtype
         self.fast = Algorithm(config, device)
+        with torch.no_grad():  # G that is a copy has losses |G(x) - x| of 0, and rounding decides their gradients
+            for g in (self.fast.nets.g_x, self.fast.nets.g_y):
+                for weight in g.parameters():
+                    if not weight.any():
+                        weight.copy_(0.01 * torch.randn(weight.shape))
         for nets in (self.fast.nets, self.fast.targets, self.fast.average):
             nets.to(dtype)
         self.fast.start()
@@ -110,15 +115,18 @@ class Pair:
         agent.collect = recorded  # type: ignore[method-assign,assignment]
 
     def clips(self, step: int) -> Clips:
-        """Return the synthetic set's clips of a step, each seen once, as a loader yields them."""
+        """Return the synthetic set's clips of a step, each seen once, with a grain of half a level: of patches that are
+        equal the order is any, and so is which of them a gradient goes to."""
         data, pool = self.config.data, pool_size(self.config)
         side = max(data.size.height, data.size.width)
 
         def clips(name: str, num: int, first: int = 0) -> Tensor:
             indices = range(first + step * num, first + (step + 1) * num)
             made = [clip_of(name, k, seed=self.config.seed, frames=data.frames, size=side)[0] for k in indices]
-            crops = np.stack([centre_crop(clip, data.size) for clip in made])
-            return to_model(torch.from_numpy(crops)).to(self.device, self.dtype)
+            crops = torch.from_numpy(np.stack([centre_crop(clip, data.size) for clip in made]))
+            frames = to_model(crops).to(self.device, self.dtype)
+            grain = np.random.default_rng([self.config.seed, *indices]).random(tuple(frames.shape)) / 255
+            return 254 / 255 * frames + torch.from_numpy(grain).to(frames)
 
         own = Clips(*(clips(f"train{name.upper()}", getattr(data, f"batch_{name}")) for name in "xyzs"))
         if not pool:

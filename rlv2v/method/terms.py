@@ -8,13 +8,15 @@ presets read their weights from the registry. Everything works on frames (B,T,3,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import l1_loss
 
-from rlv2v.method.patches import Draws, patch_gap
+from rlv2v.method.patches import Draws, patch_gaps
 from rlv2v.model.grid import LUMA
 from rlv2v.runtime.constants import constant
 
@@ -28,7 +30,8 @@ ROUND = 1e-3  # of coefficients of a grid, which change by less from frame to fr
 NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, 3), (3, 0))  # (dy, dx) in pixels
 
 
-class TermInputs(NamedTuple):
+@dataclass(frozen=True)
+class TermInputs:
     """What a term may look at."""
 
     nets: Nets
@@ -36,6 +39,23 @@ class TermInputs(NamedTuple):
     x: Rollout  # X -> Y -> X
     y: Rollout  # Y and Z -> X -> Y
     draws: Draws
+
+    @cached_property
+    def grids(self) -> tuple[Tensor, Tensor] | None:
+        """The grids of all translations, those of X first: `Grids.whole` and `Grids.local`; None without any."""
+        x, y = self.x.details.grids, self.y.details.grids
+        return None if x is None or y is None else (torch.cat((x.whole, y.whole)), torch.cat((x.local, y.local)))
+
+    @cached_property
+    def rows(self) -> Tensor | None:
+        """Both parts of the grids together, as the rows of A and b: (B,T,3,4,bins,h,w)."""
+        return self.grids and rows_of(*self.grids)
+
+    def by_domain(self, values: Tensor) -> Values:
+        """Yield the means of values (B,) of all translations, those of X first."""
+        num = len(self.x.video)
+        yield "x", values[:num].mean()
+        yield "y", values[num:].mean()
 
 
 class Term(NamedTuple):
@@ -123,63 +143,80 @@ def rounded(d: Tensor) -> Tensor:
     return (d.square() + ROUND**2).sqrt() - ROUND
 
 
+def mean_of_clips(values: Tensor) -> Tensor:
+    """Return the mean of values (B,...) of each clip, (B,)."""
+    return values.mean(tuple(range(1, values.dim())))
+
+
+def rows_of(whole: Tensor, local: Tensor) -> Tensor:
+    """Return the sum of the parts of a grid as the changes of the rows of A and b: (B,T,3,4,bins,h,w)."""
+    return (whole + local).unflatten(2, (3, 4))
+
+
 def roughness(whole: Tensor, local: Tensor) -> Tensor:
-    """Return how much a bilateral grid varies: what a capacity that is free would make of the content of a clip.
+    """Return how much the grids of clips vary, (B,): what a free capacity would make of the content of a clip.
 
     Mean squares of the differences of neighbouring cells of `local` (B,T,12,bins,h,w), down and to the right; 0.3 of
     those of neighbouring bins, of `local` and of `whole`; 0.05 of the mean square of `local`. In time, 0.1 of the mean
     of |differences of neighbouring frames| of `local`, and of |their second differences| of `whole`: the light of a
     scene may fade at a steady rate or be switched, not flicker.
     """
-    space = [local.diff(dim=dim).square().mean() for dim in (4, 5) if local.shape[dim] > 1]
-    bins = [part.diff(dim=3).square().mean() for part in (whole, local) if part.shape[3] > 1]
+    space = [local.diff(dim=dim).square() for dim in (4, 5) if local.shape[dim] > 1]
+    bins = [part.diff(dim=3).square() for part in (whole, local) if part.shape[3] > 1]
     frames = whole.shape[1]
-    time = [rounded(part.diff(n=n, dim=1)).mean() for part, n in ((local, 1), (whole, 2)) if frames > n]
-    costs = [*space, *(0.3 * value for value in bins), *(0.1 * value for value in time), 0.05 * local.square().mean()]
-    return torch.stack(costs).sum()
+    time = [rounded(part.diff(n=n, dim=1)) for part, n in ((local, 1), (whole, 2)) if frames > n]
+    costs = [(1.0, value) for value in space] + [(0.3, value) for value in bins] + [(0.1, value) for value in time]
+    costs.append((0.05, local.square()))
+    means = torch.stack([mean_of_clips(value) for _, value in costs])
+    return (means * constant(column, tuple(weight for weight, _ in costs), like=means)).sum(0)
+
+
+def column(values: tuple[float, ...], like: Tensor) -> Tensor:
+    """Return values as a column, (n,1)."""
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
 
 def smoothness_terms(inputs: TermInputs) -> Values:
     """Yield `roughness` of both directions, where the generators have a grid."""
-    for domain, rollout in (("x", inputs.x), ("y", inputs.y)):
-        grids = rollout.details.grids
-        if grids is not None:
-            yield domain, roughness(grids.whole, grids.local)
+    if inputs.grids is not None:
+        yield from inputs.by_domain(roughness(*inputs.grids))
 
 
-def inversion(whole: Tensor, local: Tensor) -> Tensor:
-    """Return how much a bilateral grid turns the order of brightness around at a place, as a negative does.
+def inversion(rows: Tensor) -> Tensor:
+    """Return how much the grids of clips turn the order of brightness around at a place, as a negative does: (B,).
 
-    whole, local: as in `roughness`. The grey at the centre of each bin is transformed; the mean of the squares of the
-    steps by which the luma falls from one bin to the next.
+    rows: of `rows_of`. The grey at the centre of each bin is transformed; the mean of the squares of the steps by which
+    the luma falls from one bin to the next.
     """
-    bins = local.shape[3]
-    grey = ((2 * torch.arange(bins, dtype=local.dtype, device=local.device) + 1) / bins - 1)[:, None, None]
-    rows = (whole + local).unflatten(2, (3, 4))  # of A x + b: (B,T,3,4,bins,h,w)
-    changes = rows[:, :, :, :3].sum(3) * grey + rows[:, :, :, 3]
-    luma = sum(weight * changes[:, :, channel] for channel, weight in enumerate(LUMA)) + grey
-    return luma.diff(dim=2).clamp(max=0).square().mean()
+    bins = rows.shape[4]
+    luma = (rows * constant(luma_of_greys, bins, like=rows)).sum((2, 3))
+    return mean_of_clips((luma.diff(dim=2) + 2 / bins).clamp(max=0).square())
+
+
+def luma_of_greys(bins: int, like: Tensor) -> Tensor:
+    """Return what each coefficient adds to the luma of the grey at the centre of its bin, (3,4,bins,1,1)."""
+    weights = torch.tensor(LUMA, dtype=like.dtype, device=like.device)[:, None, None]
+    greys = (2 * torch.arange(bins, dtype=like.dtype, device=like.device) + 1) / bins - 1
+    return (weights * torch.stack((greys, greys, greys, torch.ones_like(greys))))[..., None, None]
 
 
 def order_terms(inputs: TermInputs) -> Values:
     """Yield `inversion` of both directions, where the generators have a grid."""
-    for domain, rollout in (("x", inputs.x), ("y", inputs.y)):
-        grids = rollout.details.grids
-        if grids is not None:
-            yield domain, inversion(grids.whole, grids.local)
+    if inputs.rows is not None:
+        yield from inputs.by_domain(inversion(inputs.rows))
 
 
-def mixing(whole: Tensor, local: Tensor) -> Tensor:
-    """Return how much a bilateral grid makes a channel of the other two, beyond their share of brightness.
+def mixing(rows: Tensor) -> Tensor:
+    """Return how much the grids of clips make a channel of the other two, beyond their share of brightness: (B,).
 
-    whole, local: as in `roughness`. Of A x + b, row c has two coefficients of other channels, o. A part t l, t >= 0, of
-    their luma weights l makes the colours greyer, and is free; the mean over the grid and the rows of |o - t l|^2 / 2,
+    rows: of `rows_of`. Of A x + b, row c has two coefficients of other channels, o. A part t l, t >= 0, of their luma
+    weights l makes the colours greyer, and is free; the mean over the grid and the rows of |o - t l|^2 / 2,
     t = max(0, o . l / l . l), is not: with it red becomes violet and leaves turn blue.
     """
-    rows = (whole + local).unflatten(2, (3, 4))[:, :, :, :3]  # (B,T,3,3,bins,h,w)
+    rows = rows[:, :, :, :3]  # (B,T,3,3,bins,h,w)
     others, weights, shares = constant(luma_of_others, like=rows)
     share = (rows * shares).sum(3, keepdim=True).clamp(min=0)
-    return 1.5 * (rows * others - share * weights).square().mean()  # a mean of three, of which two are not 0
+    return 1.5 * mean_of_clips((rows * others - share * weights).square())  # of three, of which two are not 0
 
 
 def luma_of_others(like: Tensor) -> Tensor:
@@ -192,19 +229,18 @@ def luma_of_others(like: Tensor) -> Tensor:
 
 def hue_terms(inputs: TermInputs) -> Values:
     """Yield `mixing` of both directions, where the generators have a grid."""
-    for domain, rollout in (("x", inputs.x), ("y", inputs.y)):
-        grids = rollout.details.grids
-        if grids is not None:
-            yield domain, mixing(grids.whole, grids.local)
+    if inputs.rows is not None:
+        yield from inputs.by_domain(mixing(inputs.rows))
 
 
 def patch_terms(inputs: TermInputs) -> Values:
     """Yield the distance of the patches of translated clips to those of the domain, in both directions."""
-    clips, draws = inputs.clips, inputs.draws
-    yield "y", patch_gap((inputs.x.fake, inputs.x.pool), (clips.y, clips.z, clips.pool_yz), draws)
+    clips = inputs.clips
     num = len(clips.y)  # each set has its clips in the order of the replicas
     fakes = (inputs.y.fake[:num], inputs.y.fake[num:] if clips.z is not None else None)
-    yield "x", patch_gap(fakes, (clips.x, clips.pool_x), draws)
+    to_y = ((inputs.x.fake, inputs.x.pool), (clips.y, clips.z, clips.pool_yz))
+    gaps = patch_gaps((to_y, (fakes, (clips.x, clips.pool_x))), inputs.draws)
+    yield from zip("yx", gaps.unbind(), strict=True)
 
 
 IDENTITY = "|G_Y(z) - z|, |G_Y(s) - s|, |G_X(x) - x|"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlv2v.model.frames import State
+from rlv2v.runtime.constants import constant
 
 
 class Grids(NamedTuple):
@@ -24,8 +25,12 @@ class Grids(NamedTuple):
     @property
     def grid(self) -> Tensor:
         """The coefficients (B,T,12,bins,h,w)."""
-        eye = torch.eye(3, 4, dtype=self.local.dtype, device=self.local.device).reshape(12, 1, 1, 1)
-        return eye + self.whole + self.local
+        return constant(identity, like=self.local) + self.whole + self.local
+
+
+def identity(like: Tensor) -> Tensor:
+    """Return the coefficients that change nothing, (12,1,1,1)."""
+    return torch.eye(3, 4, dtype=like.dtype, device=like.device).reshape(12, 1, 1, 1)
 
 
 class Details(NamedTuple):

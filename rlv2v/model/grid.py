@@ -184,13 +184,15 @@ def luma_around(x: Tensor, weights: Tensor) -> Tensor:
     """
     with torch.autocast(x.device.type, enabled=False):
         luma = torch.einsum("btchw,c->bthw", x, weights.to(x.dtype))
-        sizes = [tuple(-(-side // size) for side in x.shape[-2:]) for size in AROUND]
-        levels = []
-        for rows, columns in sizes:
-            down = constant(cell_means, rows, luma.shape[-2], like=luma)
-            across = constant(cell_means, columns, luma.shape[-1], like=luma)
-            levels.append(bilinear(down @ luma @ across.T, *sizes[0]))
-    return torch.stack(levels, 2)
+        down, across = (constant(means_around, pixels, like=luma) for pixels in luma.shape[-2:])
+        return down @ luma.unsqueeze(2) @ across.mT
+
+
+def means_around(pixels: int, like: Tensor) -> Tensor:
+    """Return the weights by which pixels along an axis make means of cells of each size of `AROUND`, interpolated to
+    the places of the smallest cells: (K,cells,pixels), as dtype of `like`."""
+    counts = [-(-pixels // size) for size in AROUND]
+    return torch.stack([hats(num, counts[0], like) @ cell_means(num, pixels, like) for num in counts])
 
 
 def cell_means(cells: int, pixels: int, like: Tensor) -> Tensor:

@@ -15,18 +15,18 @@ from rlv2v.method.step import Algorithm
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize(("case", "most"), [("default:16", 2200), ("paint:16", 2100)])
-def test_a_step_is_few_operators(case: str, most: int) -> None:
+@pytest.mark.parametrize(("case", "most"), [("default:16", 3000), ("paint:16", 4500), ("workstation:16", 4500)])
+def test_a_step_is_few_kernels(case: str, most: int) -> None:
     """On a GPU each of them waits for its launch; a step has as many whatever the size of the frames."""
     config = step.config_of(case, "cpu")[0].replace(batch_pool=1)
     algorithm = Algorithm(config, torch.device("cpu"))
     algorithm.start()
     for _ in range(2):  # the first one makes the constants
         clips = some_clips(config, 1)
-        with step.CountOperators() as count:
+        with step.CountKernels() as count:
             algorithm.step(clips)
         algorithm.advance(0.0)
-    assert 0.8 * most < count.num <= most
+    assert 0.5 * most < count.num <= most, count.num
 
 
 def test_a_step_is_timed_and_its_clips_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,7 +35,7 @@ def test_a_step_is_timed_and_its_clips_are_counted(capsys: pytest.CaptureFixture
     assert row["case"] == "tiny 16 T=4 x2" and row["dtype"] == "float32"
     assert row["clips"] == 2 * (2 + 6 + 1 + 2 + 12), "of X, its pool, Y, Z and their pools"
     assert row["clips_per_s"] == pytest.approx(1e6 * row["clips"] / row["median_us"], rel=0.01)
-    assert 500 < row["operators"] < 5000 and row["valid"]
+    assert 500 < row["kernels"] < 5000 and row["valid"]
 
 
 @pytest.mark.parametrize("case", ["tiny", "tiny:16:0", "tiny:x"])

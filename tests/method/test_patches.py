@@ -15,7 +15,7 @@ from rlv2v.data.loader import Batch
 from rlv2v.method import patches
 from rlv2v.method.clips import Clips, batch_sizes, pool_size
 from rlv2v.method.objective import generator_losses
-from rlv2v.method.patches import KINDS, Kind, draw, patch_features, patch_gap
+from rlv2v.method.patches import KINDS, NUM_DIRECTIONS, Draws, Groups, Kind, draw, locate, patch_gaps
 
 CPU = torch.device("cpu")
 T, H, W = 4, 6, 8
@@ -23,6 +23,20 @@ T, H, W = 4, 6, 8
 
 def clips(num: int, seed: int = 0) -> Tensor:
     return torch.rand(num, T, 3, H, W, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 - 1
+
+
+def patch_gap(a: Groups, b: Groups, draws: Draws) -> Tensor:
+    return patch_gaps([(a, b)], draws)[0]
+
+
+def literal_draws(num: int) -> list[tuple[Kind, np.ndarray, np.ndarray]]:
+    """Return (kind, places (2,n,5), directions (features,K)) of `random_draws`, of one replica."""
+    rng, drawn = np.random.default_rng(5), []
+    for kind in KINDS:
+        places = rng.random((2, 1, num, 5), np.float32)[:, 0]
+        directions = rng.standard_normal((kind.num_features, NUM_DIRECTIONS))
+        drawn.append((kind, places, directions / np.linalg.norm(directions, axis=0)))
+    return drawn
 
 
 def literal_features(clips: np.ndarray, kind: Kind, place: np.ndarray) -> np.ndarray:
@@ -51,16 +65,17 @@ def test_the_gap_is_the_mean_over_kinds_and_directions_of_the_distance_of_sorted
     draws = random_draws()
     a, b = clips(3), clips(5, 1)
     gaps = []
-    for kind, places, directions in zip(KINDS, draws.places, draws.directions, strict=True):
-        assert places.shape == (2, 1, 40, 5)
+    for kind, places, directions in literal_draws(40):
         ordered = [
-            np.sort(np.stack([literal_features(v.numpy(), kind, p) for p in own[0].numpy()]) @ directions.numpy(), 0)
+            np.sort(np.stack([literal_features(v.numpy(), kind, p) for p in own]) @ directions, 0)
             for v, own in ((a, places[0]), (b, places[1]))
         ]
         gaps.append(np.abs(ordered[0] - ordered[1]).mean())
-    assert patch_gap((a,), (b,), draws).item() == pytest.approx(np.mean(gaps), rel=1e-6)
+    assert patch_gap((a,), (b,), draws).item() == pytest.approx(np.mean(gaps), rel=1e-9)
     groups = (b[:2], None, b[2:])
     assert patch_gap((a, None), groups, draws) == patch_gap((a,), (b,), draws), "groups are one domain"
+    both = patch_gaps([((a,), (b,)), ((b,), (a,))], draws)
+    torch.testing.assert_close(both, torch.stack((patch_gap((a,), (b,), draws), patch_gap((b,), (a,), draws))))
 
 
 def test_its_gradient_is_that_of_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,22 +100,32 @@ def test_it_sees_colours_edges_places_and_the_course_of_time_but_no_frame_index(
         assert patch_gap((still,), (other,), draws) > 0.15, name
     flicker = torch.where(torch.arange(T) % 2 == 0, 0.5, -0.5).double()[:, None, None, None].expand(8, T, 3, H, W)
     early = flicker.sort(1).values
-    frames = patches.KINDS[0]
-    same = [patch_features(v, frames, draws.places[0][0])[:, 3:6].sort(0).values for v in (flicker, early)]
-    assert (same[0].mean() - same[1].mean()).abs() < 0.05
     assert patch_gap((flicker,), (early,), draws) > 0.1, "the same frames in another order"
+    of_pixels = torch.arange(draws.of_values.shape[1]) < KINDS[0].num_values
+    alone = draws._replace(of_values=draws.of_values * of_pixels, of_place=draws.of_place * 0)
+    assert patch_gap((flicker,), (early,), alone) < 0.02, "the pixels of single frames"
 
 
 def test_two_replicas_of_one_rank_see_the_patches_of_two_ranks_of_one() -> None:
     together, *alone = (
         draw(np.random.default_rng(3), 2, replicas, CPU) for replicas in (range(2), range(1), range(1, 2))
     )
-    for places, *parts in zip(together.places, *(d.places for d in alone), strict=True):
-        assert torch.equal(places, torch.cat(parts, 1))
-    video = clips(4)
-    for kind, places in zip(KINDS, together.places, strict=True):
-        parts = [patch_features(half, kind, part[None]) for half, part in zip(video.split(2), places[0], strict=True)]
-        assert torch.equal(patch_features(video, kind, places[0]), torch.cat(parts))
+    assert torch.equal(together.places, torch.cat([part.places for part in alone], 2))
+    assert all(torch.equal(together.of_values, part.of_values) for part in alone)
+    video = clips(4).flatten()
+    starts, places = locate((((4,),), ((4,),)), (T, 3, H, W), together.places)
+    for replica, (half, part) in enumerate(zip(video.chunk(2), alone, strict=True)):
+        own, own_places = locate((((2,),), ((2,),)), (T, 3, H, W), part.places)
+        assert torch.equal(video.take(starts[:, :, :, replica]), half.take(own[:, :, :, 0]))
+        assert torch.equal(places[:, :, :, :, replica], own_places[:, :, :, :, 0])
+
+
+def test_a_replica_has_its_share_of_every_group() -> None:
+    draws = draw(np.random.default_rng(3), 2, range(2), CPU)
+    y, z, x = clips(2), clips(6, 1), clips(4, 2)
+    shares = torch.cat([torch.cat(share) for share in zip(y.chunk(2), z.chunk(2), strict=True)])
+    assert patch_gap((x,), (y, z), draws) == patch_gap((x,), (shares,), draws)
+    assert patch_gap((x,), (z, y), draws) != patch_gap((x,), (shares,), draws), "their order counts"
 
 
 def test_the_last_clips_of_each_replica_and_set_are_for_statistics_alone() -> None:

@@ -12,7 +12,7 @@ from rlv2v.config import Config
 from rlv2v.data import to_model, to_uint8
 from rlv2v.errors import UserError
 from rlv2v.kernels.bilateral import slice_apply_frame
-from rlv2v.method.terms import LUMA, inversion, mixing, roughness
+from rlv2v.method.terms import LUMA, inversion, mixing, roughness, rows_of
 from rlv2v.method.translation import Stream, translate_chunk
 from rlv2v.model import GridTranslator
 from rlv2v.model.grid import cell_means
@@ -139,9 +139,9 @@ def test_roughness_is_of_what_varies(part: str, shape: tuple[int, ...], dim: int
     ramp = torch.arange(float(shape[dim])).reshape(-1, 1, 1).expand(shape)
     parts = {"whole": whole, "local": local} | {part: ramp}
     want = 0.3 + (0.05 * float(ramp.square().mean()) if part == "local" else 0.0)
-    torch.testing.assert_close(roughness(**parts), torch.tensor(want))
+    torch.testing.assert_close(roughness(**parts), torch.tensor([want]))
     rows = torch.arange(4.0)[:, None].expand(1, 2, 12, 3, 4, 5)
-    torch.testing.assert_close(roughness(whole, 2 * rows), 4 * (1 + 0.05 * rows.square().mean()))
+    torch.testing.assert_close(roughness(whole, 2 * rows), 4 * (1 + 0.05 * rows.square().mean()[None]))
 
 
 def test_roughness_in_time_is_of_flicker() -> None:
@@ -149,10 +149,10 @@ def test_roughness_in_time_is_of_flicker() -> None:
     still, local = torch.zeros(1, 5, 12, 3, 1, 1), torch.zeros(1, 5, 12, 3, 4, 5)
     assert roughness(still + 3 * time, local) == 0, "light that fades at a steady rate"
     flicker = still + 0.1 * (time % 2)
-    torch.testing.assert_close(roughness(flicker, local), torch.tensor(0.1 * 0.2), rtol=0.01, atol=0)
-    torch.testing.assert_close(roughness(flicker[:, :2], local[:, :2]), torch.tensor(0.0))
+    torch.testing.assert_close(roughness(flicker, local), torch.tensor([0.1 * 0.2]), rtol=0.01, atol=0)
+    torch.testing.assert_close(roughness(flicker[:, :2], local[:, :2]), torch.tensor([0.0]))
     fading = local + 0.1 * time
-    torch.testing.assert_close(roughness(still, fading), 0.1 * torch.tensor(0.099) + 0.05 * fading.square().mean())
+    torch.testing.assert_close(roughness(still, fading), 0.1 * torch.tensor([0.099]) + 0.05 * fading.square().mean())
 
 
 def test_inversion_is_of_a_transform_that_makes_light_dark() -> None:
@@ -160,9 +160,9 @@ def test_inversion_is_of_a_transform_that_makes_light_dark() -> None:
     local = torch.zeros(1, 1, 12, 4, 2, 3)
     for scale, want in ((1.0, 0.0), (0.3, 0.0), (0.0, 0.0), (-1.0, 0.25), (-2.0, 1.0)):  # bins are 0.5 apart
         whole = ((scale - 1) * eye).expand(-1, -1, -1, 4, -1, -1)
-        torch.testing.assert_close(inversion(whole, local), torch.tensor(want))
+        torch.testing.assert_close(inversion(rows_of(whole, local)), torch.tensor([want]))
     local[0, 0, 3::4, 1, 0, 0] = 0.8  # all three channels brighter in one bin of one cell: its step down is 0.3
-    torch.testing.assert_close(inversion(torch.zeros(1, 1, 12, 4, 1, 1), local), torch.tensor(0.09 / 18))
+    torch.testing.assert_close(inversion(rows_of(torch.zeros(1, 1, 12, 4, 1, 1), local)), torch.tensor([0.09 / 18]))
 
 
 def test_mixing_is_of_what_makes_another_colour_and_not_of_grey() -> None:
@@ -171,7 +171,7 @@ def test_mixing_is_of_what_makes_another_colour_and_not_of_grey() -> None:
         return changes.reshape(1, 1, 12, 1, 1, 1).expand(-1, -1, -1, 4, -1, -1)
 
     def of(*rows: tuple[float, float, float]) -> float:
-        return float(mixing(matrix(*rows), torch.zeros(1, 1, 12, 4, 2, 3)))
+        return float(mixing(rows_of(matrix(*rows), torch.zeros(1, 1, 12, 4, 2, 3))))
 
     assert of((1, 0, 0), (0, 1, 0), (0, 0, 1)) == of((0.3, 0, 0), (0, -1, 0), (0, 0, 9)) == 0
     grey = [tuple(0.6 * weight + 0.4 * (k == c) for k, weight in enumerate(LUMA)) for c in range(3)]
@@ -185,4 +185,4 @@ def test_mixing_is_of_what_makes_another_colour_and_not_of_grey() -> None:
     local[0, 0, 4, 1, 0, 2] = 0.7  # green of red, in one bin of one cell
     share = 0.7 * red / (red**2 + blue**2)
     want = ((0.7 - share * red) ** 2 + (share * blue) ** 2) / 2 / 3 / 24
-    torch.testing.assert_close(mixing(torch.zeros(1, 1, 12, 4, 1, 1), local), torch.tensor(want))
+    torch.testing.assert_close(mixing(rows_of(torch.zeros(1, 1, 12, 4, 1, 1), local)), torch.tensor([want]))

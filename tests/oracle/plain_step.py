@@ -34,7 +34,7 @@ from rlv2v.method.clips import Clips
 from rlv2v.method.collector import annealed
 from rlv2v.method.schedule import Schedule
 from rlv2v.method.step import DISCRIMINATORS, GENERATORS, Algorithm
-from rlv2v.method.terms import contrast_loss, inversion, mask_prior, mixing, roughness
+from rlv2v.method.terms import contrast_loss, inversion, mask_prior, mixing, roughness, rows_of
 
 NUM_PATCHES, NUM_DIRECTIONS = 4096, 16
 
@@ -93,7 +93,7 @@ def draw_patches(rng: np.random.Generator) -> list[tuple[int, int, np.ndarray, T
     kinds = []
     for frames, side in ((1, 1), (1, 3), (2, 1)):
         places = rng.random((2, 1, NUM_PATCHES, 5), np.float32)[:, 0]
-        directions = rng.standard_normal((3 * frames * side**2 + 5, NUM_DIRECTIONS)).astype(np.float32)
+        directions = rng.standard_normal((3 * frames * side**2 + 5, NUM_DIRECTIONS))
         kinds.append((frames, side, places, normalize(torch.from_numpy(directions), dim=0)))
     return kinds
 
@@ -377,11 +377,11 @@ class Plain:
             if config.loss.term("mask_prior") and isinstance(fake.beside, Tensor):
                 terms[f"mask_prior_{name}"] = gain * config.loss.term("mask_prior") * mask_prior(fake.beside)
             if config.loss.term("smoothness") and isinstance(fake.beside, tuple):
-                terms[f"smoothness_{name}"] = config.loss.term("smoothness") * roughness(*fake.beside)
+                terms[f"smoothness_{name}"] = config.loss.term("smoothness") * roughness(*fake.beside).mean()
             if config.loss.term("order") and isinstance(fake.beside, tuple):
-                terms[f"order_{name}"] = config.loss.term("order") * inversion(*fake.beside)
+                terms[f"order_{name}"] = config.loss.term("order") * inversion(rows_of(*fake.beside)).mean()
             if config.loss.term("hue") and isinstance(fake.beside, tuple):
-                terms[f"hue_{name}"] = config.loss.term("hue") * mixing(*fake.beside)
+                terms[f"hue_{name}"] = config.loss.term("hue") * mixing(rows_of(*fake.beside)).mean()
         if config.loss.term("patches"):
             real_y, real_x = joined(yz, clips.pool_yz), joined(x, clips.pool_x)
             gap = patch_gap(joined(fake_y.video, fake_y.pool), real_y, self.patch_draws)

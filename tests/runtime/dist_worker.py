@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlv2v.errors import UserError
-from rlv2v.method.patches import draw, patch_gap
+from rlv2v.method.patches import draw, patch_gaps
 from rlv2v.model.norm import SequenceNorm, stats_over
 from rlv2v.runtime import distributed as dist
 
@@ -47,7 +47,7 @@ def normalise(x: Tensor, weights: Tensor) -> dict[str, Tensor]:
 def patches(a: Tensor, b: Tensor, num_ranks: int, ranks: range) -> dict[str, Tensor]:
     """Return the distance of the patches of some ranks' clips, and its gradient; a replica a rank."""
     draws, a = draw(np.random.default_rng(0), num_ranks, ranks, torch.device("cpu")), a.requires_grad_()
-    gap = patch_gap((a,), (b,), draws)
+    (gap,) = patch_gaps([((a,), (b,))], draws)
     gap.backward()
     assert a.grad is not None
     return {"gap": gap.detach(), "da": a.grad}
