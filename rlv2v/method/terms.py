@@ -93,8 +93,8 @@ def local_contrast(frames: Tensor) -> Tensor:
 
 
 def contrast_loss(source: Tensor, translated: Tensor) -> Tensor:
-    """Return mean | c(G(x)) - c(x) |, c the local contrast: edges stay where the source has them, and none appear."""
-    return l1_loss(local_contrast(translated), local_contrast(source))
+    """Return mean | c(G(x)) - c(x) | of each clip, (B,), c the local contrast: edges stay where the source has them."""
+    return (local_contrast(translated) - local_contrast(source)).abs().mean((1, 2))
 
 
 def mask_prior(mask: Tensor) -> Tensor:
@@ -127,8 +127,11 @@ def identity_loss(inputs: TermInputs) -> Values:
 
 def contrast_terms(inputs: TermInputs) -> Values:
     """Yield `contrast_loss` of both directions; that of Y -> X is doubled."""
-    yield "x", contrast_loss(inputs.x.video, inputs.x.fake)
-    yield "y", 2.0 * contrast_loss(inputs.y.video, inputs.y.fake)
+    sources, fakes = (
+        torch.cat(videos) for videos in ((inputs.x.video, inputs.y.video), (inputs.x.fake, inputs.y.fake))
+    )
+    for domain, value in inputs.by_domain(contrast_loss(sources, fakes)):
+        yield domain, value if domain == "x" else 2.0 * value
 
 
 def mask_terms(inputs: TermInputs) -> Values:

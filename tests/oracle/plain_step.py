@@ -372,7 +372,7 @@ class Plain:
                 domain = "x" if name == "x" else "z"
                 terms[f"identity_{domain}"] = config.loss.term("identity") * l1_loss(g_back(like_x), like_x)
             if config.loss.term("contrast"):
-                contrast = contrast_loss(video, fake.video)
+                contrast = contrast_loss(video, fake.video).mean()
                 terms[f"contrast_{name}"] = twice * gain * config.loss.term("contrast") * contrast
             if config.loss.term("mask_prior") and isinstance(fake.beside, Tensor):
                 terms[f"mask_prior_{name}"] = gain * config.loss.term("mask_prior") * mask_prior(fake.beside)
