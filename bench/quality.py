@@ -42,6 +42,7 @@ OURS = {
     "paper": ("--preset", "paper"),
     "paper-letter": ("--preset", "paper-letter"),
     "bf16": ("--preset", "default", "--precision", "bf16"),
+    "laptop": ("--preset", "laptop"),
     "tiny": ("--preset", "tiny"),
     **LADDER,
 }
@@ -49,7 +50,8 @@ FLAGS: dict[str, tuple[str, ...]] = OURS | {
     name: ("--preset", "default", "--method", name) for name in METHODS if name != "rlv2v"
 }
 """The flags of each method: ours in several settings, and the baselines of the registry."""
-TIMELESS = ("default", "rl", "bf16", *LADDER)  # of ours, those that do not know by themselves that clips start together
+TIMELESS = ("default", "rl", "bf16", "laptop", *LADDER)
+"""Of ours, those that do not know by themselves that clips start together."""
 BUDGET = 300.0  # seconds
 
 
@@ -63,8 +65,8 @@ class Args(SharedArgs):
     reading: Reading = "ours"
     """Of the synthetic set; paper: what the paper's words say."""
     methods: tuple[str, ...] = ("default", "cyclegan")
-    """What to train: default, rl (with P and the policy gradient), paint, paper, bf16, tiny, a baseline's name, or
-    ladder: the steps from paper to default."""
+    """What to train: default, rl (with P and the policy gradient), laptop, paint, paper, bf16, tiny, a baseline's name,
+    or ladder: the steps from paper to default."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run for each method and seed; the synthetic sets are drawn by it too."""
     few: tuple[int, ...] = ()
