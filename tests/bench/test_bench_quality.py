@@ -74,7 +74,7 @@ def run_of(out: Path, data: Path, **row: Any) -> Run:
 
 
 def test_every_method_of_the_registry_is_there() -> None:
-    ours = {"default", "rl", "paint", "paper", "paper-letter", "bf16", "tiny", *LADDER}
+    ours = {"default", "rl", "paint", "paper", "paper-letter", "bf16", "laptop", "tiny", *LADDER}
     assert set(quality.FLAGS) == ours | set(METHODS) - {"rlv2v"}
     assert quality.FLAGS["cyclegan"][-2:] == ("--method", "cyclegan")
 
