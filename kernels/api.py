@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rlv2v.kernels import ops as _ops  # noqa: F401  (registers the operators)
+from rlv2v.kernels.casts import autocast, autocast_weight
 from rlv2v.kernels.dispatch import Selection, check_backend, select
 from rlv2v.kernels.driver import Operands, Problem
 from rlv2v.kernels.layout import dense, state_dtype
@@ -103,20 +104,12 @@ def explain(
 
 def prepare(x: Tensor, w_x: Tensor, w_h: Tensor, bias: Tensor, h0: Tensor | None, c0: Tensor | None) -> Operands:
     """Return the arguments, checked and cast as autocast wants them; c0 is cast to `state_dtype`."""
-    device_type = x.device.type if isinstance(x, Tensor) else "meta"
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        x, w_x, w_h, bias = (autocast(tensor, dtype) for tensor in (x, w_x, w_h, bias))
-        h0 = None if h0 is None else autocast(h0, dtype)
+    kind = x.device.type if isinstance(x, Tensor) else "meta"
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        x, h0 = autocast(x), None if h0 is None else autocast(h0)
+        w_x, w_h, bias = map(autocast_weight, (w_x, w_h, bias))
     check_arguments(x, w_x, w_h, bias, h0, c0)
     return Operands(x, w_x, w_h, bias, h0, None if c0 is None else c0.to(state_dtype(x.dtype)))
-
-
-def autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast as torch's own autocast does: floating point, but not float64. Anything else is left for the checks."""
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(dtype)
 
 
 def check_arguments(x: Tensor, w_x: Tensor, w_h: Tensor, bias: Tensor, h0: Tensor | None, c0: Tensor | None) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam
 
+from rlv2v.kernels.casts import weights_cast_once
 from rlv2v.runtime import distributed
 
 if TYPE_CHECKING:  # the config reads the registry of methods, whose modules import this one
@@ -25,14 +27,15 @@ def no_timing(section: str) -> None:
     """A `BookTime` that does nothing."""
 
 
-def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """Return the context in which networks run in the config's precision; their outputs are float32.
+@contextmanager
+def autocast(config: Config, device: torch.device) -> Iterator[None]:
+    """Run networks in the config's precision, whose weights do not change inside; their outputs are float32.
 
-    Cast weights are not cached: a recording would keep those of its first step. And so the gradients of a weight that
-    is used several times are summed in float32.
+    torch keeps no cast weights: it would sum their gradients in 16 bits.
     """
     dtype, enabled = DTYPES[config.runtime.precision], config.runtime.precision != "fp32"
-    return torch.autocast(device.type, dtype, enabled=enabled, cache_enabled=False)
+    with torch.autocast(device.type, dtype, enabled=enabled, cache_enabled=False), weights_cast_once():
+        yield
 
 
 class OptimizerStep:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, interpolate
 
+from rlv2v.kernels.casts import autocast_weight
 from rlv2v.model.conv_lstm import ConvLSTM, LSTMState
 from rlv2v.model.frames import RunMode, State, cat_channels, per_frame
 from rlv2v.model.norm import Moments, SequenceNorm
@@ -41,7 +42,7 @@ class Residual(nn.Module):
         self, x: Tensor, state: LSTMState | None = None, **mode: Unpack[RunMode]
     ) -> tuple[Tensor, Tensor, State]:
         h, state = self.convlstm(x, state, **mode)
-        return h, x if self.skip is None else per_frame(conv2d, x, self.skip), state
+        return h, x if self.skip is None else per_frame(conv2d, x, autocast_weight(self.skip)), state
 
 
 class RPB(nn.Module):

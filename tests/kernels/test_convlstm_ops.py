@@ -15,6 +15,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlv2v.kernels import convlstm, convlstm_cells
+from rlv2v.kernels.casts import weights_cast_once
 from rlv2v.kernels.layout import dense, empty_frames, state_dtype
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -120,6 +121,42 @@ def test_autocast_is_casting_by_hand(dtype: torch.dtype, backend: str) -> None:
         assert gradient is not None and gradient.dtype == torch.float32, name
         assert torch.equal(gradient, want[name]), name
         assert gradient.any(), name
+
+
+class CountCasts(TorchDispatchMode):
+    """Count the casts of weights, which have four axes, to 16 bits."""
+
+    num = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = op(*args, **(kwargs or {}))
+        self.num += op is torch.ops.aten._to_copy.default and result.dtype in HALVES and result.dim() == 4
+        return result
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_weights_are_cast_once_and_their_gradients_summed_in_their_own_dtype(dtype: torch.dtype) -> None:
+    x, w_x, w_h, bias, *_ = (a.detach() for a in arguments(SHAPE, torch.float32))
+    weights = [w.requires_grad_() for w in (w_x, w_h, bias)]
+
+    def run() -> tuple[list[Tensor], int]:
+        with CountCasts() as count, torch.autocast("cpu", dtype, cache_enabled=False):
+            with torch.no_grad():  # as the burn-in: what is cast first knows of no gradient
+                first = convlstm(x, *weights)[0]
+            outputs = [first] + [convlstm(x.roll(shift, -1), *weights)[0] for shift in range(4)]
+        loss = torch.stack([output.float().square().sum() for output in outputs[1:]]).sum()
+        return [*outputs, *torch.autograd.grad(loss, weights)], count.num
+
+    want, num = run()
+    with weights_cast_once():
+        got, num_once = run()
+    assert (num, num_once) == (2 * 5, 2)
+    for a, b in zip(want, got, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    with torch.no_grad():
+        w_h.mul_(2)
+    with weights_cast_once():
+        assert not torch.equal(run()[0][0], want[0]), "a change is seen by the next ones"
 
 
 def test_autocast_leaves_float64_alone() -> None:
