@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from convlstm_cases import fast
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
@@ -98,7 +98,8 @@ def check(inputs: list[Tensor], backend: str) -> None:
     for name, want in right.items():
         got = ours[name]
         assert got.dtype == dtype and got.shape == want.shape, name
-        assert (got.double() - want).norm() <= (16 * bins * eps + stored) * want.norm() + 1e-9, name
+        size = torch.maximum(want.norm(), weights.double().norm())  # of the products, whose sum may be next to nothing
+        assert (got.double() - want).norm() <= (16 * bins * eps + stored) * size, name
 
 
 @pytest.mark.parametrize("case", fast(CASES, *FAST), ids=str)
@@ -133,6 +134,7 @@ def test_every_instruction_set_gives_the_same(isa: str) -> None:
     ),
     seed=st.integers(0, 99),
 )
+@example(shape=Shape(1, 2, 2, 1, 2, 1), seed=48)  # the products of the guide's gradient cancel out
 @settings(max_examples=40, deadline=None)
 def test_any_shape(shape: Shape, seed: int) -> None:
     check(arguments(shape, torch.float32, seed), "cpu")
