@@ -24,9 +24,10 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and nohup the end of the terminal, which the
 # commands under test would inherit.
-for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
-    if signal.getsignal(number) is signal.SIG_IGN:
-        signal.signal(number, handler)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 from rlv2v.checkpoint.export import pack_translators
 from rlv2v.config import Config
