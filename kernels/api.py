@@ -104,10 +104,8 @@ def explain(
 
 def prepare(x: Tensor, w_x: Tensor, w_h: Tensor, bias: Tensor, h0: Tensor | None, c0: Tensor | None) -> Operands:
     """Return the arguments, checked and cast as autocast wants them; c0 is cast to `state_dtype`."""
-    kind = x.device.type if isinstance(x, Tensor) else "meta"
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        x, h0 = autocast(x), None if h0 is None else autocast(h0)
-        w_x, w_h, bias = map(autocast_weight, (w_x, w_h, bias))
+    x, h0 = autocast(x), None if h0 is None else autocast(h0)
+    w_x, w_h, bias = map(autocast_weight, (w_x, w_h, bias))
     check_arguments(x, w_x, w_h, bias, h0, c0)
     return Operands(x, w_x, w_h, bias, h0, None if c0 is None else c0.to(state_dtype(x.dtype)))
 

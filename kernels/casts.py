@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_casts: ContextVar[dict[int, tuple[Tensor, Tensor]] | None] = ContextVar("casts", default=None)
-"""By a weight's identity, it and what was cast from it."""
+_casts: ContextVar[dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] | None] = ContextVar("casts", default=None)
+"""By a weight's identity and a dtype, the weight and what was cast from it."""
 
 
 @contextmanager
@@ -28,26 +28,29 @@ def weights_cast_once() -> Iterator[None]:
         _casts.reset(token)
 
 
-def autocast(tensor: Tensor) -> Tensor:
-    """Cast as torch's own autocast does: floating point, but not float64. Anything else is left as it is."""
-    kind = tensor.device.type if isinstance(tensor, Tensor) else "meta"
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return tensor
+def dtype_of_autocast(tensor: Tensor) -> torch.dtype | None:
+    """Return the dtype that torch's own autocast casts to, for floating point but float64; None: it casts nothing."""
+    if not isinstance(tensor, Tensor) or tensor.is_meta or not torch.is_autocast_enabled(tensor.device.type):
+        return None
     if not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(kind))
+        return None
+    return torch.get_autocast_dtype(tensor.device.type)
+
+
+def autocast(tensor: Tensor) -> Tensor:
+    """Cast as torch's own autocast does."""
+    dtype = dtype_of_autocast(tensor)
+    return tensor if dtype is None else tensor.to(dtype)
 
 
 def autocast_weight(weight: Tensor) -> Tensor:
     """Cast a weight as `autocast` does, in `weights_cast_once` once."""
-    casts = None if torch.compiler.is_compiling() else _casts.get()
-    if casts is None or not isinstance(weight, Tensor) or not weight.is_leaf:
+    dtype, casts = dtype_of_autocast(weight), None if torch.compiler.is_compiling() else _casts.get()
+    if dtype is None or dtype == weight.dtype or casts is None or not weight.is_leaf:
         return autocast(weight)
-    if id(weight) not in casts:
-        casts[id(weight)] = weight, autocast(weight.detach())
-    made = casts[id(weight)][1]
-    if made.dtype == weight.dtype:
-        return weight
+    if (id(weight), dtype) not in casts:
+        casts[id(weight), dtype] = weight, weight.detach().to(dtype)
+    made = casts[id(weight), dtype][1]
     return CastWeight.apply(weight, made) if weight.requires_grad else made
 
 

@@ -153,6 +153,10 @@ def test_weights_are_cast_once_and_their_gradients_summed_in_their_own_dtype(dty
     assert (num, num_once) == (2 * 5, 2)
     for a, b in zip(want, got, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
+    with weights_cast_once(), torch.autocast("cpu", dtype):
+        convlstm(x, *weights)
+        with torch.autocast("cpu", enabled=False):
+            assert convlstm(x, *weights)[0].dtype == torch.float32, "what is kept is of another dtype"
     with torch.no_grad():
         w_h.mul_(2)
     with weights_cast_once():
